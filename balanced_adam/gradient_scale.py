@@ -1,0 +1,107 @@
+r"""The theory of the gradient's scale, as functions: what equal betas do to the size of the update.
+
+Throughout, u is the normalized update of :mod:`balanced_adam.rule` (the step divided by lr) with eps = 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def lag(beta: float) -> float:
+    r"""The mean age, in steps, of the gradients in a moving average: tau = beta / (1 - beta).
+
+    Weight :math:`(1-\beta)\beta^j` lies on the gradient of j steps ago, and
+    :math:`\sum_j j\,(1-\beta)\beta^j = \beta/(1-\beta)`.
+
+    Raises:
+        ValueError: if ``beta`` is not in [0, 1).
+    """
+    _check(beta)
+    return beta / (1.0 - beta)
+
+
+def update_under_drift(beta1: float, beta2: float, rho: float) -> float:
+    r"""The size |u| that the update settles at when the gradient's scale drifts as :math:`e^{\rho t}`.
+
+    Let :math:`g_t = e^{\rho t} h` with constant h. The averages become geometric sums,
+    :math:`m_t = (1-\beta_1)\sum_j \beta_1^j g_{t-j} = g_t (1-\beta_1)/(1-\beta_1 e^{-\rho})` and
+    :math:`v_t = g_t^2 (1-\beta_2)/(1-\beta_2 e^{-2\rho})`, so that, once bias correction has faded,
+
+    .. math:: |u| = \frac{(1-\beta_1)/(1-\beta_1 e^{-\rho})}{\sqrt{(1-\beta_2)/(1-\beta_2 e^{-2\rho})}}.
+
+    The principle is that of arXiv 2601.21739; this closed form follows from the two sums.
+
+    Args:
+        beta1: decay of the first moment, in [0, 1).
+        beta2: decay of the second moment, in [0, 1).
+        rho: growth of the gradient's logarithm per step; 0.01 is about one per cent a step.
+
+    Raises:
+        ValueError: if a beta is out of range, or the gradient shrinks so fast that the sums diverge
+            (:math:`\beta_1 e^{-\rho} \ge 1` or :math:`\beta_2 e^{-2\rho} \ge 1`).
+    """
+    _check(beta1, beta2)
+    first, second = beta1 * math.exp(-rho), beta2 * math.exp(-2.0 * rho)
+    if first >= 1.0 or second >= 1.0:
+        raise ValueError(
+            f"rho is {rho}: the gradient shrinks faster than betas ({beta1}, {beta2}) forget; it must exceed "
+            f"{max(math.log(beta1) if beta1 else -math.inf, 0.5 * math.log(beta2) if beta2 else -math.inf):.6g}."
+        )
+    return (1.0 - beta1) / (1.0 - first) / math.sqrt((1.0 - beta2) / (1.0 - second))
+
+
+def drift_sensitivity(beta1: float, beta2: float) -> float:
+    r"""The derivative of log |u| by :math:`\rho` at :math:`\rho = 0`: tau2 - tau1, in steps.
+
+    From :func:`update_under_drift`, :math:`\log|u| = \mathrm{const} - \log(1-\beta_1 e^{-\rho})
+    + \tfrac12\log(1-\beta_2 e^{-2\rho})`, whose derivative at 0 is
+    :math:`-\beta_1/(1-\beta_1) + \beta_2/(1-\beta_2)`. As :math:`\beta/(1-\beta)` is strictly increasing, it is zero
+    **if and only if the betas are equal**: first-order invariance to the gradient's scale (arXiv 2601.21739).
+
+    Raises:
+        ValueError: if a beta is not in [0, 1).
+    """
+    return lag(beta2) - lag(beta1)
+
+
+def update_bound(beta1: float, beta2: float, step: int | None = None) -> float:
+    r"""The largest |u| that any gradient sequence can produce: at step ``step``, or at any step (the default).
+
+    Write :math:`a_j = \beta_1^j/\sum_i\beta_1^i` and :math:`b_j = \beta_2^j/\sum_i\beta_2^i` for the bias-corrected
+    weights of the gradient of j steps ago, j < t. By Cauchy-Schwarz
+
+    .. math:: \hat m^2 = \Big(\sum_j \frac{a_j}{\sqrt{b_j}} \sqrt{b_j}\, g_{t-j}\Big)^2
+              \le \sum_j \frac{a_j^2}{b_j} \cdot \hat v ,
+
+    with equality for :math:`g_{t-j} \propto a_j/b_j \propto (\beta_1/\beta_2)^j`. The sum is geometric in
+    :math:`r = \beta_1^2/\beta_2`; it never decreases with t, so the bound for all steps is its limit
+
+    .. math:: |u| \le \frac{1-\beta_1}{\sqrt{(1-\beta_2)(1-r)}},
+
+    infinite if r ≥ 1. With equal betas a = b and the bound is 1 at every step: no weight ever moves by more than lr.
+    At (0.9, 0.999) it is 7.27.
+
+    Raises:
+        ValueError: if a beta is not in [0, 1) or ``step`` is below 1.
+    """
+    _check(beta1, beta2)
+    if step is not None and step < 1:
+        raise ValueError(f"step is {step}; steps are counted from 1.")
+    if beta1 == beta2 or step == 1:
+        return 1.0
+    # With beta2 = 0, v is the last gradient alone, and nothing bounds an older one.
+    ratio = beta1 * beta1 / beta2 if beta2 else math.inf
+    if step is None:
+        return (1.0 - beta1) / math.sqrt((1.0 - beta2) * (1.0 - ratio)) if ratio < 1.0 else math.inf
+    if ratio > 1.0 and step * math.log(ratio) > 700.0:  # beyond double precision
+        return math.inf
+    total = float(step) if ratio == 1.0 else (1.0 - ratio**step) / (1.0 - ratio)
+    c1, c2 = 1.0 - beta1**step, 1.0 - beta2**step
+    return (1.0 - beta1) / c1 * math.sqrt(c2 / (1.0 - beta2) * total)
+
+
+def _check(*betas: float) -> None:
+    for beta in betas:
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"beta is {beta}; it must lie in [0, 1).")

@@ -1,0 +1,269 @@
+"""BalancedAdam: AdamW with one beta, as a ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from balanced_adam import rule
+
+Betas = float | tuple[float, float]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class UpdateSize(NamedTuple):
+    """How far the last step moved the weights this process holds, in units of lr and without weight decay.
+
+    Sums over processes are sums of ``sum_of_squares`` and of ``count``; root mean square is the root of their ratio.
+    """
+
+    greatest: float
+    """max |update| / lr over the elements; at most 1 (up to rounding) with equal betas from a zero start."""
+    sum_of_squares: float
+    """Sum of (update / lr)^2 over the elements."""
+    count: int
+    """Number of elements."""
+
+
+class BalancedAdam(torch.optim.Optimizer):
+    r"""AdamW whose two moving averages share one decay rate, :math:`\beta_1 = \beta_2 = \beta`.
+
+    The rule is that of :mod:`balanced_adam.rule`, with the symbols g = gradient, m = ``exp_avg``, v = ``exp_avg_sq``,
+    :math:`\eta` = ``lr``, :math:`\lambda` = ``weight_decay``. Equal betas make the update invariant, to first order, to
+    drift in the scale of the gradient (arXiv 2601.21739), and bound every step of every weight by ``lr``, since
+    m² ≤ (1-βᵗ) v by Cauchy-Schwarz (:mod:`balanced_adam.gradient_scale`).
+
+    Args:
+        params: parameters, named parameters or parameter groups. A group may set its own ``lr``, ``betas``, ``eps``,
+            ``weight_decay``, ``maximize``.
+        lr: learning rate, a float or a 0-dim tensor (it is read at every step, so that schedulers may change it).
+        betas: one number, or a pair of equal numbers, each in [0, 1).
+        eps: added to the root of the bias-corrected second moment; may be 0.
+        weight_decay: decoupled weight decay, as in AdamW (arXiv 1711.05101).
+        maximize: ascend along the gradient.
+        allow_unbalanced: accept a pair of unequal betas. This is how plain AdamW is run through the same code, as the
+            baseline of a comparison.
+
+    State per parameter: ``step`` (0-dim float32 tensor), ``exp_avg`` and ``exp_avg_sq`` (the parameter's shape; float32,
+    or float64 for float64 parameters). The names are those of ``torch.optim.AdamW``, whose state loads here, and back.
+
+    Raises:
+        ValueError: on a value out of range, on unequal betas without ``allow_unbalanced``, on complex parameters.
+        RuntimeError: from :meth:`step`, on a sparse gradient.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 1e-3,
+        betas: Betas = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        maximize: bool = False,
+        allow_unbalanced: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "allow_unbalanced": allow_unbalanced,
+        }
+        _check(defaults)  # even where each group brings its own values
+        self._last: dict[Tensor, tuple[int, rule.Betas, float]] = {}
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle or a state dict, filling in the options that torch's AdamW does not have."""
+        super().__setstate__(state)
+        self._last = {}
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+            group.setdefault("allow_unbalanced", self.defaults["allow_unbalanced"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its settings are checked, and ``betas`` becomes a pair.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check(group)
+            if any(torch.is_complex(p) for p in group["params"]):
+                raise ValueError("BalancedAdam does not take complex parameters; give torch.view_as_real of them instead.")
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, if there was one.
+
+        Raises:
+            RuntimeError: if a gradient is sparse; no parameter has changed then.
+            ValueError: if somebody has made a group's betas unequal.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            group["betas"] = _pair(group["betas"], group["allow_unbalanced"])
+            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
+                raise RuntimeError("BalancedAdam does not take sparse gradients; build the embedding with sparse=False.")
+        for group in self.param_groups:
+            lr = float(group["lr"])
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._step_parameter(param, group, lr)
+        return loss
+
+    def _step_parameter(self, param: Tensor, group: dict[str, Any], lr: float) -> None:
+        state = self.state[param]
+        if "exp_avg" not in state:
+            dtype = rule.moments_dtype(param.dtype)
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        state["step"] += 1  # an int (from DeepSpeed's universal checkpoints) or a 0-dim tensor
+        step = int(state["step"])
+        betas, eps = group["betas"], group["eps"]
+        assert param.grad is not None
+        new = rule.update(
+            param,
+            param.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            step=step,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+        )
+        # In place: DeepSpeed keeps views of the weights and of the moments.
+        for old, value in zip((param, state["exp_avg"], state["exp_avg_sq"]), new, strict=True):
+            old.copy_(value)
+        self._last[param] = (step, betas, eps)
+
+    @torch.no_grad()
+    def update_size(self) -> UpdateSize:
+        """The size of the last step, worked out from the moments: one read of the state, no extra memory kept.
+
+        Under ZeRO it covers the partition of this rank. Before the first step the count is 0.
+        """
+        greatest: list[Tensor] = []
+        squares: list[Tensor] = []
+        count = 0
+        for param, (step, betas, eps) in self._last.items():
+            state = self.state[param]
+            correction = rule.bias_correction(step, betas, eps)
+            size = rule.direction(state["exp_avg"], state["exp_avg_sq"], correction) * correction.scale
+            if size.numel():
+                greatest.append(size.abs().amax().double())
+                squares.append((size * size).sum(dtype=torch.float64))
+                count += size.numel()
+        if not count:
+            return UpdateSize(0.0, 0.0, 0)
+        return UpdateSize(float(torch.stack(greatest).amax()), float(torch.stack(squares).sum()), count)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of a BalancedAdam or of a ``torch.optim.AdamW``.
+
+        The moments keep full precision (float32, float64 for float64 parameters) whatever the parameters' dtype;
+        torch's own loading would cast them down to bf16 with the weights. Hyper-parameters come from ``state_dict``,
+        as in torch, but for unequal betas where this optimizer takes only equal ones: then its own betas stay, and a
+        warning says so.
+
+        Raises:
+            ValueError: if the groups don't match, a moment has another shape than its parameter, or the state is
+                that of AMSGrad.
+        """
+        saved_ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+            raise ValueError("the loaded state has amsgrad=True, which BalancedAdam does not have; train it on with AdamW.")
+        saved = {p: state_dict["state"].get(i, {}) for i, p in zip(saved_ids, params, strict=False)}
+        for param, state in saved.items():
+            for moment in MOMENTS:
+                if moment in state and state[moment].shape != param.shape:
+                    raise ValueError(
+                        f"the loaded {moment} has shape {tuple(state[moment].shape)}, its parameter {tuple(param.shape)}."
+                    )
+        own = [(group["betas"], group["allow_unbalanced"]) for group in self.param_groups]
+
+        super().load_state_dict(state_dict)
+
+        for param, state in saved.items():
+            dtype = rule.moments_dtype(param.dtype)
+            for moment in MOMENTS:
+                if moment in state and self.state[param][moment].dtype != dtype:
+                    self.state[param][moment] = state[moment].to(device=param.device, dtype=dtype, copy=True)
+        for group, (betas, allow_unbalanced) in zip(self.param_groups, own, strict=True):
+            group["allow_unbalanced"] = allow_unbalanced
+            beta1, beta2 = group["betas"]
+            if beta1 != beta2 and not allow_unbalanced:
+                group["betas"] = betas
+                warnings.warn(
+                    f"the loaded state was made with betas ({beta1}, {beta2}); this BalancedAdam goes on with {betas}. "
+                    "A step may exceed lr until the old averages have faded.",
+                    stacklevel=2,
+                )
+
+
+def _check(group: dict[str, Any]) -> None:
+    """Check a group's settings and bring its betas to a pair; one sentence for what is wrong.
+
+    Raises:
+        ValueError: naming the field, the value and what would be right.
+    """
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.dim() != 0:
+        raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; give a number or a 0-dim tensor.")
+    for field in ("lr", "eps", "weight_decay"):
+        value = float(group[field])
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(f"{field} is {value}; it must be a finite number, at least 0.")
+    group["betas"] = _pair(group["betas"], group["allow_unbalanced"])
+
+
+def _pair(betas: Betas, allow_unbalanced: bool) -> rule.Betas:
+    """``betas`` as a pair of floats.
+
+    Raises:
+        ValueError: if they are no such pair, out of [0, 1), or unequal without permission.
+    """
+    try:
+        beta1, beta2 = map(float, betas) if isinstance(betas, list | tuple) else (float(betas),) * 2
+    except (TypeError, ValueError):
+        raise ValueError(f"betas is {betas!r}; give one number, or a pair of numbers, in [0, 1).") from None
+    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+        raise ValueError(f"betas is {betas}; each beta must lie in [0, 1).")
+    if beta1 != beta2 and not allow_unbalanced:
+        raise ValueError(
+            f"betas is ({beta1}, {beta2}); BalancedAdam's betas are equal, since only then is a step bounded by lr and "
+            "free, to first order, of the gradient's scale: give one number, or allow_unbalanced=True to run plain AdamW."
+        )
+    return beta1, beta2

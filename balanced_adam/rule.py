@@ -1,0 +1,120 @@
+r"""The update rule of balanced Adam, as pure functions on tensors: the oracle that every kernel is held to.
+
+With gradient :math:`g_t`, learning rate :math:`\eta`, decay :math:`\lambda` and betas :math:`(\beta_1, \beta_2)`:
+
+.. math::
+
+    m_t &= \beta_1 m_{t-1} + (1-\beta_1)\, g_t, \qquad v_t = \beta_2 v_{t-1} + (1-\beta_2)\, g_t^2 \\
+    u_t &= \frac{m_t / c_1}{\sqrt{v_t / c_2} + \epsilon}, \qquad c_i = 1 - \beta_i^t \\
+    \theta_t &= (1 - \eta\lambda)\, \theta_{t-1} - \eta\, u_t
+
+which is AdamW (arXiv 1711.05101). Multiply numerator and denominator of :math:`u_t` by :math:`\sqrt{c_2}`:
+
+.. math::
+
+    u_t = \frac{\sqrt{c_2}}{c_1} \cdot \frac{m_t}{\sqrt{v_t} + \epsilon\sqrt{c_2}}.
+
+So bias correction is two *scalars*, computed once per step in double precision, and the work per element is one root
+and one division. When the betas are equal (balanced), :math:`c_1 = c_2 = c` and the first scalar is
+:math:`1/\sqrt{c}`: a single bias correction.
+
+Three properties of the arithmetic, each of them tested:
+
+* Only separate IEEE additions, multiplications, divisions and roots are used, in a stated order. ``torch.add(alpha=)``,
+  ``addcmul`` and ``addcdiv`` are avoided: on some processors torch contracts them to a fused multiply-add, which rounds
+  once where a portable kernel rounds twice.
+* Moments below the smallest normal number become zero. Otherwise the moments of a row that sees no gradient would get
+  stuck among the denormals, where processors are an order of magnitude slower.
+* The denominator's constant is at least the smallest normal number, so that ``eps = 0`` gives 0 rather than 0/0 for an
+  element that never saw a gradient. It changes no other result: any nonzero root is too large to feel it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Betas = tuple[float, float]
+
+
+class BiasCorrection(NamedTuple):
+    """The two scalars that bias correction comes down to; see the module's docstring."""
+
+    scale: float
+    """sqrt(c2) / c1; 1 / sqrt(c) when the betas are equal."""
+    eps: float
+    """eps * sqrt(c2)."""
+
+
+def bias_correction(step: int, betas: Betas, eps: float) -> BiasCorrection:
+    """The scalars of step number ``step`` (the first step is 1), in double precision."""
+    beta1, beta2 = betas
+    c2 = 1.0 - beta2**step
+    if beta1 == beta2:
+        return BiasCorrection(1.0 / math.sqrt(c2), eps * math.sqrt(c2))
+    c1 = 1.0 - beta1**step
+    return BiasCorrection(math.sqrt(c2) / c1, eps * math.sqrt(c2))
+
+
+def moments_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that moments and arithmetic have for parameters of ``dtype``: double for double, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def direction(exp_avg: Tensor, exp_avg_sq: Tensor, correction: BiasCorrection) -> Tensor:
+    """The normalized update before its scale, m / (sqrt(v) + eps'); same shape and dtype as the moments.
+
+    ``correction.scale`` times the result is u_t, the step divided by the learning rate.
+    """
+    tiny = torch.finfo(exp_avg.dtype).tiny
+    return exp_avg / (exp_avg_sq.sqrt() + max(correction.eps, tiny))
+
+
+def update(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: Betas,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of (balanced) AdamW; changes none of its arguments.
+
+    Args:
+        param: the weights, any shape, a real floating dtype.
+        grad: the gradient, same shape; cast to the moments' dtype first.
+        exp_avg: first moment m, same shape, float32 (float64 for float64 parameters).
+        exp_avg_sq: second moment v, same shape and dtype as ``exp_avg``.
+        step: the number of this step, counted from 1.
+        lr: learning rate.
+        betas: decay rates of m and v, each in [0, 1).
+        eps: added to the root of the bias-corrected v.
+        weight_decay: decoupled decay; the weights shrink by ``lr * weight_decay`` of themselves.
+        maximize: ascend instead of descend.
+
+    Returns:
+        The new weights (in ``param``'s dtype) and the new moments (in the moments' dtype).
+    """
+    beta1, beta2 = betas
+    grad = grad.to(exp_avg.dtype)
+    if maximize:
+        grad = -grad
+    exp_avg = _flush(exp_avg * beta1 + grad * (1.0 - beta1))
+    exp_avg_sq = _flush(exp_avg_sq * beta2 + (grad * grad) * (1.0 - beta2))
+    correction = bias_correction(step, betas, eps)
+    move = direction(exp_avg, exp_avg_sq, correction) * (lr * correction.scale)
+    new = param.to(exp_avg.dtype) * (1.0 - lr * weight_decay) - move
+    return new.to(param.dtype), exp_avg, exp_avg_sq
+
+
+def _flush(moment: Tensor) -> Tensor:
+    """Replace denormals by zero; NaN stays NaN."""
+    return moment.masked_fill_(moment.abs() < torch.finfo(moment.dtype).tiny, 0.0)

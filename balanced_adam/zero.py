@@ -1,0 +1,93 @@
+"""Everything that knows DeepSpeed: registration by name, and the mends of DeepSpeed's defects on our paths.
+
+DeepSpeed has no registry for outside optimizers. A name in a ds_config that is not one of its own becomes
+``getattr(torch.optim, name)`` (runtime/engine.py, ``_configure_basic_optimizer``), and ZeRO then asks for
+``type(optimizer) in ZERO_SUPPORTED_OPTIMIZERS`` (runtime/zero/utils.py). :func:`register` serves these two points.
+
+Two defects of DeepSpeed 0.19.8 change what *any* optimizer computes; for BalancedAdam they are mended here:
+
+* Stage 0 in 16 bits: ``FP16_UnfusedOptimizer.initialize_optimizer_states`` takes a step with zero gradients at start-up,
+  so that the step count is one too high for ever and weight decay is applied once too often. We skip it: our state is
+  made at the first real step. In fp16 the same wrapper divides the gradient by a loss scale that the loss was never
+  multiplied by, which nothing after it can mend: refused.
+* Universal checkpoints at stage 3 give every parameter group the settings of group 0. We read them again, per group.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from balanced_adam.optimizer import BalancedAdam
+
+NAME = "BalancedAdam"
+TESTED_DEEPSPEED = "0.19.8"
+
+
+def register() -> None:
+    """Make ``"optimizer": {"type": "BalancedAdam"}`` in a ds_config mean our class, under every ZeRO stage.
+
+    Needs no ``zero_allow_untested_optimizer`` and no ``zero_force_ds_cpu_optimizer``. Calling it again changes nothing.
+    ``import balanced_adam`` calls it; it has to happen in every rank's process before ``deepspeed.initialize``.
+
+    Raises:
+        RuntimeError: if DeepSpeed has moved what this relies on (the message names the version tested), or if
+            ``torch.optim`` already has another ``BalancedAdam``.
+    """
+    import deepspeed
+
+    try:
+        from deepspeed.runtime.engine import DeepSpeedEngine
+        from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+        if getattr(torch.optim, NAME, BalancedAdam) is not BalancedAdam:
+            raise RuntimeError(f"torch.optim.{NAME} is another class already; only one can have the name.")
+        setattr(torch.optim, NAME, BalancedAdam)
+        if not DeepSpeedEngine._is_supported_optimizer(None, NAME):
+            raise AttributeError(f"a name in torch.optim no longer resolves ({NAME!r})")
+        if BalancedAdam not in ZERO_SUPPORTED_OPTIMIZERS:
+            ZERO_SUPPORTED_OPTIMIZERS.append(BalancedAdam)
+        _wrap(FP16_UnfusedOptimizer, "initialize_optimizer_states", _no_phantom_step)
+        _wrap(DeepSpeedZeroOptimizer_Stage3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", _settings_per_group)
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"BalancedAdam can't register with DeepSpeed {deepspeed.__version__}: {error}; it was tested with DeepSpeed "
+            f"{TESTED_DEEPSPEED}, so install that version, or pass BalancedAdam(model.parameters()) as an object."
+        ) from error
+
+
+def _wrap(cls: type, name: str, wrapper: Callable[..., None]) -> None:
+    """Replace method ``name`` by ``wrapper(original, self, ...)`` for wrappers of BalancedAdam; once, however often called."""
+    original = getattr(cls, name)
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.optimizer, BalancedAdam):
+            return wrapper(original, self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    setattr(cls, name, method)
+
+
+def _no_phantom_step(original: Callable[..., None], self: Any) -> None:
+    if self.low_precision_dtype == torch.float16:
+        raise ValueError(
+            "zero_optimization.stage is 0 with fp16.enabled: DeepSpeed divides these gradients by a loss scale that it "
+            "never multiplied the loss by; use bf16, or stage 1, 2 or 3."
+        )
+
+
+def _settings_per_group(original: Callable[..., None], self: Any, checkpoint_dir: str) -> None:
+    original(self, checkpoint_dir)
+    # The file that DeepSpeed itself has just unpickled; it holds settings and step counts, no moments.
+    saved = torch.load(Path(checkpoint_dir) / "zero" / "optimizer_state.pt", weights_only=False)
+    for group, settings in zip(self.optimizer.param_groups, saved["optimizer_state_dict"]["param_groups"], strict=True):
+        group.update({key: value for key, value in settings.items() if key != "params"})

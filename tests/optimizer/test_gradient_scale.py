@@ -1,0 +1,103 @@
+"""The theory against the rule itself: simulated sequences, hypothesis, and the sequence that attains the bound."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from balanced_adam import rule
+from balanced_adam.gradient_scale import drift_sensitivity, lag, update_bound, update_under_drift
+
+PAIRS = [(0.9, 0.999), (0.9, 0.95), (0.95, 0.95), (0.5, 0.5), (0.98, 0.95), (0.0, 0.9)]
+beta = st.floats(0.0, 0.999)
+
+
+def updates(grads: list[float], beta1: float, beta2: float) -> list[float]:
+    """|u| at every step, by the rule in float64 with eps = 0: the weight moves by lr * u."""
+    p = m = v = torch.zeros(1, dtype=torch.float64)
+    sizes = []
+    for t, g in enumerate(grads, 1):
+        q, m, v = rule.update(
+            p, torch.tensor([g], dtype=torch.float64), m, v, step=t, lr=1.0, betas=(beta1, beta2), eps=0.0, weight_decay=0.0
+        )
+        sizes.append(abs(float(q - p)))
+        p = torch.zeros_like(q)
+    return sizes
+
+
+@pytest.mark.parametrize("betas", PAIRS)
+@pytest.mark.parametrize("rho", [-1e-2, -1e-4, 0.0, 1e-4, 1e-2])
+def test_closed_form_equals_a_simulated_drift(betas, rho):
+    kept = max(betas[0] * math.exp(-rho), betas[1] * math.exp(-2 * rho))
+    if kept >= 1:
+        with pytest.raises(ValueError, match="rho"):
+            update_under_drift(*betas, rho)
+        return
+    steps = int(40 / (1 - kept))
+    t = range(-steps, 0)
+    assert updates([math.exp(rho * i) for i in t], *betas)[-1] == pytest.approx(update_under_drift(*betas, rho), rel=1e-8)
+
+
+@pytest.mark.parametrize("betas", PAIRS)
+def test_sensitivity_is_the_derivative_of_the_closed_form(betas):
+    h = 1e-6
+    slope = (math.log(update_under_drift(*betas, h)) - math.log(update_under_drift(*betas, -h))) / (2 * h)
+    assert slope == pytest.approx(drift_sensitivity(*betas), rel=1e-4, abs=1e-6)
+
+
+@given(beta, beta)
+def test_sensitivity_is_zero_if_and_only_if_the_betas_are_equal(beta1, beta2):
+    assert drift_sensitivity(beta1, beta1) == 0
+    if abs(beta1 - beta2) > 1e-12:
+        assert math.copysign(1, drift_sensitivity(beta1, beta2)) == math.copysign(1, beta2 - beta1)
+
+
+@given(beta)
+def test_lag_is_the_mean_age_of_the_gradients_in_the_average(b):
+    n = 40_000
+    ages = torch.arange(n, dtype=torch.float64)
+    assert lag(b) == pytest.approx(float((ages * (1 - b) * b**ages).sum()), rel=1e-9)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=40), beta, beta)
+def test_no_gradient_sequence_exceeds_the_bound(grads, beta1, beta2):
+    grads = [g if abs(g) > 1e-6 else 0.0 for g in grads]
+    for step, size in enumerate(updates(grads, beta1, beta2), 1):
+        assert size <= update_bound(beta1, beta2, step) * (1 + 1e-9)
+        assert size <= update_bound(beta1, beta2) * (1 + 1e-9)
+    for size in updates(grads, beta1, beta1):
+        assert size <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("betas", [*PAIRS, (0.95, 0.8), (0.9, 0.81)])
+@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+def test_the_worst_sequence_attains_the_bound_at_its_step(betas, steps):
+    ratio = betas[0] / betas[1]
+    grads = [ratio**j for j in reversed(range(steps))]
+    assert updates(grads, *betas)[-1] == pytest.approx(update_bound(*betas, steps), rel=1e-9)
+
+
+@given(beta, beta, st.integers(1, 300))
+def test_the_bound_never_decreases_with_the_step(beta1, beta2, step):
+    assert update_bound(beta1, beta2, step) <= update_bound(beta1, beta2, step + 1) * (1 + 1e-9)
+    assert update_bound(beta1, beta2, step) <= update_bound(beta1, beta2) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("betas", "bound"), [((0.9, 0.999), 7.27), ((0.95, 0.95), 1.0), ((0.0, 0.0), 1.0), ((0.9, 0.8), math.inf), ((0.9, 0), math.inf)]
+)
+def test_known_bounds(betas, bound):
+    assert update_bound(*betas) == pytest.approx(bound, abs=5e-3)
+    if math.isfinite(bound):
+        assert update_bound(*betas, 20_000) == pytest.approx(update_bound(*betas), rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.0, math.nan])
+def test_betas_out_of_range_are_named(bad):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
+        update_bound(0.9, bad)
+    with pytest.raises(ValueError, match="steps are counted from 1"):
+        update_bound(0.9, 0.9, 0)
