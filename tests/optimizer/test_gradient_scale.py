@@ -11,7 +11,7 @@ from balanced_adam import rule
 from balanced_adam.gradient_scale import drift_sensitivity, lag, update_bound, update_under_drift
 
 PAIRS = [(0.9, 0.999), (0.9, 0.95), (0.95, 0.95), (0.5, 0.5), (0.98, 0.95), (0.0, 0.9)]
-beta = st.floats(0.0, 0.999)
+beta = st.just(0.0) | st.floats(1e-9, 0.999)
 
 
 def updates(grads: list[float], beta1: float, beta2: float) -> list[float]:
@@ -35,7 +35,7 @@ def test_closed_form_equals_a_simulated_drift(betas, rho):
         with pytest.raises(ValueError, match="rho"):
             update_under_drift(*betas, rho)
         return
-    steps = int(40 / (1 - kept))
+    steps = int(40 / (1 - max(kept, *betas)))  # the sums and the bias corrections have settled
     t = range(-steps, 0)
     assert updates([math.exp(rho * i) for i in t], *betas)[-1] == pytest.approx(update_under_drift(*betas, rho), rel=1e-8)
 

@@ -1,0 +1,296 @@
+"""BalancedAdam as a torch.optim.Optimizer: groups, dtypes, state, loading from and to torch.optim.AdamW."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from balanced_adam import BalancedAdam, rule
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((3, 5), (1,), (), (7,))]
+
+
+def set_gradients(params: list[nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: range) -> None:
+    for step in steps:
+        set_gradients(params, step)
+        optimizer.step()
+
+
+def assert_same(a: list[nn.Parameter], b: list[nn.Parameter]) -> None:
+    for p, q in zip(a, b, strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.95)])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_it_follows_torch_adamw_with_the_same_betas(betas, maximize):
+    ours, theirs = parameters(torch.float64), parameters(torch.float64)
+    options = {"lr": 1e-2, "betas": betas, "weight_decay": 0.1, "maximize": maximize}
+    train(BalancedAdam(ours, allow_unbalanced=True, **options), ours, range(50))
+    train(torch.optim.AdamW(theirs, **options), theirs, range(50))
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+
+
+def test_the_step_is_the_rule_bit_for_bit():
+    params = parameters()
+    optimizer = BalancedAdam(params, lr=1e-2, betas=0.9)
+    expected = [(p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p)) for p in params]
+    for step in range(1, 6):
+        set_gradients(params, step)
+        optimizer.step()
+        expected = [
+            rule.update(w, p.grad, m, v, step=step, lr=1e-2, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.01)
+            for p, (w, m, v) in zip(params, expected, strict=True)
+        ]
+    for p, (w, m, v) in zip(params, expected, strict=True):
+        assert torch.equal(p, w)
+        assert torch.equal(optimizer.state[p]["exp_avg"], m) and torch.equal(optimizer.state[p]["exp_avg_sq"], v)
+
+
+def test_each_group_has_its_own_settings():
+    first, second, third = (parameters() for _ in range(3))
+    optimizer = BalancedAdam([{"params": first, "lr": 1e-3}, {"params": second, "betas": 0.5, "weight_decay": 0.0}], lr=1e-2)
+    optimizer.add_param_group({"params": third, "eps": 1.0})
+    alone = []
+    for group, options in ((first, {"lr": 1e-3}), (second, {"lr": 1e-2, "betas": 0.5, "weight_decay": 0.0}), (third, {"lr": 1e-2, "eps": 1.0})):
+        alone.append(copy.deepcopy(group))
+        train(BalancedAdam(alone[-1], **options), alone[-1], range(3))
+    for step in range(3):
+        for group in (first, second, third):
+            set_gradients(group, step)
+        optimizer.step()
+    for group, oracle in zip((first, second, third), alone, strict=True):
+        assert_same(group, oracle)
+
+
+def test_a_parameter_without_gradient_keeps_its_value_and_its_own_step_count():
+    params = parameters()
+    optimizer = BalancedAdam(params)
+    before = params[0].detach().clone()
+    set_gradients(params, 0)
+    params[0].grad = None
+    optimizer.step()
+    assert torch.equal(params[0], before) and params[0] not in optimizer.state
+    set_gradients(params, 1)
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 1 and optimizer.state[params[1]]["step"] == 2
+
+
+def test_lr_may_be_a_tensor_and_schedulers_work_on_both():
+    as_float, as_tensor = parameters(), parameters()
+    for params, lr in ((as_float, 0.1), (as_tensor, torch.tensor(0.1, dtype=torch.float64))):
+        optimizer = BalancedAdam(params, lr=lr)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5**t)
+        for step in range(4):
+            train(optimizer, params, range(step, step + 1))
+            scheduler.step()
+        assert float(optimizer.param_groups[0]["lr"]) == 0.1 / 16
+    assert_same(as_float, as_tensor)
+
+
+def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
+    p = nn.Parameter(torch.tensor([2.0]))
+    optimizer = BalancedAdam([p], lr=0.5, weight_decay=0.0)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = (p * p).sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 4.0
+    assert p.item() == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_moments_survive_a_save_and_load_in_their_own_dtype_and_the_run_goes_on_bit_for_bit(dtype):
+    straight, cut = parameters(dtype), parameters(dtype)
+    train(BalancedAdam(straight), straight, range(10))
+    optimizer = BalancedAdam(cut)
+    train(optimizer, cut, range(5))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    again = BalancedAdam(cut)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    for p in cut:
+        assert again.state[p]["exp_avg"].dtype == again.state[p]["exp_avg_sq"].dtype == expected
+        assert torch.equal(again.state[p]["exp_avg"], optimizer.state[p]["exp_avg"])
+    train(again, cut, range(5, 10))
+    assert_same(straight, cut)
+
+
+@pytest.mark.parametrize("to_torch", [False, True])
+def test_a_run_switches_between_torch_adamw_and_ours_in_the_middle(to_torch):
+    options = {"lr": 1e-2, "betas": (0.95, 0.95), "weight_decay": 0.1}
+    classes = [torch.optim.AdamW, BalancedAdam]
+    if to_torch:
+        classes.reverse()
+    straight, switched = parameters(torch.float64), parameters(torch.float64)
+    train(torch.optim.AdamW(straight, **options), straight, range(20))
+    first = classes[0](switched, **options)
+    train(first, switched, range(10))
+    second = classes[1](switched, lr=123.0, betas=0.5 if classes[1] is BalancedAdam else (0.5, 0.5))
+    second.load_state_dict(first.state_dict())
+    train(second, switched, range(10, 20))
+    for p, q in zip(straight, switched, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+
+
+def test_bf16_moments_of_torch_adamw_are_loaded_into_float32():
+    params = parameters(torch.bfloat16)
+    theirs = torch.optim.AdamW(params, betas=(0.95, 0.95))
+    train(theirs, params, range(3))
+    ours = BalancedAdam(params)
+    ours.load_state_dict(theirs.state_dict())
+    for p in params:
+        assert ours.state[p]["exp_avg"].dtype == torch.float32
+        assert torch.equal(ours.state[p]["exp_avg"], theirs.state[p]["exp_avg"].float())
+
+
+def test_unequal_betas_in_a_checkpoint_do_not_sneak_in():
+    params = parameters()
+    theirs = torch.optim.AdamW(params, lr=0.5)
+    train(theirs, params, range(3))
+    ours = BalancedAdam(params, betas=0.9)
+    with pytest.warns(UserWarning, match=r"betas \(0.9, 0.999\); this BalancedAdam goes on with \(0.9, 0.9\)"):
+        ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["betas"] == (0.9, 0.9) and ours.param_groups[0]["lr"] == 0.5
+    baseline = BalancedAdam(params, allow_unbalanced=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        baseline.load_state_dict(theirs.state_dict())
+    assert baseline.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_a_step_count_that_is_an_int_works_as_a_tensor_does():
+    ours, theirs = parameters(), parameters()
+    a, b = BalancedAdam(ours), BalancedAdam(theirs)
+    train(a, ours, range(3))
+    train(b, theirs, range(3))
+    for p in ours:
+        a.state[p]["step"] = int(a.state[p]["step"])
+    train(a, ours, range(3, 6))
+    train(b, theirs, range(3, 6))
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_go_on_like_the_original(copied):
+    params = parameters()
+    optimizer = BalancedAdam(params, betas=(0.9, 0.99), allow_unbalanced=True)
+    train(optimizer, params, range(3))
+    twin = copied(optimizer)
+    twins = twin.param_groups[0]["params"]
+    train(optimizer, params, range(3, 6))
+    train(twin, twins, range(3, 6))
+    assert_same(params, twins)
+
+
+def test_update_size_is_the_distance_moved_divided_by_lr():
+    params = parameters(torch.float64)
+    optimizer = BalancedAdam(params, lr=0.25, betas=(0.9, 0.999), weight_decay=0.0, allow_unbalanced=True)
+    assert optimizer.update_size().count == 0
+    train(optimizer, params, range(5))
+    before = [p.detach().clone() for p in params]
+    train(optimizer, params, range(5, 6))
+    moved = torch.cat([(p - q).flatten() / 0.25 for p, q in zip(params, before, strict=True)])
+    size = optimizer.update_size()
+    assert size.count == moved.numel()
+    assert size.greatest == pytest.approx(float(moved.abs().max()), rel=1e-12)
+    assert size.sum_of_squares == pytest.approx(float((moved**2).sum()), rel=1e-12)
+
+
+def test_balanced_steps_never_exceed_lr_and_unbalanced_ones_do():
+    for betas, bounded in ((0.9, True), ((0.9, 0.999), False)):
+        p = nn.Parameter(torch.zeros(1))
+        optimizer = BalancedAdam([p], lr=1.0, betas=betas, eps=0.0, weight_decay=0.0, allow_unbalanced=True)
+        largest = 0.0
+        for step in range(200):
+            p.grad = torch.tensor([1.1**step])
+            optimizer.step()
+            largest = max(largest, optimizer.update_size().greatest)
+        assert (largest <= 1 + 1e-6) is bounded
+
+
+BAD = [
+    ({"lr": -1.0}, "lr is -1.0; it must be a finite number, at least 0"),
+    ({"lr": float("nan")}, "lr is nan"),
+    ({"lr": torch.ones(2)}, r"lr is a tensor of shape \(2,\); give a number or a 0-dim tensor"),
+    ({"betas": 1.0}, r"betas is 1.0; each beta must lie in \[0, 1\)"),
+    ({"betas": (-0.1, -0.1)}, r"each beta must lie in \[0, 1\)"),
+    ({"betas": (0.9, 0.999)}, r"betas is \(0.9, 0.999\).*allow_unbalanced=True"),
+    ({"betas": "auto"}, "betas is 'auto'; give one number"),
+    ({"betas": (0.9, 0.9, 0.9)}, "give one number, or a pair"),
+    ({"eps": -1e-8}, "eps is -1e-08"),
+    ({"weight_decay": float("inf")}, "weight_decay is inf"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_settings_are_named_in_one_sentence(options, message):
+    with pytest.raises(ValueError, match=message):
+        BalancedAdam(parameters(), **options)
+    with pytest.raises(ValueError, match=message):  # and in a group as well
+        BalancedAdam([{"params": parameters(), **options}])
+
+
+def test_a_refused_group_leaves_the_optimizer_as_it_was():
+    optimizer = BalancedAdam(parameters())
+    with pytest.raises(ValueError, match="lr is -1"):
+        optimizer.add_param_group({"params": parameters(), "lr": -1})
+    with pytest.raises(ValueError, match="complex"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_sparse_gradient_is_refused_before_anything_moves():
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    params[0].grad, params[1].grad = torch.ones(2), torch.ones(2).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        BalancedAdam(params).step()
+    assert torch.equal(params[0], torch.ones(2))
+
+
+def test_betas_made_unequal_by_hand_are_refused_and_a_common_change_is_followed():
+    params = parameters()
+    optimizer = BalancedAdam(params)
+    set_gradients(params, 0)
+    optimizer.param_groups[0]["betas"] = 0.5
+    optimizer.step()
+    optimizer.param_groups[0]["betas"] = (0.5, 0.6)
+    with pytest.raises(ValueError, match="betas are equal"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("change", ["amsgrad", "shape", "groups"])
+def test_a_foreign_state_is_refused(change):
+    params = parameters()
+    optimizer = BalancedAdam(params)
+    train(optimizer, params, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    if change == "amsgrad":
+        state["param_groups"][0]["amsgrad"] = True
+    elif change == "shape":
+        state["state"][0]["exp_avg"] = torch.zeros(4)
+    else:
+        state["param_groups"].append(dict(state["param_groups"][0], params=[]))
+    message = {"amsgrad": "amsgrad=True", "shape": r"exp_avg has shape \(4,\), its parameter \(3, 5\)", "groups": "groups"}
+    with pytest.raises(ValueError, match=message[change]):
+        optimizer.load_state_dict(state)
+    assert optimizer.state[params[0]]["exp_avg"].shape == (3, 5)
