@@ -1,0 +1,96 @@
+"""A causal language model from a preset, or from any configuration of transformers, with weights decided by the seed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from train.settings import Model, SettingsError, require
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# Llama shapes: width, layers, heads, feed-forward width, positions, tied embeddings.
+PRESETS = {
+    "tiny": (128, 2, 4, 352, 1024, True),  # 0.45 M parameters with the byte tokenizer
+    "small": (384, 6, 6, 1024, 2048, True),  # 10.8 M
+    "124m": (768, 12, 12, 2048, 2048, True),  # 124 M with a vocabulary of 50 000, and so on
+    "350m": (1024, 24, 16, 2736, 2048, True),
+    "1.3b": (2048, 24, 32, 5504, 4096, False),
+}
+
+
+def configuration(settings: Model, vocabulary: int, sequence_length: int) -> PretrainedConfig:
+    """The model's configuration; presets get the tokenizer's vocabulary.
+
+    Args:
+        settings: names the model.
+        vocabulary: number of tokens that the data may hold.
+        sequence_length: tokens in one training sequence.
+
+    Raises:
+        SettingsError: if there is no such model, or it is too small for the vocabulary or the sequence.
+    """
+    from transformers import AutoConfig, LlamaConfig
+
+    if settings.model in PRESETS:
+        width, layers, heads, inner, positions, tied = PRESETS[settings.model]
+        config: PretrainedConfig = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            intermediate_size=inner,
+            max_position_embeddings=positions,
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    else:
+        try:
+            config = AutoConfig.from_pretrained(settings.model)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SettingsError(
+                f"model is {settings.model!r}, which is no preset ({', '.join(PRESETS)}) and can't be loaded: {reason}"
+            ) from None
+    config.use_cache = False
+    rows = getattr(config, "vocab_size", vocabulary)
+    require(rows >= vocabulary, f"model {settings.model!r} embeds {rows} tokens, but the tokenizer has {vocabulary}; take another of the two.")
+    longest = getattr(config, "max_position_embeddings", None) or sequence_length
+    require(
+        longest >= sequence_length,
+        f"sequence_length is {sequence_length}, but model {settings.model!r} has {longest} positions; it can be {longest} at most.",
+    )
+    return config
+
+
+def build(config: PretrainedConfig, settings: Model, seed: int, ds_config: dict[str, Any]) -> PreTrainedModel:
+    """The model with its initial weights, the same for every number of ranks and every ZeRO stage.
+
+    At stage 3 transformers builds it under ``deepspeed.zero.Init``: no rank ever holds the whole model.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # Alive while the model is built: this is how transformers knows of stage 3.
+    zero3 = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
+    torch.manual_seed(seed)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SettingsError(f"model is {settings.model!r}, which is no causal language model: {reason}") from None
+    finally:
+        del zero3
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    return model
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Number of weights in the whole model, also where ZeRO-3 leaves this rank a part of each."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

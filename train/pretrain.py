@@ -1,0 +1,313 @@
+"""One training run: what ``deepspeed``, ``torchrun``, ``accelerate launch``, ``srun`` and plain ``python`` start.
+
+The loop talks to BalancedAdam through the DeepSpeed engine, by its name in the ds_config.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from train import checkpoints, data, deepspeed_config, folder, model
+from train.progress import Progress
+from train.ranks import Ranks, prepare_environment, start
+from train.settings import Run, Schedule, SettingsError, parse, require
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from torch.optim.lr_scheduler import LRScheduler
+
+# Peak dense bf16 FLOP/s of a GPU, from the makers' data sheets, by a part of its name.
+PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+
+
+class Trainer:
+    """The engine, the data and the loop of one run, on one rank."""
+
+    def __init__(self, run: Run, ranks: Ranks, train: data.Blocks, validation: data.Blocks, engine: DeepSpeedEngine) -> None:
+        self.run, self.ranks, self.train, self.validation, self.engine = run, ranks, train, validation, engine
+        self.micro = engine.train_micro_batch_size_per_gpu()
+        self.accumulation = engine.gradient_accumulation_steps()
+        self.parameters = model.parameter_count(engine.module)
+        self.step = 0  # optimizer steps taken
+
+    def mine(self, indices: np.ndarray, part: int) -> torch.Tensor:
+        """This rank's rows of micro-batch ``part`` of a global batch: [micro_batch, sequence_length]."""
+        rows = indices.reshape(self.accumulation, self.ranks.world, self.micro)[part, self.ranks.rank]
+        blocks = self.train if self.engine.module.training else self.validation
+        return blocks.take(rows).to(self.ranks.device)
+
+    def train_step(self) -> dict[str, float | None]:
+        """One optimizer step; the line for metrics.jsonl, the same on all ranks."""
+        began = time.perf_counter()
+        run, engine = self.run, self.engine
+        # Any randomness in the model (dropout) is a function of seed, step and rank, so that a resume needs no state.
+        torch.manual_seed(hash((run.seed, self.step, self.ranks.rank)))
+        indices = data.batch_indices(self.step, run.parallelism.batch, len(self.train), run.seed)
+        lr = engine.get_lr()[0]
+        total = torch.zeros((), device=self.ranks.device)
+        norm: float | None = None
+        for part in range(self.accumulation):
+            tokens = self.mine(indices, part)
+            loss = engine(input_ids=tokens, labels=tokens).loss
+            engine.backward(loss)
+            total += loss.detach().float() / self.accumulation
+            if part == self.accumulation - 1 and not hasattr(engine.optimizer, "_global_grad_norm"):
+                # Stage 0 in float32 runs BalancedAdam bare, and DeepSpeed clips without telling the norm.
+                norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+            engine.step()
+        self.step += 1
+        if norm is None:
+            told = engine.get_global_grad_norm()
+            norm = None if told is None else float(told)
+        size = engine.basic_optimizer.update_size()
+        loss_sum, squares, count = self.ranks.sum([float(total), size.sum_of_squares, size.count])
+        (greatest,) = self.ranks.max([size.greatest])
+        seconds = time.perf_counter() - began
+        tokens_per_second = indices.size * self.train.length / seconds
+        return {
+            "step": self.step,
+            "loss": loss_sum / self.ranks.world,
+            "lr": lr,
+            "grad_norm": norm,
+            "update_max": greatest,
+            "update_rms": math.sqrt(squares / count) if count else 0.0,
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": seconds,
+            "skipped_steps": engine.skipped_steps,
+            "memory_gib": _memory() / 2**30,
+            **self._utilization(tokens_per_second),
+        }
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss on held-out text, the same blocks every time and for every number of ranks."""
+        batch = self.run.parallelism.batch
+        batches = min(len(self.validation) // batch, self.run.logging.validation_batches or sys.maxsize)
+        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        self.engine.eval()
+        for number in range(batches):
+            for part in range(self.accumulation):
+                tokens = self.mine(np.arange(number * batch, (number + 1) * batch), part)
+                total += self.engine(input_ids=tokens, labels=tokens).loss.double()
+        self.engine.train()
+        return self.ranks.sum([float(total)])[0] / (batches * self.accumulation * self.ranks.world)
+
+    def fit(self, metrics: folder.Metrics | None, progress: Progress) -> dict[str, Any]:
+        """Train to the last step; validate and save on the way; return the content of result.json.
+
+        Raises:
+            SettingsError: if a checkpoint can't be written.
+        """
+        run, every = self.run, self.run.checkpoints.save_every
+        nonfinite = 0
+        validation_loss = math.nan
+        while self.step < run.schedule.steps:
+            line = self.train_step()
+            if metrics:
+                metrics.write(**line)
+                self._monitor({k: v for k, v in line.items() if k != "step"})
+            progress.show(self.step, f"loss {line['loss']:.4f}")
+            nonfinite = 0 if math.isfinite(line["loss"] or 0.0) else nonfinite + 1
+            if nonfinite == run.stop_after_nonfinite:
+                return {"status": "diverged", "step": self.step, "validation_loss": None}
+            last = self.step == run.schedule.steps
+            if last or (run.logging.validate_every and self.step % run.logging.validate_every == 0):
+                validation_loss = self.validate()
+                if metrics:
+                    metrics.write(step=self.step, validation_loss=validation_loss)
+                    self._monitor({"validation_loss": validation_loss})
+            if not nonfinite and (last or (every and self.step % every == 0)):
+                checkpoints.save(self.engine, self.ranks, run.out / "checkpoints", self.step, run.checkpoints.keep, self.parameters)
+        if not math.isfinite(validation_loss):  # finished before, but cut before result.json was written
+            validation_loss = self.validate()
+        status = "finished" if math.isfinite(validation_loss) else "diverged"
+        return {
+            "status": status,
+            "step": self.step,
+            "validation_loss": validation_loss if status == "finished" else None,
+            "tokens": self.step * run.parallelism.batch * self.train.length,
+            "parameters": self.parameters,
+            "world": self.ranks.world,
+            "device": _device_name(self.ranks.device),
+        }
+
+    def _monitor(self, values: dict[str, float | None]) -> None:
+        events = [(f"train/{k}", v, self.step) for k, v in values.items() if v is not None and math.isfinite(v)]
+        if self.engine.monitor.enabled:
+            self.engine.monitor.write_events(events)
+
+    def _utilization(self, tokens_per_second: float) -> dict[str, float]:
+        """Model FLOP/s utilization on GPUs we know: 6 FLOP per weight and token, and attention (arXiv 2204.02311, B)."""
+        name = _device_name(self.ranks.device)
+        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+        config = self.engine.module.config
+        if peak is None or not hasattr(config, "num_hidden_layers"):
+            return {}
+        per_token = 6 * self.parameters + 12 * config.num_hidden_layers * config.hidden_size * self.train.length
+        return {"mfu": per_token * tokens_per_second / (peak * self.ranks.world)}
+
+
+def learning_rate(settings: Schedule, peak: float) -> Callable[[torch.optim.Optimizer], LRScheduler]:
+    """The schedule, from transformers, as the callable that ``deepspeed.initialize`` takes."""
+    from transformers import get_scheduler
+
+    names = {"cosine": "cosine_with_min_lr", "linear": "polynomial", "wsd": "warmup_stable_decay"}
+    extra: dict[str, dict[str, Any]] = {
+        "cosine": {"min_lr_rate": settings.final_lr},
+        "linear": {"lr_end": settings.final_lr * peak, "power": 1.0},
+        "wsd": {"min_lr_ratio": settings.final_lr, "num_decay_steps": max(1, settings.steps // 5)},
+    }
+    return lambda optimizer: get_scheduler(
+        names[settings.schedule],
+        optimizer,
+        num_warmup_steps=settings.warmup,
+        num_training_steps=settings.steps,
+        scheduler_specific_kwargs=extra[settings.schedule],
+    )
+
+
+def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
+    """Data, model and engine.
+
+    Raises:
+        SettingsError: on all ranks, if any of them can't be made.
+    """
+    import deepspeed
+
+    with ranks.together():
+        tokenizer = data.load_tokenizer(run.data.tokenizer)
+        config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
+    with ranks.together():
+        if ranks.local_rank == 0:  # one rank on each host; the others find it done
+            data.prepare(run.data, tokenizer)
+    with ranks.together():
+        tokens = data.prepare(run.data, tokenizer)
+        train, validation = data.open_blocks(tokens, run.data.sequence_length)
+        batch = run.parallelism.batch
+        for part, blocks in (("training", train), ("validation", validation)):
+            require(
+                len(blocks) >= batch,
+                f"data is {run.data.data!r}, whose {part} text is {len(blocks)} sequences of {train.length} tokens, less than "
+                f"one batch of {batch}; give more text, a shorter sequence_length or a smaller batch.",
+            )
+        network = model.build(config, run.model, run.seed, ds_config)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    # Matrices decay; gains and biases don't.
+    is_matrix = [getattr(p, "ds_shape", p.shape) for p in trained]
+    groups = [
+        {"params": [p for p, shape in zip(trained, is_matrix, strict=True) if len(shape) >= 2]},
+        {"params": [p for p, shape in zip(trained, is_matrix, strict=True) if len(shape) < 2], "weight_decay": 0.0},
+    ]
+    engine, *_ = deepspeed.initialize(
+        model=network,
+        model_parameters=[group for group in groups if group["params"]],
+        config=ds_config,
+        lr_scheduler=learning_rate(run.schedule, run.optimizer.lr),
+    )
+    return Trainer(run, ranks, train, validation, engine)
+
+
+def dry_run(trainer: Trainer) -> None:
+    """One training and one validation batch, and DeepSpeed's own estimate of what each ZeRO stage would need."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    line = trainer.train_step()
+    ranks, weights = trainer.ranks, trainer.parameters
+    validation_loss = trainer.validate()
+    if not ranks.first:
+        return
+    local = int(os.environ["LOCAL_SIZE"])
+    hosts = max(1, ranks.world // local)
+    largest = max(sum(getattr(p, "ds_numel", p.numel()) for p in m.parameters(False)) for m in trainer.engine.module.modules())
+    print(f"{weights / 1e6:.2f} M parameters on {ranks.world} ranks; model states by DeepSpeed's estimators, in GiB (host, per GPU):")
+    for offload in (False, True):
+        host, gpu = estimate_zero2_model_states_mem_needs(weights, local, hosts, offload, 1.5)[:2]
+        print(f"  ZeRO-2{' with offload' if offload else ''}: {host / 2**30:.2f}, {gpu / 2**30:.2f}")
+        host, gpu = estimate_zero3_model_states_mem_needs(weights, largest, local, hosts, offload, offload, True, 1.5)[:2]
+        print(f"  ZeRO-3{' with offload' if offload else ''}: {host / 2**30:.2f}, {gpu / 2**30:.2f}")
+    print(
+        f"one batch: loss {line['loss']:.4f}, validation loss {validation_loss:.4f}, {line['step_seconds']:.2f} s, "
+        f"{line['memory_gib']:.2f} GiB in use. Nothing was written."
+    )
+
+
+def pretrain(run: Run) -> None:
+    """Train as ``run`` says, on this rank.
+
+    Raises:
+        SettingsError: on every rank, for whatever is wrong with the input.
+    """
+    run.check()
+    gpus = torch.cuda.is_available()
+    ds_config = deepspeed_config.resolve(run, int(os.environ["WORLD_SIZE"]), gpus)
+    ranks = start()
+    if run.dry_run:
+        dry_run(initialize(run, ranks, ds_config))
+        return
+    lock = None
+    with ranks.together():
+        if ranks.first:
+            lock = folder.claim(run)
+    ended = folder.result(run.out)
+    if ended is not None:
+        if ranks.first:
+            print(f"{run.out} is {ended['status']} already, at step {ended['step']}.")
+        return
+    if ranks.first:
+        folder.write_json(run.out / "ds_config.json", ds_config)
+    trainer = initialize(run, ranks, ds_config)
+    trainer.step = checkpoints.resume(trainer.engine, ranks, run.out / "checkpoints")
+    with Progress(run.schedule.steps, trainer.step, run.out.name, enabled=ranks.first) as progress:
+        began = time.perf_counter()
+        ended = trainer.fit(folder.Metrics(run.out, trainer.step) if ranks.first else None, progress)
+    if ranks.first:
+        folder.write_json(run.out / "result.json", {**ended, "seconds": time.perf_counter() - began})
+        if lock is not None:
+            lock.release()
+    if ended["status"] == "diverged":
+        raise SettingsError(
+            f"the loss was not finite for {run.stop_after_nonfinite} steps in a row, up to step {ended['step']}; lower lr "
+            f"(it is {run.optimizer.lr}) or clip (it is {run.optimizer.clip}); the checkpoints before it are kept."
+        )
+
+
+def _memory() -> float:
+    """Bytes: the peak allocated on this GPU, or this process's resident memory on CPU."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    import psutil
+
+    return float(psutil.Process().memory_info().rss)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: ``python -m train.pretrain --help``."""
+    import torch.distributed as dist
+
+    try:
+        prepare_environment()
+        pretrain(parse(Run, sys.argv[1:] if arguments is None else arguments, __doc__ or ""))
+    except SettingsError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

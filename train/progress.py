@@ -1,0 +1,52 @@
+"""A progress line with the time that is left: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+import rich.progress
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Shows how far something is. Use as a context manager."""
+
+    def __init__(self, total: int, done: int, title: str, enabled: bool = True) -> None:
+        """Begin at ``done`` of ``total`` units; ``enabled=False`` shows nothing."""
+        self.total, self.begin, self.title = total, done, title
+        self.enabled = enabled
+        self.bar: rich.progress.Progress | None = None
+        self.started = self.spoken = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self.enabled and sys.stderr.isatty():
+            columns = (
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.BarColumn(),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TextColumn("{task.fields[note]}  time left"),
+                rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+            )
+            self.bar = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True))
+            self.bar.start()
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.begin, note="")
+        return self
+
+    def show(self, done: int, note: str = "") -> None:
+        """``done`` units are done now."""
+        if self.bar:
+            self.bar.update(self.task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if self.enabled and (done == self.total or now - self.spoken >= SECONDS_BETWEEN_LINES):
+            self.spoken = now
+            fresh = done - self.begin
+            left = (now - self.started) / fresh * (self.total - done) if fresh else float("nan")
+            print(f"{self.title}: {done}/{self.total} {note}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar:
+            self.bar.stop()

@@ -1,0 +1,119 @@
+"""The ranks of a run: who this process is, and how all of them fail together, in one sentence."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from train.settings import SettingsError, require
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks of the run."""
+
+    rank: int
+    local_rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes the files and speaks to the user."""
+        return self.rank == 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block that may fail on some ranks only; then no rank goes on.
+
+        Raises:
+            SettingsError: on every rank, if a SettingsError or OSError came up on any; the first one's sentence, with
+                the rank and host where it isn't everybody's.
+        """
+        mine = ""
+        try:
+            yield
+        except SettingsError as error:
+            mine = str(error)
+        except OSError as error:
+            mine = f"{error.filename or 'a file'}: {error.strerror or error}."
+        everybody: list[str] = [""] * self.world
+        dist.all_gather_object(everybody, mine and f"{socket.gethostname()}\n{mine}")
+        for rank, found in enumerate(everybody):
+            if found:
+                host, sentence = found.split("\n", 1)
+                raise SettingsError(sentence if rank == 0 else f"rank {rank} on {host}: {sentence}")
+
+    def sum(self, values: list[float]) -> list[float]:
+        """The sums of some numbers over all ranks, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: list[float]) -> list[float]:
+        """The largest of some numbers over all ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: list[float], op: dist.ReduceOp.RedOpType) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
+
+
+def prepare_environment() -> None:
+    """Fill in what launchers leave open, before DeepSpeed is imported.
+
+    Plain ``python`` is a world of one; ``srun`` describes its ranks in SLURM_* variables.
+
+    Raises:
+        SettingsError: if srun started several ranks and nobody said where they meet.
+    """
+    env = os.environ
+    if not torch.cuda.is_available():
+        env.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        require(
+            "MASTER_ADDR" in env and "MASTER_PORT" in env,
+            f"srun started {env['SLURM_NTASKS']} ranks, but MASTER_ADDR and MASTER_PORT are not set; export them in the batch script.",
+        )
+        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_NTASKS"])
+        env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", env["SLURM_NTASKS"]))
+    if "RANK" not in env:
+        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    # DeepSpeed asks LOCAL_SIZE how many "devices" a CPU host has; the other launchers say LOCAL_WORLD_SIZE.
+    local = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env["WORLD_SIZE"]
+    env.setdefault("LOCAL_SIZE", local)
+    if "OMP_NUM_THREADS" not in env and not torch.cuda.is_available():
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local)))
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start() -> Ranks:
+    """Join the process group (NCCL on GPUs, gloo on CPU) and say who we are."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # DeepSpeed would compile an op (20 to 80 s, once) that only its inference uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    accelerator.set_device(local_rank)
+    deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
+    device = torch.device(accelerator.device_name(local_rank))
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)

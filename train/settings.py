@@ -1,0 +1,275 @@
+"""Every setting of a run, one dataclass per concern, each with its checks; the command line is made from them.
+
+A check raises :class:`SettingsError` with one sentence: the field, its value, and what would be right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from balanced_adam import BalancedAdam
+
+Settings = TypeVar("Settings")
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class SettingsError(ValueError):
+    """A bad input, in one sentence for the person who gave it. The process ends with exit code 2."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`SettingsError` unless ``condition`` holds."""
+    if not condition:
+        raise SettingsError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is trained."""
+
+    model: str = "tiny"
+    """A preset (tiny, small, 124m, 350m, 1.3b), or the path or hub name of any causal language model's configuration."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What it is trained on."""
+
+    data: str = "stdlib"
+    """"stdlib" (the sources of Python's standard library), a file or folder of .txt/.md/.py, .jsonl/.json.gz or .parquet,
+    or "hub:NAME" or "hub:NAME:CONFIGURATION" for a data set of the Hugging Face hub (its train split)."""
+    text_field: str = "text"
+    """The column that holds the text, in json, parquet and hub data."""
+    tokenizer: str = "byt5"
+    """"byt5" (UTF-8 bytes, nothing to download), or the path or hub name of any tokenizer of transformers."""
+    sequence_length: int = 128
+    """Tokens in one training sequence."""
+    validation_fraction: float = 0.05
+    """The share of documents that is held out for validation and never trained on."""
+    data_cache: Path = Path("~/.cache/balanced_adam")
+    """Where tokenized data is kept; shared by all runs that read the same data."""
+
+    def check(self) -> None:
+        """Raise :class:`SettingsError` on a value out of range."""
+        require(self.sequence_length >= 2, f"sequence_length is {self.sequence_length}; it must be at least 2.")
+        require(
+            0.0 < self.validation_fraction < 1.0,
+            f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """BalancedAdam's parameters, and clipping."""
+
+    lr: float = 2e-3
+    """Peak learning rate."""
+    betas: float | tuple[float, float] = 0.95
+    """One number (beta1 = beta2), or two, which need --allow-unbalanced where they differ."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    allow_unbalanced: bool = False
+    """Permit unequal betas: plain AdamW, the baseline of a comparison."""
+    clip: float = 1.0
+    """Greatest norm of the gradient; 0 for no clipping."""
+
+    def check(self) -> None:
+        """Raise :class:`SettingsError` on a value out of range."""
+        import torch
+
+        require(self.lr > 0.0, f"lr is {self.lr}; it must be above 0.")
+        require(self.clip >= 0.0, f"clip is {self.clip}; it must be at least 0.")
+        try:
+            BalancedAdam([torch.zeros(1)], **self.parameters())
+        except ValueError as error:
+            raise SettingsError(str(error).replace("allow_unbalanced=True", "--allow-unbalanced")) from None
+
+    def parameters(self) -> dict[str, Any]:
+        """``optimizer.params`` of the ds_config."""
+        return {
+            "lr": self.lr,
+            "betas": list(self.betas) if isinstance(self.betas, tuple) else [self.betas, self.betas],
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+            "allow_unbalanced": self.allow_unbalanced,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long, and the learning rate's course."""
+
+    steps: int = 300
+    """Optimizer steps."""
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """Shape of the decay; wsd (warm-up, stable, decay) decays over the last fifth."""
+    warmup: int = 30
+    """Steps of linear warm-up from 0."""
+    final_lr: float = 0.1
+    """The learning rate at the end, as a fraction of the peak."""
+
+    def check(self) -> None:
+        """Raise :class:`SettingsError` on a value out of range."""
+        require(self.steps >= 1, f"steps is {self.steps}; it must be at least 1.")
+        require(0 <= self.warmup < self.steps, f"warmup is {self.warmup}; it must lie in [0, steps), and steps is {self.steps}.")
+        require(0.0 <= self.final_lr <= 1.0, f"final_lr is {self.final_lr}; it is a fraction of lr, in [0, 1].")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallelism:
+    """How the work is split over ranks; changes no batch."""
+
+    ds_config: Path = REPOSITORY / "ds_configs" / "zero1.json"
+    """A DeepSpeed configuration file: ZeRO stage, offload, communication."""
+    batch: int = 16
+    """Sequences in one optimizer step, over all ranks."""
+    micro_batch: int | None = None
+    """Sequences in one forward pass on one rank; what is left is accumulated. Default: batch / ranks."""
+    bf16: bool | None = None
+    """Train in bfloat16 with float32 master weights, where the ds_config says "auto". Default: on GPUs."""
+
+    def check(self) -> None:
+        """Raise :class:`SettingsError` on a value out of range."""
+        require(self.batch >= 1, f"batch is {self.batch}; it must be at least 1.")
+        require(self.micro_batch is None or self.micro_batch >= 1, f"micro_batch is {self.micro_batch}; it must be at least 1.")
+
+    def micro_batch_on(self, world: int) -> int:
+        """The micro-batch on ``world`` ranks.
+
+        Raises:
+            SettingsError: if the batch doesn't divide.
+        """
+        micro = self.micro_batch or max(self.batch // world, 1)
+        require(
+            self.batch % (micro * world) == 0,
+            f"batch is {self.batch}; it must be a multiple of ranks x micro_batch = {world} x {micro} = {world * micro}.",
+        )
+        return micro
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """What is kept on disk."""
+
+    save_every: int = 100
+    """Steps between checkpoints; 0 for one at the end only."""
+    keep: int = 2
+    """How many checkpoints are kept; the oldest go first."""
+    resume: bool = True
+    """Go on from the newest whole checkpoint in the output folder, if there is one."""
+
+    def check(self) -> None:
+        """Raise :class:`SettingsError` on a value out of range."""
+        require(self.save_every >= 0, f"save_every is {self.save_every}; it must be at least 0.")
+        require(self.keep >= 1, f"keep is {self.keep}; it must be at least 1, or there is nothing to resume from.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """What is measured beside the training loss, and where it goes; metrics.jsonl is always written."""
+
+    validate_every: int = 100
+    """Steps between validations; 0 for one at the end only."""
+    validation_batches: int = 8
+    """Batches of held-out text in one validation, always the same ones; 0 for all."""
+    tensorboard: bool = False
+    """Also write TensorBoard files, through DeepSpeed's monitor."""
+    csv: bool = False
+    """Also write CSV files, through DeepSpeed's monitor."""
+    wandb: str = ""
+    """Also log to this Weights & Biases project, through DeepSpeed's monitor."""
+
+    def check(self) -> None:
+        """Raise :class:`SettingsError` on a value out of range."""
+        require(self.validate_every >= 0, f"validate_every is {self.validate_every}; it must be at least 0.")
+        require(self.validation_batches >= 0, f"validation_batches is {self.validation_batches}; it must be at least 0.")
+        if self.wandb:
+            from importlib.util import find_spec
+
+            require(find_spec("wandb") is not None, f"wandb is {self.wandb!r} but the package wandb is missing: pip install wandb.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run."""
+
+    out: Path
+    """The run's own folder: settings, metrics, checkpoints, result."""
+    seed: int = 0
+    """Decides the initial weights and the order of the data."""
+    dry_run: bool = False
+    """Check everything, estimate memory, run one batch, write nothing."""
+    stop_after_nonfinite: int = 3
+    """Stop when the loss was NaN or infinite for this many steps in a row; the last good checkpoint is kept."""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    logging: Logging = field(default_factory=Logging)
+
+    def check(self) -> None:
+        """Check everything that needs neither ranks nor data; raise :class:`SettingsError`."""
+        require(self.seed >= 0, f"seed is {self.seed}; it must be at least 0.")
+        require(self.stop_after_nonfinite >= 1, f"stop_after_nonfinite is {self.stop_after_nonfinite}; it must be at least 1.")
+        for concern in (self.data, self.optimizer, self.schedule, self.parallelism, self.checkpoints, self.logging):
+            for name, value in dataclasses.asdict(concern).items():
+                if isinstance(value, float):
+                    require(math.isfinite(value), f"{name} is {value}; it must be a finite number.")
+            concern.check()
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run: everything that decides the weights, as plain data for JSON.
+
+        Where things lie, how often they are saved and what is logged does not count.
+        """
+        whole = dataclasses.asdict(self)
+        whole["data"].pop("data_cache")
+        kept = {key: whole[key] for key in ("seed", "model", "data", "optimizer", "schedule")}
+        parallelism = whole["parallelism"]
+        kept["parallelism"] = {key: parallelism[key] for key in ("batch", "micro_batch", "bf16")}
+        return kept
+
+
+def parse(settings: type[Settings], arguments: list[str], description: str) -> Settings:
+    """Settings from command-line arguments (``--help`` prints and exits, as usual).
+
+    Raises:
+        SettingsError: for unknown options and for values of the wrong type.
+    """
+    arguments = [a for a in arguments if not a.startswith("--local_rank")]  # the deepspeed launcher adds it
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(settings, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise SettingsError(_one_sentence(complaint.getvalue())) from None
+
+
+def _one_sentence(box: str) -> str:
+    """The first paragraph in tyro's error box, as one line."""
+    lines = []
+    for line in box.splitlines():
+        text = re.sub(r"[╭╮╰╯│─]+", " ", line).strip()
+        if not text and lines:
+            break
+        if text and not line.startswith("╭"):
+            lines.append(text)
+    return " ".join(lines).rstrip(".") + f"; see `{Path(sys.argv[0]).name} --help`."
