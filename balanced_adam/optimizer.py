@@ -20,14 +20,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class UpdateSize(NamedTuple):
     """How far the last step moved the weights this process holds, in units of lr and without weight decay.
 
-    Sums over processes are sums of ``sum_of_squares`` and of ``count``; root mean square is the root of their ratio.
+    Sums over processes are sums of ``sum_of_squares`` and of ``numel``; root mean square is the root of their ratio.
     """
 
     greatest: float
     """max |update| / lr over the elements; at most 1 (up to rounding) with equal betas from a zero start."""
     sum_of_squares: float
     """Sum of (update / lr)^2 over the elements."""
-    count: int
+    numel: int
     """Number of elements."""
 
 
@@ -100,7 +100,9 @@ class BalancedAdam(torch.optim.Optimizer):
         try:
             _check(group)
             if any(torch.is_complex(p) for p in group["params"]):
-                raise ValueError("BalancedAdam does not take complex parameters; give torch.view_as_real of them instead.")
+                raise ValueError(
+                    "BalancedAdam does not take complex parameters; give torch.view_as_real of them instead."
+                )
         except ValueError:
             self.param_groups.pop()
             raise
@@ -132,7 +134,9 @@ class BalancedAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             group["betas"] = _pair(group["betas"], group["allow_unbalanced"])
             if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
-                raise RuntimeError("BalancedAdam does not take sparse gradients; build the embedding with sparse=False.")
+                raise RuntimeError(
+                    "BalancedAdam does not take sparse gradients; build the embedding with sparse=False."
+                )
         for group in self.param_groups:
             lr = float(group["lr"])
             for param in group["params"]:
@@ -172,7 +176,7 @@ class BalancedAdam(torch.optim.Optimizer):
     def update_size(self) -> UpdateSize:
         """The size of the last step, worked out from the moments: one read of the state, no extra memory kept.
 
-        Under ZeRO it covers the partition of this rank. Before the first step the count is 0.
+        Under ZeRO it covers the partition of this rank. Before the first step ``numel`` is 0.
         """
         greatest: list[Tensor] = []
         squares: list[Tensor] = []
@@ -204,7 +208,9 @@ class BalancedAdam(torch.optim.Optimizer):
         saved_ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         if any(group.get("amsgrad") for group in state_dict["param_groups"]):
-            raise ValueError("the loaded state has amsgrad=True, which BalancedAdam does not have; train it on with AdamW.")
+            raise ValueError(
+                "the loaded state has amsgrad=True, which BalancedAdam does not have; train it on with AdamW."
+            )
         saved = {p: state_dict["state"].get(i, {}) for i, p in zip(saved_ids, params, strict=False)}
         for param, state in saved.items():
             for moment in MOMENTS:

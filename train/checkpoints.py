@@ -122,7 +122,10 @@ def resume(engine: Any, ranks: Ranks, folder: Path) -> int:
     if found[0] is None:
         return 0
     path, state = engine.load_checkpoint(str(folder), tag=found[0].name)
-    require(path is not None, f"checkpoint {found[0]} could not be loaded by DeepSpeed; remove it to go on from an older one.")
+    require(
+        path is not None,
+        f"checkpoint {found[0]} could not be loaded by DeepSpeed; remove it to go on from an older one.",
+    )
     return int(state["step"])
 
 

@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-KINDS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".json": "json", ".gz": "json", ".parquet": "parquet"}
+KINDS = {
+    ".txt": "text",
+    ".md": "text",
+    ".py": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".gz": "json",
+    ".parquet": "parquet",
+}
 FORMAT = 1  # of the token files; a change makes new ones
 
 
@@ -139,15 +147,30 @@ class _Source:
             root = Path(sysconfig.get_path("stdlib"))
             left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
             files = tuple(f for f in sorted(root.rglob("*.py")) if not left_out & set(f.relative_to(root).parts))
-            return _Source("text", files, ["stdlib", sys.version, [[str(f.relative_to(root)), f.stat().st_size] for f in files]])
+            return _Source(
+                "text", files, ["stdlib", sys.version, [[str(f.relative_to(root)), f.stat().st_size] for f in files]]
+            )
         if settings.data.startswith("hub:"):
             return _Source("hub", (), [settings.data])
         root = Path(settings.data).expanduser()
-        require(root.exists(), f'data is {settings.data!r}, which does not exist; give a file, a folder, "stdlib" or "hub:NAME".')
-        files = (root,) if root.is_file() else tuple(f for f in sorted(root.rglob("*")) if f.suffix in KINDS and f.is_file())
+        require(
+            root.exists(),
+            f'data is {settings.data!r}, which does not exist; give a file, a folder, "stdlib" or "hub:NAME".',
+        )
+        files = (
+            (root,)
+            if root.is_file()
+            else tuple(f for f in sorted(root.rglob("*")) if f.suffix in KINDS and f.is_file())
+        )
         kinds = {KINDS.get(f.suffix, "") for f in files}
-        require(bool(files) and "" not in kinds, f"data is {settings.data!r}, which holds no text; known are {', '.join(KINDS)}.")
-        require(len(kinds) == 1, f"data is {settings.data!r}, which mixes {' and '.join(sorted(kinds))} files; give one kind.")
+        require(
+            bool(files) and "" not in kinds,
+            f"data is {settings.data!r}, which holds no text; known are {', '.join(KINDS)}.",
+        )
+        require(
+            len(kinds) == 1,
+            f"data is {settings.data!r}, which mixes {' and '.join(sorted(kinds))} files; give one kind.",
+        )
         return _Source(kinds.pop(), files, [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
 
     def read(self, settings: Data) -> Dataset:

@@ -69,26 +69,38 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     wanted = [
         (config, "train_batch_size", run.parallelism.batch, "batch"),
         (config, "train_micro_batch_size_per_gpu", micro, "micro_batch"),
-        (config, "gradient_accumulation_steps", run.parallelism.batch // (micro * world), "batch / (ranks x micro_batch)"),
+        (
+            config,
+            "gradient_accumulation_steps",
+            run.parallelism.batch // (micro * world),
+            "batch / (ranks x micro_batch)",
+        ),
         (config, "gradient_clipping", run.optimizer.clip, "clip"),
     ]
     params = optimizer.setdefault("params", {})
     unknown = set(params) - set(run.optimizer.parameters())
-    require(not unknown, f"ds_config {path} has optimizer.params.{min(unknown, default='')}, which {OPTIMIZER} does not have.")
+    require(
+        not unknown,
+        f"ds_config {path} has optimizer.params.{min(unknown, default='')}, which {OPTIMIZER} does not have.",
+    )
     wanted += [(params, key, value, key) for key, value in run.optimizer.parameters().items()]
     for section, key, value, flag in wanted:
         _fill(section, key, value, flag, path)
     bf16 = config.setdefault("bf16", {"enabled": "auto"})
     fp16 = config.get("fp16", {}).get("enabled") is True
     if run.parallelism.bf16 is not None or bf16.get("enabled") == "auto":
-        _fill(bf16, "enabled", gpus and not fp16 if run.parallelism.bf16 is None else run.parallelism.bf16, "bf16", path)
+        _fill(
+            bf16, "enabled", gpus and not fp16 if run.parallelism.bf16 is None else run.parallelism.bf16, "bf16", path
+        )
     stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     require(
         not (fp16 and stage == 0),
         f"ds_config {path} has fp16 at stage 0, where DeepSpeed never scales the loss; use bf16, or stage 1, 2 or 3.",
     )
     left = next(_autos(config), None)
-    require(left is None, f'ds_config {path} has {left} "auto", which only Transformers\' Trainer fills in; give a value.')
+    require(
+        left is None, f'ds_config {path} has {left} "auto", which only Transformers\' Trainer fills in; give a value.'
+    )
     _validate(config, path)
     return config
 

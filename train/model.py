@@ -58,7 +58,10 @@ def configuration(settings: Model, vocabulary: int, sequence_length: int) -> Pre
             ) from None
     config.use_cache = False
     rows = getattr(config, "vocab_size", vocabulary)
-    require(rows >= vocabulary, f"model {settings.model!r} embeds {rows} tokens, but the tokenizer has {vocabulary}; take another of the two.")
+    require(
+        rows >= vocabulary,
+        f"model {settings.model!r} embeds {rows} tokens, but the tokenizer has {vocabulary}; take another of the two.",
+    )
     longest = getattr(config, "max_position_embeddings", None) or sequence_length
     require(
         longest >= sequence_length,
@@ -73,7 +76,7 @@ def build(config: PretrainedConfig, settings: Model, seed: int, ds_config: dict[
     At stage 3 transformers builds it under ``deepspeed.zero.Init``: no rank ever holds the whole model.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     # Alive while the model is built: this is how transformers knows of stage 3.
     zero3 = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None

@@ -25,13 +25,23 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 # Peak dense bf16 FLOP/s of a GPU, from the makers' data sheets, by a part of its name.
-PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+PEAK_FLOPS = {
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+}
 
 
 class Trainer:
     """The engine, the data and the loop of one run, on one rank."""
 
-    def __init__(self, run: Run, ranks: Ranks, train: data.Blocks, validation: data.Blocks, engine: DeepSpeedEngine) -> None:
+    def __init__(
+        self, run: Run, ranks: Ranks, train: data.Blocks, validation: data.Blocks, engine: DeepSpeedEngine
+    ) -> None:
         self.run, self.ranks, self.train, self.validation, self.engine = run, ranks, train, validation, engine
         self.micro = engine.train_micro_batch_size_per_gpu()
         self.accumulation = engine.gradient_accumulation_steps()
@@ -61,14 +71,16 @@ class Trainer:
             total += loss.detach().float() / self.accumulation
             if part == self.accumulation - 1 and not hasattr(engine.optimizer, "_global_grad_norm"):
                 # Stage 0 in float32 runs BalancedAdam bare, and DeepSpeed clips without telling the norm.
-                norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+                norm = float(
+                    torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+                )
             engine.step()
         self.step += 1
         if norm is None:
             told = engine.get_global_grad_norm()
             norm = None if told is None else float(told)
         size = engine.basic_optimizer.update_size()
-        loss_sum, squares, count = self.ranks.sum([float(total), size.sum_of_squares, size.count])
+        loss_sum, squares, count = self.ranks.sum([float(total), size.sum_of_squares, size.numel])
         (greatest,) = self.ranks.max([size.greatest])
         seconds = time.perf_counter() - began
         tokens_per_second = indices.size * self.train.length / seconds
@@ -125,7 +137,9 @@ class Trainer:
                     metrics.write(step=self.step, validation_loss=validation_loss)
                     self._monitor({"validation_loss": validation_loss})
             if not nonfinite and (last or (every and self.step % every == 0)):
-                checkpoints.save(self.engine, self.ranks, run.out / "checkpoints", self.step, run.checkpoints.keep, self.parameters)
+                checkpoints.save(
+                    self.engine, self.ranks, run.out / "checkpoints", self.step, run.checkpoints.keep, self.parameters
+                )
         if not math.isfinite(validation_loss):  # finished before, but cut before result.json was written
             validation_loss = self.validate()
         status = "finished" if math.isfinite(validation_loss) else "diverged"
@@ -201,10 +215,9 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         network = model.build(config, run.model, run.seed, ds_config)
     trained = [p for p in network.parameters() if p.requires_grad]
     # Matrices decay; gains and biases don't.
-    is_matrix = [getattr(p, "ds_shape", p.shape) for p in trained]
-    groups = [
-        {"params": [p for p, shape in zip(trained, is_matrix, strict=True) if len(shape) >= 2]},
-        {"params": [p for p, shape in zip(trained, is_matrix, strict=True) if len(shape) < 2], "weight_decay": 0.0},
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]},
+        {"params": [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2], "weight_decay": 0.0},
     ]
     engine, *_ = deepspeed.initialize(
         model=network,
@@ -227,12 +240,18 @@ def dry_run(trainer: Trainer) -> None:
         return
     local = int(os.environ["LOCAL_SIZE"])
     hosts = max(1, ranks.world // local)
-    largest = max(sum(getattr(p, "ds_numel", p.numel()) for p in m.parameters(False)) for m in trainer.engine.module.modules())
-    print(f"{weights / 1e6:.2f} M parameters on {ranks.world} ranks; model states by DeepSpeed's estimators, in GiB (host, per GPU):")
+    largest = max(
+        sum(getattr(p, "ds_numel", p.numel()) for p in m.parameters(False)) for m in trainer.engine.module.modules()
+    )
+    print(
+        f"{weights / 1e6:.2f} M parameters on {ranks.world} ranks; model states by DeepSpeed's estimators, in GiB (host, per GPU):"
+    )
     for offload in (False, True):
         host, gpu = estimate_zero2_model_states_mem_needs(weights, local, hosts, offload, 1.5)[:2]
         print(f"  ZeRO-2{' with offload' if offload else ''}: {host / 2**30:.2f}, {gpu / 2**30:.2f}")
-        host, gpu = estimate_zero3_model_states_mem_needs(weights, largest, local, hosts, offload, offload, True, 1.5)[:2]
+        host, gpu = estimate_zero3_model_states_mem_needs(weights, largest, local, hosts, offload, offload, True, 1.5)[
+            :2
+        ]
         print(f"  ZeRO-3{' with offload' if offload else ''}: {host / 2**30:.2f}, {gpu / 2**30:.2f}")
     print(
         f"one batch: loss {line['loss']:.4f}, validation loss {validation_loss:.4f}, {line['step_seconds']:.2f} s, "
@@ -257,7 +276,7 @@ def pretrain(run: Run) -> None:
     with ranks.together():
         if ranks.first:
             lock = folder.claim(run)
-    ended = folder.result(run.out)
+    ended: dict[str, Any] | None = folder.result(run.out)
     if ended is not None:
         if ranks.first:
             print(f"{run.out} is {ended['status']} already, at step {ended['step']}.")

@@ -47,6 +47,8 @@ class Progress:
             left = (now - self.started) / fresh * (self.total - done) if fresh else float("nan")
             print(f"{self.title}: {done}/{self.total} {note}, {left:.0f} s left", file=sys.stderr, flush=True)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar:
             self.bar.stop()

@@ -125,7 +125,10 @@ class Schedule:
     def check(self) -> None:
         """Raise :class:`SettingsError` on a value out of range."""
         require(self.steps >= 1, f"steps is {self.steps}; it must be at least 1.")
-        require(0 <= self.warmup < self.steps, f"warmup is {self.warmup}; it must lie in [0, steps), and steps is {self.steps}.")
+        require(
+            0 <= self.warmup < self.steps,
+            f"warmup is {self.warmup}; it must lie in [0, steps), and steps is {self.steps}.",
+        )
         require(0.0 <= self.final_lr <= 1.0, f"final_lr is {self.final_lr}; it is a fraction of lr, in [0, 1].")
 
 
@@ -145,7 +148,10 @@ class Parallelism:
     def check(self) -> None:
         """Raise :class:`SettingsError` on a value out of range."""
         require(self.batch >= 1, f"batch is {self.batch}; it must be at least 1.")
-        require(self.micro_batch is None or self.micro_batch >= 1, f"micro_batch is {self.micro_batch}; it must be at least 1.")
+        require(
+            self.micro_batch is None or self.micro_batch >= 1,
+            f"micro_batch is {self.micro_batch}; it must be at least 1.",
+        )
 
     def micro_batch_on(self, world: int) -> int:
         """The micro-batch on ``world`` ranks.
@@ -196,11 +202,16 @@ class Logging:
     def check(self) -> None:
         """Raise :class:`SettingsError` on a value out of range."""
         require(self.validate_every >= 0, f"validate_every is {self.validate_every}; it must be at least 0.")
-        require(self.validation_batches >= 0, f"validation_batches is {self.validation_batches}; it must be at least 0.")
+        require(
+            self.validation_batches >= 0, f"validation_batches is {self.validation_batches}; it must be at least 0."
+        )
         if self.wandb:
             from importlib.util import find_spec
 
-            require(find_spec("wandb") is not None, f"wandb is {self.wandb!r} but the package wandb is missing: pip install wandb.")
+            require(
+                find_spec("wandb") is not None,
+                f"wandb is {self.wandb!r} but the package wandb is missing: pip install wandb.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +237,10 @@ class Run:
     def check(self) -> None:
         """Check everything that needs neither ranks nor data; raise :class:`SettingsError`."""
         require(self.seed >= 0, f"seed is {self.seed}; it must be at least 0.")
-        require(self.stop_after_nonfinite >= 1, f"stop_after_nonfinite is {self.stop_after_nonfinite}; it must be at least 1.")
+        require(
+            self.stop_after_nonfinite >= 1,
+            f"stop_after_nonfinite is {self.stop_after_nonfinite}; it must be at least 1.",
+        )
         for concern in (self.data, self.optimizer, self.schedule, self.parallelism, self.checkpoints, self.logging):
             for name, value in dataclasses.asdict(concern).items():
                 if isinstance(value, float):
@@ -265,7 +279,7 @@ def parse(settings: type[Settings], arguments: list[str], description: str) -> S
 
 def _one_sentence(box: str) -> str:
     """The first paragraph in tyro's error box, as one line."""
-    lines = []
+    lines: list[str] = []
     for line in box.splitlines():
         text = re.sub(r"[╭╮╰╯│─]+", " ", line).strip()
         if not text and lines:

@@ -20,7 +20,15 @@ def updates(grads: list[float], beta1: float, beta2: float) -> list[float]:
     sizes = []
     for t, g in enumerate(grads, 1):
         q, m, v = rule.update(
-            p, torch.tensor([g], dtype=torch.float64), m, v, step=t, lr=1.0, betas=(beta1, beta2), eps=0.0, weight_decay=0.0
+            p,
+            torch.tensor([g], dtype=torch.float64),
+            m,
+            v,
+            step=t,
+            lr=1.0,
+            betas=(beta1, beta2),
+            eps=0.0,
+            weight_decay=0.0,
         )
         sizes.append(abs(float(q - p)))
         p = torch.zeros_like(q)
@@ -37,7 +45,9 @@ def test_closed_form_equals_a_simulated_drift(betas, rho):
         return
     steps = int(40 / (1 - max(kept, *betas)))  # the sums and the bias corrections have settled
     t = range(-steps, 0)
-    assert updates([math.exp(rho * i) for i in t], *betas)[-1] == pytest.approx(update_under_drift(*betas, rho), rel=1e-8)
+    assert updates([math.exp(rho * i) for i in t], *betas)[-1] == pytest.approx(
+        update_under_drift(*betas, rho), rel=1e-8
+    )
 
 
 @pytest.mark.parametrize("betas", PAIRS)
@@ -87,7 +97,8 @@ def test_the_bound_never_decreases_with_the_step(beta1, beta2, step):
 
 
 @pytest.mark.parametrize(
-    ("betas", "bound"), [((0.9, 0.999), 7.27), ((0.95, 0.95), 1.0), ((0.0, 0.0), 1.0), ((0.9, 0.8), math.inf), ((0.9, 0), math.inf)]
+    ("betas", "bound"),
+    [((0.9, 0.999), 7.27), ((0.95, 0.95), 1.0), ((0.0, 0.0), 1.0), ((0.9, 0.8), math.inf), ((0.9, 0), math.inf)],
 )
 def test_known_bounds(betas, bound):
     assert update_bound(*betas) == pytest.approx(bound, abs=5e-3)

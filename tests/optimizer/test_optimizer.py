@@ -63,10 +63,16 @@ def test_the_step_is_the_rule_bit_for_bit():
 
 def test_each_group_has_its_own_settings():
     first, second, third = (parameters() for _ in range(3))
-    optimizer = BalancedAdam([{"params": first, "lr": 1e-3}, {"params": second, "betas": 0.5, "weight_decay": 0.0}], lr=1e-2)
+    optimizer = BalancedAdam(
+        [{"params": first, "lr": 1e-3}, {"params": second, "betas": 0.5, "weight_decay": 0.0}], lr=1e-2
+    )
     optimizer.add_param_group({"params": third, "eps": 1.0})
     alone = []
-    for group, options in ((first, {"lr": 1e-3}), (second, {"lr": 1e-2, "betas": 0.5, "weight_decay": 0.0}), (third, {"lr": 1e-2, "eps": 1.0})):
+    for group, options in (
+        (first, {"lr": 1e-3}),
+        (second, {"lr": 1e-2, "betas": 0.5, "weight_decay": 0.0}),
+        (third, {"lr": 1e-2, "eps": 1.0}),
+    ):
         alone.append(copy.deepcopy(group))
         train(BalancedAdam(alone[-1], **options), alone[-1], range(3))
     for step in range(3):
@@ -205,13 +211,13 @@ def test_copies_go_on_like_the_original(copied):
 def test_update_size_is_the_distance_moved_divided_by_lr():
     params = parameters(torch.float64)
     optimizer = BalancedAdam(params, lr=0.25, betas=(0.9, 0.999), weight_decay=0.0, allow_unbalanced=True)
-    assert optimizer.update_size().count == 0
+    assert optimizer.update_size().numel == 0
     train(optimizer, params, range(5))
     before = [p.detach().clone() for p in params]
     train(optimizer, params, range(5, 6))
     moved = torch.cat([(p - q).flatten() / 0.25 for p, q in zip(params, before, strict=True)])
     size = optimizer.update_size()
-    assert size.count == moved.numel()
+    assert size.numel == moved.numel()
     assert size.greatest == pytest.approx(float(moved.abs().max()), rel=1e-12)
     assert size.sum_of_squares == pytest.approx(float((moved**2).sum()), rel=1e-12)
 
@@ -290,7 +296,11 @@ def test_a_foreign_state_is_refused(change):
         state["state"][0]["exp_avg"] = torch.zeros(4)
     else:
         state["param_groups"].append(dict(state["param_groups"][0], params=[]))
-    message = {"amsgrad": "amsgrad=True", "shape": r"exp_avg has shape \(4,\), its parameter \(3, 5\)", "groups": "groups"}
+    message = {
+        "amsgrad": "amsgrad=True",
+        "shape": r"exp_avg has shape \(4,\), its parameter \(3, 5\)",
+        "groups": "groups",
+    }
     with pytest.raises(ValueError, match=message[change]):
         optimizer.load_state_dict(state)
     assert optimizer.state[params[0]]["exp_avg"].shape == (3, 5)
