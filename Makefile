@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help install test lint clean
+.PHONY: help install compare test lint clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[train,test]'
 	touch $@
+
+compare: $(INSTALLED) ## compare beta settings on a small language model; write runs/compare/report.html
+	$(BIN)/python -m train.compare --out runs/compare
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from train.folder import write_json
 from train.ranks import Ranks
@@ -22,13 +21,13 @@ MARKER = "complete.json"
 BYTES_PER_PARAMETER = 16  # float32 weights and two moments, and the model's own weights
 
 
-class _Deferred(CheckpointEngine):
+class _Deferred:
     """DeepSpeed's checkpoint engine, but a failed write is remembered instead of raised.
 
     A rank that raised in the middle of ``save_checkpoint`` would leave the others waiting in DeepSpeed's barriers.
     """
 
-    def __init__(self, inner: CheckpointEngine) -> None:
+    def __init__(self, inner: Any) -> None:
         self.inner = inner
         self.error: Exception | None = None
 
@@ -40,15 +39,6 @@ class _Deferred(CheckpointEngine):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
-
-    def create(self, info: Any) -> None:
-        self.inner.create(info)
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        return self.inner.load(path, map_location)
-
-    def commit(self, info: Any) -> Any:
-        return self.inner.commit(info)
 
 
 def save(engine: Any, ranks: Ranks, folder: Path, step: int, keep: int, parameters: int) -> None:

@@ -61,7 +61,10 @@ def claim(run: Run) -> FileLock:
     written = out / "run.json"
     if out.exists() and not written.exists():
         strangers = sorted(p.name for p in out.iterdir() if p.name not in (".lock", "log.txt"))
-        require(not strangers, f"out is {out}, which holds {strangers[0]!r} but no run; give a new or an empty folder.")
+        require(
+            not strangers,
+            f"out is {out}, which holds {', '.join(strangers[:1])} but no run; give a new or an empty folder.",
+        )
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock")
     try:

@@ -18,6 +18,7 @@ class Progress:
         """Begin at ``done`` of ``total`` units; ``enabled=False`` shows nothing."""
         self.total, self.begin, self.title = total, done, title
         self.enabled = enabled
+        self.complete = False
         self.bar: rich.progress.Progress | None = None
         self.started = self.spoken = time.monotonic()
 
@@ -41,11 +42,12 @@ class Progress:
             self.bar.update(self.task, completed=done, note=note)
             return
         now = time.monotonic()
-        if self.enabled and (done == self.total or now - self.spoken >= SECONDS_BETWEEN_LINES):
-            self.spoken = now
+        last = done == self.total and not self.complete
+        if self.enabled and (last or now - self.spoken >= SECONDS_BETWEEN_LINES):
+            self.spoken, self.complete = now, done == self.total
             fresh = done - self.begin
-            left = (now - self.started) / fresh * (self.total - done) if fresh else float("nan")
-            print(f"{self.title}: {done}/{self.total} {note}, {left:.0f} s left", file=sys.stderr, flush=True)
+            left = f"{(now - self.started) / fresh * (self.total - done):.0f} s left" if fresh else "starting"
+            print(f"{self.title}: {done}/{self.total} {note}, {left}", file=sys.stderr, flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

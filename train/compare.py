@@ -1,0 +1,235 @@
+"""Many runs: arms (beta settings) x learning rates x seeds, one after the other, and the report at the end.
+
+The plan is a manifest file. Start it again after a Ctrl-C or a crash: finished runs are skipped, a cut one goes on from
+its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from train import folder, report
+from train.progress import Progress
+from train.ranks import free_port
+from train.settings import REPOSITORY, SettingsError, parse, require
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared, and how it is run."""
+
+    out: Path = Path("runs/compare")
+    """The folder of the comparison: manifest.json, one folder for each run, and the report."""
+    arms: tuple[str, ...] = ("0.95", "0.9,0.95", "0.9,0.999")
+    """Beta settings: one number, or beta1,beta2. The first one is what the others are compared with."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds; every arm starts from the same weights and sees the same batches for the same seed."""
+    lr: tuple[float, ...] = (2e-3,)
+    """Peak learning rates; every arm is run with each."""
+    steps: int = 200
+    """Optimizer steps of one run."""
+    tokens: int | None = None
+    """Instead of steps: training tokens of one run (a multiple of batch x sequence_length is taken)."""
+    batch: int = 16
+    """Sequences in one optimizer step."""
+    sequence_length: int = 128
+    """Tokens in one sequence."""
+    ranks: int = 2
+    """Processes of one run."""
+    launcher: Literal["deepspeed", "torchrun", "accelerate", "python"] = "deepspeed"
+    """What starts the ranks."""
+    plan_only: bool = False
+    """Write the manifest and stop."""
+    rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """After "--": further options for every run, as train.pretrain takes them, such as -- --model small."""
+
+
+def manifest(comparison: Comparison) -> dict[str, Any]:
+    """The plan as plain data: every run's name, arm, lr, seed, and arguments for train.pretrain.
+
+    Raises:
+        SettingsError: if an arm is no pair of betas, an arm or a seed is given twice, or a number is out of range.
+    """
+    for name in ("arms", "seeds", "lr"):
+        values = getattr(comparison, name)
+        require(bool(values), f"{name} is empty; give at least one.")
+        require(len(set(values)) == len(values), f"{name} is {' '.join(map(str, values))}; give each only once.")
+    require(comparison.ranks >= 1, f"ranks is {comparison.ranks}; it must be at least 1.")
+    require(
+        comparison.launcher != "python" or comparison.ranks == 1,
+        f"ranks is {comparison.ranks}, but the launcher python starts one; give --ranks 1 or another launcher.",
+    )
+    steps = comparison.steps
+    if comparison.tokens is not None:
+        steps = comparison.tokens // (comparison.batch * comparison.sequence_length)
+        require(steps >= 1, f"tokens is {comparison.tokens}, less than one batch.")
+    runs = []
+    # Seed by seed, so that whatever is finished when somebody stops can be compared in pairs.
+    for seed in comparison.seeds:
+        for lr in comparison.lr:
+            for arm in comparison.arms:
+                betas = _betas(arm)
+                arguments = ["--betas", *map(repr, betas), "--lr", repr(lr), "--seed", str(seed), "--steps", str(steps)]
+                arguments += ["--batch", str(comparison.batch), "--sequence-length", str(comparison.sequence_length)]
+                arguments += ["--warmup", str(steps // 10), "--save-every", str(max(1, steps // 4))]
+                arguments += [
+                    "--validate-every",
+                    str(max(1, steps // 4)),
+                    *(["--allow-unbalanced"] if len(betas) == 2 else []),
+                ]
+                name = f"beta-{arm.replace(',', '-')}_lr-{lr:g}_seed-{seed}"
+                runs.append(
+                    {"name": name, "arm": arm, "lr": lr, "seed": seed, "arguments": [*arguments, *comparison.rest]}
+                )
+    return {"steps": steps, "ranks": comparison.ranks, "launcher": comparison.launcher, "runs": runs}
+
+
+def _betas(arm: str) -> list[float]:
+    try:
+        betas = [float(part) for part in arm.split(",")]
+        if len(betas) not in (1, 2) or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError
+    except ValueError:
+        raise SettingsError(f"arms has {arm!r}; an arm is one beta or beta1,beta2, each in [0, 1).") from None
+    return betas
+
+
+def command(plan: dict[str, Any], run: dict[str, Any], out: Path) -> list[str]:
+    """The command line that starts one run."""
+    program = ["train.pretrain", "--out", str(out / run["name"]), *run["arguments"]]
+    ranks, port = str(plan["ranks"]), str(free_port())
+    launch = [sys.executable, "-m"]
+    if plan["launcher"] == "deepspeed":
+        launch += ["deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", port, "--module"]
+    elif plan["launcher"] == "torchrun":
+        launch += ["torch.distributed.run", "--nproc-per-node", ranks, "--master-port", port, "-m"]
+    elif plan["launcher"] == "accelerate":
+        launch += [
+            "accelerate.commands.launch",
+            "--num_processes",
+            ranks,
+            "--num_machines",
+            "1",
+            "--main_process_port",
+            port,
+        ]
+        launch += [
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            *([] if torch.cuda.is_available() else ["--cpu"]),
+        ]
+        launch += ["--multi_gpu"] if torch.cuda.is_available() and plan["ranks"] > 1 else []
+        launch += ["--module"]
+    return launch + program
+
+
+@contextmanager
+def _started(line: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A run in a session of its own; it ends with the block, whatever happens, with all its ranks."""
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            line,
+            cwd=REPOSITORY,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+            try:
+                os.killpg(process.pid, sign)
+                process.wait(patience)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+
+
+def execute(plan: dict[str, Any], out: Path) -> None:
+    """Run what isn't finished, one run after the other, with one progress line for all of it.
+
+    Raises:
+        SettingsError: if a run fails (one that diverges doesn't: that is a result), with its own sentence.
+    """
+    runs, steps = plan["runs"], plan["steps"]
+    finished = [run for run in runs if folder.result(out / run["name"])]
+    if finished:
+        print(f"{len(finished)} of {len(runs)} runs are finished already.", flush=True)
+    with Progress(len(runs) * steps, len(finished) * steps, "compare", enabled=True) as progress:
+        done = len(finished) * steps
+        for number, run in enumerate(runs, 1):
+            target = out / run["name"]
+            if folder.result(target):
+                continue
+            target.mkdir(parents=True, exist_ok=True)
+            log = target / "log.txt"
+            with _started(command(plan, run, out), log) as process:
+                while process.poll() is None:
+                    time.sleep(POLL_SECONDS)
+                    lines = folder.read_metrics(target)
+                    progress.show(done + (lines[-1]["step"] if lines else 0), f"run {number}/{len(runs)} {run['name']}")
+            if folder.result(target) is None:
+                said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+                raise SettingsError(f"run {run['name']} failed: {said[-1][7:] if said else f'see {log}'}")
+            done += steps
+
+
+def compare(comparison: Comparison) -> None:
+    """Plan, run, report.
+
+    Raises:
+        SettingsError: on a bad plan, another plan in the same folder, or a failed run.
+    """
+    plan = json.loads(json.dumps(manifest(comparison)))
+    file = comparison.out / "manifest.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        require(
+            before["runs"] == plan["runs"] and before["ranks"] == plan["ranks"],
+            f"out is {comparison.out}, which holds another comparison ({len(before['runs'])} runs); give another folder.",
+        )
+    comparison.out.mkdir(parents=True, exist_ok=True)
+    folder.write_json(file, {**plan, **folder.environment()})
+    if comparison.plan_only:
+        print(file)
+        return
+    execute(plan, comparison.out.resolve())
+    report.write(comparison.out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: ``python -m train.compare --help``."""
+    try:
+        compare(parse(Comparison, sys.argv[1:] if arguments is None else arguments, __doc__ or ""))
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

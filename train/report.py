@@ -1,0 +1,237 @@
+"""Runs -> a table on the terminal, Markdown, CSV, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import jinja2
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import tyro
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from train import folder
+from train.settings import SettingsError, parse, require
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Where the runs are."""
+
+    runs: Annotated[Path, tyro.conf.Positional] = Path("runs/compare")
+    """The folder of a comparison (it holds manifest.json)."""
+    baseline: str = ""
+    """The arm the others are compared with. Default: the first arm."""
+
+
+def load(out: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str, pd.DataFrame]]:
+    """The manifest, one row per run that ended (arm, lr, seed, status, validation_loss), and each run's metrics by name.
+
+    Raises:
+        SettingsError: if there is no manifest or no run has ended.
+    """
+    file = out / "manifest.json"
+    require(file.exists(), f"runs is {out}, which holds no manifest.json; give the folder of a comparison.")
+    plan = json.loads(file.read_text())
+    rows, metrics = [], {}
+    for run in plan["runs"]:
+        result = folder.result(out / run["name"])
+        if result:
+            rows.append({**{k: run[k] for k in ("name", "arm", "lr", "seed")}, **result})
+            metrics[run["name"]] = pd.DataFrame(folder.read_metrics(out / run["name"]))
+    require(bool(rows), f"runs is {out}, where no run has ended yet.")
+    table = pd.DataFrame(rows)
+    table["validation_loss"] = table["validation_loss"].astype(float)
+    return plan, table, metrics
+
+
+def best_lr(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each arm's best learning rate: fewest divergences, then the lowest mean loss over seeds."""
+    kept = []
+    for _, arm in table.groupby("arm", sort=False):
+        by_lr = arm.groupby("lr")["validation_loss"]
+        ranking = pd.DataFrame({"diverged": by_lr.apply(lambda x: x.isna().sum()), "loss": by_lr.mean()})
+        kept.append(arm[arm["lr"] == ranking.sort_values(["diverged", "loss"]).index[0]])
+    return pd.concat(kept)
+
+
+def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """One row per arm: mean loss, and the paired difference from the baseline with its interval and verdict.
+
+    Differences are paired by seed; intervals and p-values are Student's t over seeds, Holm-corrected over arms for the
+    verdict (level 0.05). A diverged run counts in ``diverged`` and leaves its seed without a pair.
+    """
+    arms = list(table["arm"].unique())
+    require(baseline in arms, f"baseline is {baseline!r}, which is no arm; there are {', '.join(arms)}.")
+    by_seed = table.pivot(index="seed", columns="arm", values="validation_loss")
+    rows = []
+    for arm in arms:
+        losses = by_seed[arm]
+        row = {
+            "arm": arm,
+            "lr": table.loc[table["arm"] == arm, "lr"].iloc[0],
+            "runs": int((table["arm"] == arm).sum()),
+            "diverged": int(losses.isna().sum()),
+            "loss": losses.mean(),
+        }
+        difference = (losses - by_seed[baseline]).dropna()
+        row |= {"pairs": len(difference), "difference": math.nan, "low": math.nan, "high": math.nan, "p": math.nan}
+        if arm != baseline and len(difference):
+            row["difference"] = difference.mean()
+            if len(difference) > 1 and difference.std() > 0:
+                test = stats.ttest_1samp(difference, 0.0)
+                low, high = test.confidence_interval(1 - LEVEL)
+                row |= {"low": float(low), "high": float(high), "p": float(test.pvalue)}
+        rows.append(row)
+    summary = pd.DataFrame(rows)
+    tested = summary["p"].notna()
+    summary["p_holm"] = math.nan
+    if tested.any():
+        summary.loc[tested, "p_holm"] = multipletests(summary.loc[tested, "p"], LEVEL, method="holm")[1]
+    summary["verdict"] = [verdict(row, baseline) for row in summary.to_dict("records")]
+    return summary
+
+
+def verdict(row: dict[str, Any], baseline: str) -> str:
+    """One sentence for an arm."""
+    arm = f"({row['arm']})"
+    if row["arm"] == baseline:
+        return f"{arm} is what the others are compared with."
+    if row["pairs"] == 0:
+        return f"{arm} can't be compared: no seed finished in both arms."
+    if row["pairs"] == 1:
+        return f"{arm}: one seed proves nothing (difference {row['difference']:+.4f})."
+    if not row["p_holm"] < LEVEL:
+        return f"{arm} is not distinguishable from ({baseline}) at n = {row['pairs']}."
+    return f"{arm} is {'better' if row['difference'] < 0 else 'worse'} than ({baseline}) by {abs(row['difference']):.4f} at n = {row['pairs']}."
+
+
+def caveats(table: pd.DataFrame) -> list[str]:
+    """What a reader must know before believing the table."""
+    rates = sorted(table["lr"].unique())
+    said = []
+    if len(rates) == 1:
+        said.append(f"One learning rate ({rates[0]:g}) was used for all arms; an arm tuned on its own might do better.")
+    else:
+        said.append(f"Each arm is shown at its best of the learning rates {', '.join(f'{r:g}' for r in rates)}.")
+        for arm, rows in best_lr(table).groupby("arm", sort=False):
+            if rows["lr"].iloc[0] in (rates[0], rates[-1]):
+                said.append(f"({arm}) is best at the edge of the learning rates tried, so its optimum may lie beyond.")
+    if table["seed"].nunique() == 1:
+        said.append("There is one seed, and one seed proves nothing.")
+    return said
+
+
+def curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], column: str, label: str, log: bool = False) -> str:
+    """A plot of one column over steps, an arm's mean and range over seeds, as a data URL of an SVG."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for arm, runs in table.groupby("arm", sort=False):
+        series = [metrics[n].set_index("step")[column].dropna() for n in runs["name"] if column in metrics[n]]
+        if not series:
+            continue
+        values = pd.concat(series, axis=1)
+        (line,) = axes.plot(values.index, values.mean(axis=1), label=f"({arm})", linewidth=1.4)
+        axes.fill_between(
+            values.index, values.min(axis=1), values.max(axis=1), color=line.get_color(), alpha=0.18, linewidth=0
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    if log:
+        axes.set_yscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    plt.close(figure)
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+PLOTS = (
+    ("loss", "training loss", False),
+    ("validation_loss", "validation loss", False),
+    ("grad_norm", "gradient norm before clipping", True),
+    ("update_rms", "root mean square of update / lr", False),
+    ("update_max", "greatest |update| / lr", True),
+    ("step_seconds", "seconds a step", False),
+)
+
+
+def markdown(summary: pd.DataFrame, notes: list[str]) -> str:
+    """The table of arms as Markdown, with verdicts and caveats."""
+    lines = [
+        "| betas | lr | runs | diverged | validation loss | difference | 95 % interval | p (Holm) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in summary.to_dict("records"):
+        interval = f"{row['low']:+.4f} to {row['high']:+.4f}" if not math.isnan(row["low"]) else "n/a"
+        difference = f"{row['difference']:+.4f}" if not math.isnan(row["difference"]) else "n/a"
+        p = f"{row['p_holm']:.3f}" if not math.isnan(row["p_holm"]) else "n/a"
+        loss = f"{row['loss']:.4f}" if not math.isnan(row["loss"]) else "n/a"
+        lines.append(
+            f"| {row['arm']} | {row['lr']:g} | {row['runs']} | {row['diverged']} | {loss} | {difference} | {interval} | {p} |"
+        )
+    lines += ["", *(f"- {sentence}" for sentence in [*summary["verdict"], *notes])]
+    return "\n".join(lines) + "\n"
+
+
+def write(out: Path, baseline: str = "") -> None:
+    """Write report.md, report.csv and report.html into ``out`` and print the table.
+
+    Raises:
+        SettingsError: if there is nothing to report, or no such baseline.
+    """
+    plan, table, metrics = load(out)
+    best = best_lr(table)
+    summary = summarize(best, baseline or str(table["arm"].iloc[0]))
+    notes = caveats(table)
+    if len(table) < len(plan["runs"]):
+        notes.append(
+            f"{len(plan['runs']) - len(table)} of {len(plan['runs'])} planned runs have not ended and are not in here."
+        )
+    text = markdown(summary, notes)
+    (out / "report.md").write_text(text)
+    table.to_csv(out / "report.csv", index=False)
+    template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
+    page = template.render(
+        summary=summary.to_dict("records"),
+        notes=notes,
+        plots=[(label, curves(best, metrics, column, label, log)) for column, label, log in PLOTS],
+        runs=table.to_dict("records"),
+        plan=plan,
+        speed={
+            arm: float(np.median(np.concatenate([metrics[n]["step_seconds"].dropna() for n in rows["name"]])))
+            for arm, rows in best.groupby("arm", sort=False)
+        },
+    )
+    (out / "report.html").write_text(page)
+    print(text)
+    print(f"Report: {(out / 'report.html').resolve()}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: ``python -m train.report FOLDER``."""
+    try:
+        report = parse(Report, sys.argv[1:] if arguments is None else arguments, __doc__ or "")
+        write(report.runs, report.baseline)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
