@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import psutil
 import torch
 import tyro
 
@@ -27,6 +27,8 @@ from train.ranks import free_port
 from train.settings import REPOSITORY, SettingsError, parse, require
 
 POLL_SECONDS = 0.5
+# What a surrounding launcher may have set, and the launchers started here set anew.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,31 +121,16 @@ def command(plan: dict[str, Any], run: dict[str, Any], out: Path) -> list[str]:
     elif plan["launcher"] == "torchrun":
         launch += ["torch.distributed.run", "--nproc-per-node", ranks, "--master-port", port, "-m"]
     elif plan["launcher"] == "accelerate":
-        launch += [
-            "accelerate.commands.launch",
-            "--num_processes",
-            ranks,
-            "--num_machines",
-            "1",
-            "--main_process_port",
-            port,
-        ]
-        launch += [
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            *([] if torch.cuda.is_available() else ["--cpu"]),
-        ]
-        launch += ["--multi_gpu"] if torch.cuda.is_available() and plan["ranks"] > 1 else []
-        launch += ["--module"]
+        config = str(REPOSITORY / "ds_configs" / "accelerate.yaml")
+        launch += ["accelerate.commands.launch", "--config_file", config, "--num_processes", ranks]
+        launch += ["--main_process_port", port, "--module"]
     return launch + program
 
 
 @contextmanager
 def _started(line: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A run in a session of its own; it ends with the block, whatever happens, with all its ranks."""
-    environment = dict(os.environ)
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     with log.open("ab") as file:
@@ -154,17 +141,24 @@ def _started(line: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            start_new_session=True,
+            start_new_session=True,  # a Ctrl-C reaches this process alone, which then ends the ranks in order
         )
     try:
         yield process
     finally:
-        for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
-            try:
-                os.killpg(process.pid, sign)
-                process.wait(patience)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
+        end(process)
+
+
+def end(process: subprocess.Popen[Any], patience: float = 10.0) -> None:
+    """End a launcher and all its ranks, wherever they have put themselves; gently first. Does nothing if it has ended."""
+    if process.poll() is not None:
+        return
+    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    tree[0].terminate()
+    for left in psutil.wait_procs(tree, patience)[1]:
+        with suppress(psutil.NoSuchProcess):
+            left.kill()
+    process.wait()
 
 
 def execute(plan: dict[str, Any], out: Path) -> None:

@@ -73,17 +73,20 @@ def claim(run: Run) -> FileLock:
         raise SettingsError(
             f"out is {out}, where another run is at work now; wait for it, or give another folder."
         ) from None
-    mine = json.loads(json.dumps(run.identity()))
-    if written.exists():
-        theirs = json.loads(written.read_text())["identity"]
-        difference = next(_differences(theirs, mine), None)
+    try:
+        mine = json.loads(json.dumps(run.identity()))
+        if not written.exists():
+            write_json(written, {"identity": mine, **environment()})
+            return lock
+        difference = next(_differences(json.loads(written.read_text())["identity"], mine), None)
         require(difference is None, f"out is {out}, which belongs to a run with {difference}; give another folder.")
         require(
             run.checkpoints.resume,
             f"out is {out}, which holds this very run; drop --no-resume, or give another folder.",
         )
-    else:
-        write_json(written, {"identity": mine, **environment()})
+    except SettingsError:
+        lock.release()
+        raise
     return lock
 
 

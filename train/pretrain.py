@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,7 +128,7 @@ class Trainer:
                 metrics.write(**line)
                 self._monitor({k: v for k, v in line.items() if k != "step"})
             progress.show(self.step, f"loss {line['loss']:.4f}")
-            nonfinite = 0 if math.isfinite(line["loss"] or 0.0) else nonfinite + 1
+            nonfinite = 0 if self.is_finite(line) else nonfinite + 1
             if nonfinite == run.stop_after_nonfinite:
                 return {"status": "diverged", "step": self.step, "validation_loss": None}
             last = self.step == run.schedule.steps
@@ -136,7 +137,7 @@ class Trainer:
                 if metrics:
                     metrics.write(step=self.step, validation_loss=validation_loss)
                     self._monitor({"validation_loss": validation_loss})
-            if not nonfinite and (last or (every and self.step % every == 0)):
+            if (last or (every and self.step % every == 0)) and not nonfinite and self.weights_are_finite():
                 checkpoints.save(
                     self.engine, self.ranks, run.out / "checkpoints", self.step, run.checkpoints.keep, self.parameters
                 )
@@ -152,6 +153,21 @@ class Trainer:
             "world": self.ranks.world,
             "device": _device_name(self.ranks.device),
         }
+
+    def is_finite(self, line: dict[str, Any]) -> bool:
+        """Whether loss and gradient norm were numbers.
+
+        DeepSpeed skips a step with a gradient that isn't, silently and for ever; in fp16 that is how the loss scale finds
+        its place, so there the loss alone counts.
+        """
+        norm = 0.0 if self.engine.fp16_enabled() or line["grad_norm"] is None else line["grad_norm"]
+        return math.isfinite(line["loss"]) and math.isfinite(norm)
+
+    def weights_are_finite(self) -> bool:
+        """Whether the weights are worth saving; one step can spoil them before any loss shows it."""
+        parts = [getattr(p, "ds_tensor", p) for p in self.engine.module.parameters()]
+        spoiled = sum(int((~torch.isfinite(part)).any()) for part in parts)
+        return self.ranks.sum([spoiled])[0] == 0
 
     def _monitor(self, values: dict[str, float | None]) -> None:
         events = [(f"train/{k}", v, self.step) for k, v in values.items() if v is not None and math.isfinite(v)]
@@ -272,29 +288,27 @@ def pretrain(run: Run) -> None:
     if run.dry_run:
         dry_run(initialize(run, ranks, ds_config))
         return
-    lock = None
-    with ranks.together():
+    with ExitStack() as held:
+        with ranks.together():
+            if ranks.first:
+                held.callback(folder.claim(run).release)
+        ended: dict[str, Any] | None = folder.result(run.out)
+        if ended is not None:
+            if ranks.first:
+                print(f"{run.out} is {ended['status']} already, at step {ended['step']}.")
+            return
         if ranks.first:
-            lock = folder.claim(run)
-    ended: dict[str, Any] | None = folder.result(run.out)
-    if ended is not None:
+            folder.write_json(run.out / "ds_config.json", ds_config)
+        trainer = initialize(run, ranks, ds_config)
+        trainer.step = checkpoints.resume(trainer.engine, ranks, run.out / "checkpoints")
+        with Progress(run.schedule.steps, trainer.step, run.out.name, enabled=ranks.first) as progress:
+            began = time.perf_counter()
+            ended = trainer.fit(folder.Metrics(run.out, trainer.step) if ranks.first else None, progress)
         if ranks.first:
-            print(f"{run.out} is {ended['status']} already, at step {ended['step']}.")
-        return
-    if ranks.first:
-        folder.write_json(run.out / "ds_config.json", ds_config)
-    trainer = initialize(run, ranks, ds_config)
-    trainer.step = checkpoints.resume(trainer.engine, ranks, run.out / "checkpoints")
-    with Progress(run.schedule.steps, trainer.step, run.out.name, enabled=ranks.first) as progress:
-        began = time.perf_counter()
-        ended = trainer.fit(folder.Metrics(run.out, trainer.step) if ranks.first else None, progress)
-    if ranks.first:
-        folder.write_json(run.out / "result.json", {**ended, "seconds": time.perf_counter() - began})
-        if lock is not None:
-            lock.release()
+            folder.write_json(run.out / "result.json", {**ended, "seconds": time.perf_counter() - began})
     if ended["status"] == "diverged":
         raise SettingsError(
-            f"the loss was not finite for {run.stop_after_nonfinite} steps in a row, up to step {ended['step']}; lower lr "
+            f"the loss or the gradient was not finite for {run.stop_after_nonfinite} steps in a row, up to step {ended['step']}; lower lr "
             f"(it is {run.optimizer.lr}) or clip (it is {run.optimizer.clip}); the checkpoints before it are kept."
         )
 

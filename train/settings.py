@@ -225,7 +225,7 @@ class Run:
     dry_run: bool = False
     """Check everything, estimate memory, run one batch, write nothing."""
     stop_after_nonfinite: int = 3
-    """Stop when the loss was NaN or infinite for this many steps in a row; the last good checkpoint is kept."""
+    """Stop when the loss or the gradient was NaN or infinite for this many steps in a row; the last good checkpoint is kept."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)

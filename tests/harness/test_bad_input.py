@@ -1,0 +1,223 @@
+"""Every bad input gets one sentence that names the field, the value and what would be right, and changes nothing on disk."""
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tests.harness.conftest import Make
+from train import compare, report
+from train.pretrain import main, pretrain
+from train.settings import SettingsError
+
+# (options, what the sentence must say): found before there are ranks or data.
+EARLY = [
+    ("--stepz 3", "Unrecognized options: --stepz"),
+    ("--steps three", "--steps"),
+    ("--schedule square", "'square'"),
+    ("--betas 1.0", r"betas is \(1.0, 1.0\)|betas is 1.0|betas is \[1.0, 1.0\].*\[0, 1\)"),
+    ("--betas -0.1", r"must lie in \[0, 1\)"),
+    ("--betas 0.9 0.999", r"betas is \(0.9, 0.999\).*--allow-unbalanced"),
+    ("--lr -0.1", "lr is -0.1; it must be above 0"),
+    ("--lr nan", "lr is nan; it must be a finite number"),
+    ("--eps -1", "eps is -1.0"),
+    ("--weight-decay -1", "weight_decay is -1.0"),
+    ("--clip -1", "clip is -1.0; it must be at least 0"),
+    ("--steps 0", "steps is 0; it must be at least 1"),
+    ("--warmup 6", r"warmup is 6; it must lie in \[0, steps\), and steps is 6"),
+    ("--final-lr 2", r"final_lr is 2.0; it is a fraction of lr"),
+    ("--batch 0", "batch is 0; it must be at least 1"),
+    ("--micro-batch 3", "batch is 4; it must be a multiple of ranks x micro_batch = 1 x 3 = 3"),
+    ("--sequence-length 1", "sequence_length is 1; it must be at least 2"),
+    ("--validation-fraction 1.5", "validation_fraction is 1.5; it must lie between 0 and 1"),
+    ("--save-every -1", "save_every is -1"),
+    ("--keep 0", "keep is 0; it must be at least 1"),
+    ("--seed -1", "seed is -1"),
+    ("--validate-every -2", "validate_every is -2"),
+    ("--stop-after-nonfinite 0", "stop_after_nonfinite is 0"),
+    ("--ds-config nowhere.json", "ds_config is nowhere.json, which is not a file"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), EARLY)
+def test_a_bad_setting_is_refused_in_one_sentence(make: Make, options: str, sentence: str) -> None:
+    with pytest.raises(SettingsError, match=sentence) as refused:
+        pretrain(make(*options.split()))
+    assert "\n" not in str(refused.value)
+
+
+DS_CONFIGS = [
+    ("{", "is not JSON"),
+    ("[]", "is a JSON list; it must be an object"),
+    ('{"bf16": {"enabled": false}, "bf16": {"enabled": true}}', "has the key 'bf16' twice"),
+    ('{"optimizer": {"type": "AdamW"}}', "names the optimizer 'AdamW'; it must be 'BalancedAdam'"),
+    ('{"optimizer": {"type": "BalancedAdam", "params": {"amsgrad": true}}}', "optimizer.params.amsgrad"),
+    (
+        '{"optimizer": {"type": "BalancedAdam", "params": {"betas": 0.9}}}',
+        r"betas = \[0.9, 0.9\], but betas is \[0.95, 0.95\]",
+    ),
+    ('{"train_batch_size": 64}', "train_batch_size = 64, but batch is 4; make them equal"),
+    ('{"gradient_clipping": 5}', "gradient_clipping = 5, but clip is 1.0"),
+    ('{"scheduler": {"type": "WarmupLR"}}', "has a scheduler"),
+    ('{"fp16": {"enabled": true}}', "has fp16 at stage 0"),
+    ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage = 7"),
+    (
+        '{"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}',
+        'zero_optimization.reduce_bucket_size "auto"',
+    ),
+]
+
+
+@pytest.mark.parametrize(("content", "sentence"), DS_CONFIGS)
+def test_a_bad_ds_config_is_refused_in_one_sentence(make: Make, tmp_path: Path, content: str, sentence: str) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(content)
+    with pytest.raises(SettingsError, match=sentence):
+        pretrain(make("--ds-config", str(file)))
+
+
+LATE = [
+    ("--data /nowhere/at/all", "data is '/nowhere/at/all', which does not exist"),
+    ("--data {empty}", "which holds no text"),
+    ("--data {mixed}", "mixes json and text files"),
+    ("--data {json} --text-field body", "text_field is 'body', but .* has the columns text"),
+    ("--data {one}", "holds out 0 of 1 documents; both parts need at least one"),
+    ("--batch 100000", "less than one batch of 100000"),
+    ("--sequence-length 2000", "sequence_length is 2000, but model 'tiny' has 1024 positions"),
+    ("--model {model}", "embeds 100 tokens, but the tokenizer has 384"),
+    ("--model no/such/model", "model is 'no/such/model', which is no preset"),
+    ("--tokenizer /no/such/tokenizer", "tokenizer is '/no/such/tokenizer'"),
+    ("--out {file}", "which is a file; give a folder"),
+    ("--out {strangers}", "holds letter.txt but no run"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), LATE)
+def test_bad_data_models_and_folders_are_refused_in_one_sentence(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, sentence: str
+) -> None:
+    from transformers import LlamaConfig
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    places = {name: tmp_path / name for name in ("empty", "mixed", "json", "one", "model", "strangers")}
+    for place in places.values():
+        place.mkdir()
+    for name in ("mixed", "json"):
+        (places[name] / "a.jsonl").write_text('{"text": "x"}\n')
+    for name in ("mixed", "one"):
+        (places[name] / "a.txt").write_text("some text")
+    (places["strangers"] / "letter.txt").write_text("dear")
+    (tmp_path / "file").write_text("")
+    LlamaConfig(vocab_size=100).save_pretrained(places["model"])
+    arguments = options.format(**places, file=tmp_path / "file").split()
+    with pytest.raises(SettingsError, match=sentence):
+        pretrain(make(*arguments))
+    assert (places["strangers"] / "letter.txt").read_text() == "dear"
+
+
+def test_an_output_folder_belongs_to_one_configuration_and_one_run(make: Make) -> None:
+    run = make()
+    pretrain(run)
+    before = (run.out / "metrics.jsonl").read_bytes()
+    with pytest.raises(SettingsError, match=r"belongs to a run with lr = 0.002, not 0.1"):
+        pretrain(make("--lr", "0.1"))
+    with pytest.raises(SettingsError, match="holds this very run"):
+        pretrain(make("--no-resume"))
+    with FileLock(run.out / ".lock"), pytest.raises(SettingsError, match=r"another run is at work"):
+        pretrain(run)
+    pretrain(run)  # finished: nothing to do
+    assert (run.out / "metrics.jsonl").read_bytes() == before
+
+
+@contextmanager
+def files_at_most(size: int) -> Iterator[None]:
+    """Writes beyond ``size`` bytes of a file fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_write_that_fails_while_saving_leaves_the_last_good_checkpoint(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train import checkpoints
+
+    run, save = make(), checkpoints.save
+
+    def save_on_a_full_disk(*arguments: object) -> None:
+        if arguments[3] == 6:
+            with files_at_most(100_000):
+                save(*arguments)  # type: ignore[arg-type]
+        else:
+            save(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoints, "save", save_on_a_full_disk)
+    with pytest.raises(
+        SettingsError, match=r"step-0000006 could not be written .*last good checkpoint is step-0000003"
+    ):
+        pretrain(run)
+    monkeypatch.undo()
+    pretrain(run)  # goes on from step 3
+    assert json.loads((run.out / "result.json").read_text())["status"] == "finished"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(make: Make) -> None:
+    run = make("--lr", "1e38", "--warmup", "4", "--steps", "20", "--clip", "0", "--save-every", "1")
+    with pytest.raises(SettingsError, match=r"the loss or the gradient was not finite for 3 steps in a row"):
+        pretrain(run)
+    result = json.loads((run.out / "result.json").read_text())
+    assert result["status"] == "diverged"
+    assert not list((run.out / "checkpoints").glob(f"step-{result['step']:07d}"))
+    assert list((run.out / "checkpoints").glob("step-*/complete.json"))
+
+
+COMPARISONS = [
+    ("--arms 0.95 1.5", "arms has '1.5'; an arm is one beta or beta1,beta2"),
+    ("--arms 0.95 0.95", "arms is 0.95 0.95; give each only once"),
+    ("--seeds 1 1", "seeds is 1 1; give each only once"),
+    ("--ranks 0", "ranks is 0"),
+    ("--launcher python", "the launcher python starts one"),
+    ("--launcher mpirun", "'mpirun'"),
+    ("--tokens 5", "tokens is 5, less than one batch"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), COMPARISONS)
+def test_a_bad_comparison_is_refused_with_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, sentence: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["--out", str(tmp_path / "new"), *options.split()])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ") and sentence in said and "\n" not in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        report.main([str(tmp_path)])
+    assert stopped.value.code == 2 and "holds no manifest.json" in capsys.readouterr().err
+
+
+def test_the_command_line_says_it_once_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--out", "/tmp/x", "--lr", "-1"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: lr is -1.0; it must be above 0.\n"
+
+
+def test_another_rank_than_the_first_stays_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        main(["--out", "/tmp/x", "--lr", "-1"])
+    assert capsys.readouterr().err == ""

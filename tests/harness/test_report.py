@@ -1,0 +1,59 @@
+"""The statistics of the report against scipy's paired test and by hand."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from train import report
+
+
+def runs(losses: dict[str, list[float]], lr: float = 1e-3) -> pd.DataFrame:
+    rows = [
+        {"name": f"{arm}-{seed}", "arm": arm, "lr": lr, "seed": seed, "validation_loss": loss}
+        for arm, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_intervals_are_those_of_scipys_paired_t_test_and_p_values_are_holms() -> None:
+    random = np.random.default_rng(0)
+    base = random.normal(2.0, 0.1, 5)
+    arms = {"0.95": base, "a": base + random.normal(0.05, 0.01, 5), "b": base + random.normal(0.01, 0.02, 5)}
+    summary = report.summarize(runs({k: list(v) for k, v in arms.items()}), "0.95").set_index("arm")
+    raw = {}
+    for arm in ("a", "b"):
+        test = stats.ttest_rel(arms[arm], arms["0.95"])
+        low, high = test.confidence_interval(0.95)
+        assert summary.loc[arm, ["low", "high"]].tolist() == pytest.approx([low, high])
+        raw[arm] = test.pvalue
+    small, large = sorted(raw, key=lambda arm: raw[arm])
+    assert summary.loc[small, "p_holm"] == pytest.approx(min(1, 2 * raw[small]))
+    assert summary.loc[large, "p_holm"] == pytest.approx(max(raw[large], min(1, 2 * raw[small])))
+    assert summary.loc["a", "verdict"].startswith("(a) is worse than (0.95) by 0.0")
+
+
+def test_a_clear_gain_is_better_noise_is_not_distinguishable_and_one_seed_proves_nothing() -> None:
+    table = runs({"0.95": [2.0, 2.1, 2.2], "gain": [1.9, 2.0, 2.101], "noise": [2.1, 2.0, 2.2]})
+    verdicts = report.summarize(table, "0.95").set_index("arm")["verdict"]
+    assert "better" in verdicts["gain"] and "not distinguishable from (0.95) at n = 3" in verdicts["noise"]
+    one = runs({"0.95": [2.0], "x": [1.0]})
+    assert "one seed proves nothing" in report.summarize(one, "0.95")["verdict"][1]
+    assert any("one seed proves nothing" in note for note in report.caveats(one))
+
+
+def test_a_divergence_is_counted_and_its_seed_has_no_pair() -> None:
+    summary = report.summarize(runs({"0.95": [2.0, 2.1, 2.2], "x": [2.5, math.nan, 2.6]}), "0.95").set_index("arm")
+    assert summary.loc["x", "diverged"] == 1 and summary.loc["x", "pairs"] == 2 and summary.loc["x", "runs"] == 3
+
+
+def test_each_arm_is_shown_at_its_best_learning_rate_and_an_edge_is_flagged() -> None:
+    table = pd.concat(
+        [runs({"0.95": [2.0, 2.0], "x": [3.0, 3.0]}, 1e-3), runs({"0.95": [2.5, 2.5], "x": [1.0, math.nan]}, 2e-3)]
+    )
+    best = report.best_lr(table).groupby("arm")["lr"].first()
+    assert best.to_dict() == {"0.95": 1e-3, "x": 1e-3}  # a divergence loses to any loss
+    assert sum("at the edge" in note for note in report.caveats(table)) == 2

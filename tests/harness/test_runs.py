@@ -1,0 +1,188 @@
+"""Whole runs with real ranks: every launcher, every shipped ds_config, cut and resumed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from train import compare, folder
+from train.settings import REPOSITORY
+
+CONFIGS = sorted((REPOSITORY / "ds_configs").glob("zero*.json"))
+
+
+def start(options: list[str], launcher: str = "torchrun", ranks: int = 2) -> subprocess.Popen[str]:
+    """A run through a launcher, by the command line that train.compare uses."""
+    out = Path(options[options.index("--out") + 1])
+    run = {"name": out.name, "arguments": [o for o in options if o not in ("--out", str(out))]}
+    line = compare.command({"launcher": launcher, "ranks": ranks}, run, out.parent)
+    environment = {k: v for k, v in os.environ.items() if k not in compare.RANK_VARIABLES} | {"DS_ACCELERATOR": "cpu"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        line, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(options: list[str], launcher: str = "torchrun", ranks: int = 2) -> tuple[int, str]:
+    process = start(options, launcher, ranks)
+    said, _ = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+def losses(options: list[str]) -> list[float]:
+    return [line["loss"] for line in folder.read_metrics(Path(options[options.index("--out") + 1])) if "loss" in line]
+
+
+def change(options: list[str], **values: Any) -> list[str]:
+    """The options with some replaced or added."""
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if flag in options:
+            options = [*options[: options.index(flag)], *options[options.index(flag) + 2 :]]
+        options = [*options, flag, str(value)]
+    return options
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("launcher", "ranks"), [("deepspeed", 2), ("torchrun", 2), ("accelerate", 2), ("python", 1)])
+def test_twenty_steps_under_each_launcher(small_run: list[str], launcher: str, ranks: int) -> None:
+    options = change(small_run, steps=20, save_every=0)
+    code, said = finish(options, launcher, ranks)
+    assert code == 0, said
+    result = folder.result(Path(options[options.index("--out") + 1]))
+    assert result and result["status"] == "finished" and result["world"] == ranks and result["step"] == 20
+    assert len(losses(options)) == 20 and losses(options)[-1] < losses(options)[0]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_ds_config_trains_and_starts_from_the_same_weights(
+    small_run: list[str], config: Path, tmp_path: Path
+) -> None:
+    options = change(small_run, ds_config=config, steps=3)
+    code, said = finish(options)
+    assert code == 0, said
+    reference = change(
+        small_run, ds_config=REPOSITORY / "ds_configs" / "zero0.json", steps=3, out=tmp_path / "one-rank"
+    )
+    assert finish(reference, "python", 1)[0] == 0
+    assert losses(options) == pytest.approx(losses(reference), rel=2e-5)
+
+
+@pytest.mark.ranks
+def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(small_run: list[str], tmp_path: Path) -> None:
+    straight = change(small_run, steps=120, save_every=5, out=tmp_path / "straight")
+    assert finish(straight)[0] == 0
+    cut = change(small_run, steps=120, save_every=5, out=tmp_path / "cut")
+    process = start(cut)
+    until = time.monotonic() + 100
+    while (
+        not (tmp_path / "cut" / "checkpoints" / "step-0000010" / "complete.json").exists() and time.monotonic() < until
+    ):
+        time.sleep(0.02)
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()
+    process.communicate()
+    assert folder.result(tmp_path / "cut") is None
+    assert finish(cut)[0] == 0
+    assert losses(cut) == losses(straight)
+    ends = [folder.result(tmp_path / name) for name in ("cut", "straight")]
+    assert ends[0] and ends[1] and ends[0]["validation_loss"] == ends[1]["validation_loss"]
+
+
+@pytest.mark.ranks
+def test_two_ranks_say_it_once_and_end_with_a_failure(small_run: list[str]) -> None:
+    code, said = finish(change(small_run, sequence_length=2000))
+    assert code != 0
+    assert len(re.findall(r"^error: ", said, re.MULTILINE)) == 1
+    assert "sequence_length is 2000" in said
+
+
+@pytest.mark.ranks
+def test_a_checkpoint_of_another_world_and_a_truncated_one(small_run: list[str], tmp_path: Path) -> None:
+    options = change(small_run, steps=9, save_every=3)
+    out = Path(options[options.index("--out") + 1])
+    assert finish(options)[0] == 0
+    (out / "result.json").unlink()
+    code, said = finish(options, "python", 1)
+    assert code == 2 and "was made by 2 ranks at ZeRO stage 1, and this run has 1" in said
+    newest = out / "checkpoints" / "step-0000009"
+    states = next(newest.glob("*optim_states.pt"))
+    states.write_bytes(states.read_bytes()[:1000])
+    code, said = finish(options)
+    assert code == 0 and "step-0000009 is not whole; passed over" in said
+    assert folder.result(out)
+
+
+@pytest.mark.ranks
+def test_a_dry_run_estimates_memory_and_writes_nothing(small_run: list[str]) -> None:
+    process = start([*small_run, "--dry-run"], "python", 1)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    assert "ZeRO-3 with offload" in said and "one batch: loss" in said
+    assert not Path(small_run[small_run.index("--out") + 1]).exists()
+
+
+@pytest.mark.ranks
+def test_compare_skips_what_is_finished_goes_on_with_what_was_cut_and_reports(
+    small_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "comparison"
+    kept = small_run[small_run.index("--data") : small_run.index("--data") + 4]
+    arguments = [
+        "--arms",
+        "0.9",
+        "0.9,0.99",
+        "--seeds",
+        "0",
+        "1",
+        "--steps",
+        "4",
+        "--batch",
+        "4",
+        "--sequence-length",
+        "32",
+    ]
+    arguments += [
+        "--ranks",
+        "1",
+        "--launcher",
+        "python",
+        "--out",
+        str(out),
+        "--",
+        *kept,
+        "--validation-fraction",
+        "0.2",
+    ]
+    compare.main(arguments)
+    said = capsys.readouterr().out
+    assert "| 0.9,0.99 |" in said and str(out / "report.html") in said
+    page = (out / "report.html").read_text()
+    assert "One learning rate (0.002) was used for all arms" in page and "http" not in page.replace(
+        "http://www.w3.org", ""
+    )
+    plan = json.loads((out / "manifest.json").read_text())
+    assert [run["arm"] for run in plan["runs"]] == ["0.9", "0.9,0.99"] * 2 and plan["packages"]["torch"]
+    first = {run["name"]: losses(["--out", str(out / run["name"])])[0] for run in plan["runs"]}
+    assert len(set(first.values())) == 2  # arms of a seed start alike
+    stamps = [(out / run["name"] / "metrics.jsonl").stat().st_mtime_ns for run in plan["runs"]]
+    (out / plan["runs"][-1]["name"] / "result.json").unlink()
+    compare.main(arguments)
+    assert "3 of 4 runs are finished already" in capsys.readouterr().out
+    again = [(out / run["name"] / "metrics.jsonl").stat().st_mtime_ns for run in plan["runs"]]
+    assert stamps[:-1] == again[:-1] and stamps[-1] != again[-1]
+
+
+def test_python_that_runs_the_tests_is_the_one_that_runs_the_harness() -> None:
+    assert (
+        compare.command({"launcher": "torchrun", "ranks": 2}, {"name": "x", "arguments": []}, Path("y"))[0]
+        == sys.executable
+    )
