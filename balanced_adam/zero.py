@@ -65,7 +65,7 @@ def register() -> None:
 def _wrap(cls: type, name: str, wrapper: Callable[..., None]) -> None:
     """Replace method ``name`` by ``wrapper(original, self, ...)`` for wrappers of BalancedAdam; once, however often called."""
     original = getattr(cls, name)
-    if hasattr(original, "__wrapped__"):
+    if getattr(original, "mended", False):
         return
 
     @functools.wraps(original)
@@ -74,6 +74,7 @@ def _wrap(cls: type, name: str, wrapper: Callable[..., None]) -> None:
             return wrapper(original, self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
+    method.mended = True  # type: ignore[attr-defined]
     setattr(cls, name, method)
 
 
