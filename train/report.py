@@ -136,7 +136,7 @@ def caveats(table: pd.DataFrame) -> list[str]:
     return said
 
 
-def curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], column: str, label: str, log: bool = False) -> str:
+def curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], column: str) -> str:
     """A plot of one column over steps, an arm's mean and range over seeds, as a data URL of an SVG."""
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     for arm, runs in table.groupby("arm", sort=False):
@@ -149,9 +149,6 @@ def curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], column: str, l
             values.index, values.min(axis=1), values.max(axis=1), color=line.get_color(), alpha=0.18, linewidth=0
         )
     axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    if log:
-        axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -161,14 +158,14 @@ def curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], column: str, l
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-PLOTS = (
-    ("loss", "training loss", False),
-    ("validation_loss", "validation loss", False),
-    ("grad_norm", "gradient norm before clipping", True),
-    ("update_rms", "root mean square of update / lr", False),
-    ("update_max", "greatest |update| / lr", True),
-    ("step_seconds", "seconds a step", False),
-)
+PLOTS = {
+    "loss": "training loss",
+    "validation_loss": "validation loss",
+    "grad_norm": "gradient norm before clipping",
+    "update_rms": "root mean square of update / lr",
+    "update_max": "greatest |update| / lr",
+    "step_seconds": "seconds a step",
+}
 
 
 def markdown(summary: pd.DataFrame, notes: list[str]) -> str:
@@ -210,7 +207,7 @@ def write(out: Path, baseline: str = "") -> None:
     page = template.render(
         summary=summary.to_dict("records"),
         notes=notes,
-        plots=[(label, curves(best, metrics, column, label, log)) for column, label, log in PLOTS],
+        plots=[(label, curves(best, metrics, column)) for column, label in PLOTS.items()],
         runs=table.to_dict("records"),
         plan=plan,
         speed={
