@@ -1,0 +1,166 @@
+"""The matrix of the exact tests, and how one of its cells is run through a DeepSpeed engine on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tests.parity.compare import differences
+from tests.parity.control import Absent, State, train
+from tests.parity.model import MICRO, AwkwardModel, share
+from tests.parity.mutants import MUTANTS, wrong
+from tests.parity.worker import spawn
+
+STEPS = 8
+
+
+class Case(NamedTuple):
+    """One cell of the matrix, but for the world size."""
+
+    stage: int
+    dtype: str
+    offload: bool = False
+    grad_accum: str | None = None
+    mutant: str | None = None
+
+    def __str__(self) -> str:
+        accum = f"-accum_{self.grad_accum}" if self.grad_accum else ""
+        return f"stage{self.stage}-{self.dtype}{accum}{'-offload' if self.offload else ''}"
+
+    def config(self) -> dict[str, Any]:
+        """The ds_config: the optimizer by name and no permission asked for anything."""
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "reduce_bucket_size": 50,  # several buckets, and parameters larger than one
+            "sub_group_size": 40,  # stage 3: several sub-groups in each parameter group
+            "stage3_param_persistence_threshold": 4,  # some parameters are kept whole, the others gathered
+        }
+        if self.offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": MICRO,
+            "optimizer": {"type": "BalancedAdam", "params": {"lr": 0.5}},  # each group has its own
+            "gradient_clipping": 0.0,  # the default is 1 (runtime/constants.py), and a norm is not exact
+            "zero_optimization": zero,
+            "bf16": {"enabled": self.dtype == "bf16"},
+        }
+        if self.grad_accum:
+            config["data_types"] = {"grad_accum_dtype": self.grad_accum}
+        return config
+
+    def absent(self) -> Absent:
+        """What the optimizer is given for a parameter that got no gradient since the last step.
+
+        Never nothing, so that its moments and its weight decay go on at every stage. Zeros in buffers made anew:
+
+        * stage 0: runtime/engine.py:3863 (``_get_gradients_for_reduction``), in every dtype;
+        * stages 1 and 2: runtime/zero/stage_1_and_2.py:2706 (``get_all_grad_tensors``) and the compact buffer of :1016;
+        * BF16_Optimizer: runtime/bf16_optimizer.py:605 (``clear_hp_grads``).
+
+        But where a gradient is written to a buffer that lasts, and nothing clears it, the last one is used again:
+
+        * stage 3: runtime/zero/stage3.py:1424 reads ``grad_partitions_flat_buffer``, which only parameters with a
+          gradient overwrite (:2024), and with offload the fp32 ``grad`` (:1458);
+        * offload at stage 2: the fp32 ``grad`` of runtime/zero/stage_1_and_2.py:1893 (:2154 with grad_accum_dtype).
+        """
+        return Absent.STALE if self.stage == 3 or self.offload else Absent.ZERO
+
+
+def matrix() -> Iterator[Case]:
+    """Every case of one world size."""
+    for stage in range(4):
+        for offload in (False, True) if stage >= 2 else (False,):
+            yield Case(stage, "fp32", offload)
+            # grad_accum_dtype fp32 is another code path: BF16_Optimizer at stage 1, other buffers at 2 and 3.
+            # Stage 0 refuses it (runtime/engine.py:2323).
+            for grad_accum in (None, "fp32") if stage else (None,):
+                yield Case(stage, "bf16", offload, grad_accum)
+
+
+def start(case: Case, **more: Any) -> Any:
+    """A DeepSpeed engine with the awkward model; the optimizer comes by name."""
+    import deepspeed
+
+    import balanced_adam  # noqa: F401  registers the name
+
+    model = AwkwardModel()
+    engine, *_ = deepspeed.initialize(model=model, config=case.config() | more, model_parameters=model.groups())
+    return engine
+
+
+def advance(engine: Any, first: int, last: int) -> None:
+    """Steps ``first`` to ``last - 1``, on this rank's share of the data."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    dtype = next(engine.module.parameters()).dtype
+    for step in range(first, last):
+        for micro in range(MICRO):
+            inputs = {name: x.to(engine.device, dtype) for name, x in share(step, micro, rank, world).items()}
+            engine.backward(engine(inputs))
+            engine.step()
+
+
+def read(engine: Any) -> State:
+    """Weights and moments in fp32, and the model's own weights, whole, on this rank."""
+    import deepspeed
+
+    if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
+        # Stages 1 and 2 link the moments to the parameters after the first group's first step, when the other groups
+        # have no moments yet, and never again (runtime/zero/stage_1_and_2.py:852 and :2987).
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    named: list[tuple[str, Any]] = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+    whole = [p for _, p in named] if hasattr(named[0][1], "ds_id") else []
+    with deepspeed.zero.GatheredParameters(whole, enabled=bool(whole)):
+        state: State = {"model": {name: p.detach().cpu().clone() for name, p in named}}
+    for key in ("weights", "exp_avg", "exp_avg_sq"):
+        state[key] = {name: _full(engine, p, key).detach().cpu().clone() for name, p in named}
+    return state
+
+
+def _full(engine: Any, param: Any, key: str) -> Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if engine.zero_optimization_stage():
+        value = safe_get_full_fp32_param(param) if key == "weights" else safe_get_full_optimizer_state(param, key)
+        return torch.as_tensor(value).reshape(getattr(param, "ds_shape", param.shape))
+    # Stage 0: no partition; in 16 bits FP16_UnfusedOptimizer holds the fp32 weights, and the state belongs to them.
+    master = param
+    if hasattr(engine.optimizer, "fp16_groups"):
+        pairs = zip(sum(engine.optimizer.fp16_groups, []), sum(engine.optimizer.fp32_groups, []), strict=True)
+        master = next(fp32 for fp16, fp32 in pairs if fp16 is param)
+    return torch.as_tensor(master if key == "weights" else engine.optimizer.state[master][key])
+
+
+def run(cases: list[Case]) -> dict[Case, State]:
+    """Job of one rank: all cases in one process group."""
+    results = {}
+    for case in cases:
+        with wrong(case.mutant):
+            engine = start(case)
+            advance(engine, 0, STEPS)
+            results[case] = read(engine)
+            engine.destroy()
+    return results
+
+
+@cache
+def outcomes(world: int) -> dict[Case, dict[str, float]]:
+    """All cases of one world size, in one spawn: case -> greatest differences from the control in ulp."""
+    cases = [*matrix(), *((*mutant_cases(), PHANTOM) if world == 2 else ())]
+    ranks = spawn(run, world, cases)
+    return {case: differences([rank[case] for rank in ranks], train(STEPS, case.absent())) for case in cases}
+
+
+def mutant_cases() -> Iterator[Case]:
+    """Every deliberately wrong optimizer at every stage."""
+    for mutant in MUTANTS:
+        for stage in range(4):
+            yield Case(stage, "bf16", mutant=mutant)
+
+
+PHANTOM = Case(0, "bf16", mutant="phantom_step")

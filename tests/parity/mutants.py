@@ -1,0 +1,108 @@
+"""Deliberately wrong optimizers, made by wrapping ``BalancedAdam.step``; they touch nothing but its public state.
+
+And DeepSpeed as it is without the mends of :mod:`balanced_adam.zero`, which is wrong too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from balanced_adam import BalancedAdam
+
+Wrong = Callable[[BalancedAdam, dict[str, Any], torch.nn.Parameter], None]
+
+
+def late_bias_correction_on_rank_1(optimizer: BalancedAdam, group: dict[str, Any], param: torch.nn.Parameter) -> None:
+    """Bias correction off by one: the state starts at step 1."""
+    if torch.distributed.get_rank() == 1 and "step" not in optimizer.state[param]:
+        zeros = {key: torch.zeros_like(param) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[param].update(step=torch.ones(()), **zeros)
+
+
+def moments_lost_at_step_5(optimizer: BalancedAdam, group: dict[str, Any], param: torch.nn.Parameter) -> None:
+    state = optimizer.state[param]
+    if state and int(state["step"]) == 4:
+        state["exp_avg"].zero_()
+        state["exp_avg_sq"].zero_()
+
+
+def decay_applied_twice(optimizer: BalancedAdam, group: dict[str, Any], param: torch.nn.Parameter) -> None:
+    param.mul_(1 - float(group["lr"]) * group["weight_decay"])
+
+
+def shard_of_rank_1_shifted(optimizer: BalancedAdam, group: dict[str, Any], param: torch.nn.Parameter) -> None:
+    """The gradient of one shard is shifted by one element."""
+    if torch.distributed.get_rank() == 1:
+        assert param.grad is not None
+        param.grad.copy_(param.grad.flatten().roll(1).view_as(param))
+
+
+def mutant(wrong: Wrong) -> Callable[[], AbstractContextManager[None]]:
+    """``BalancedAdam`` does ``wrong`` to every parameter before each of its steps, while the context lasts."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        right = BalancedAdam.step
+
+        @torch.no_grad()
+        def step(self: BalancedAdam, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        wrong(self, group, param)
+            return right(self, closure)
+
+        BalancedAdam.step = step  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            BalancedAdam.step = right  # type: ignore[method-assign]
+
+    return context
+
+
+@contextmanager
+def phantom_step() -> Iterator[None]:
+    """Stage 0 in 16 bits takes a step with zero gradients at start-up, as DeepSpeed does it."""
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer as Wrapper
+
+    mended = Wrapper.initialize_optimizer_states
+    Wrapper.initialize_optimizer_states = mended.__wrapped__
+    try:
+        yield
+    finally:
+        Wrapper.initialize_optimizer_states = mended
+
+
+@contextmanager
+def settings_of_group_0() -> Iterator[None]:
+    """A universal checkpoint at stage 3 gives every group the settings of the first, as DeepSpeed does it."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Wrapper
+
+    mended = Wrapper.load_hp_checkpoint_state_from_checkpoint_dir_stage3
+    Wrapper.load_hp_checkpoint_state_from_checkpoint_dir_stage3 = mended.__wrapped__
+    try:
+        yield
+    finally:
+        Wrapper.load_hp_checkpoint_state_from_checkpoint_dir_stage3 = mended
+
+
+UNMENDED = {"phantom_step": phantom_step, "settings_of_group_0": settings_of_group_0}
+MUTANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    wrong.__name__: mutant(wrong)
+    for wrong in (
+        late_bias_correction_on_rank_1,
+        moments_lost_at_step_5,
+        decay_applied_twice,
+        shard_of_rank_1_shifted,
+    )
+}
+
+
+def wrong(name: str | None) -> AbstractContextManager[None]:
+    """The mutant or the missing mend of that name; nothing for None."""
+    return (MUTANTS | UNMENDED)[name]() if name else nullcontext()

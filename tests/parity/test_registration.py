@@ -1,0 +1,125 @@
+"""Registration with DeepSpeed: what it rests on, that it is safe to repeat, and that it fails in words."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime import engine as engine_module
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero import utils as zero_utils
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+from balanced_adam import BalancedAdam, register, zero
+from tests.parity.cases import PHANTOM, Case, outcomes, start
+from tests.parity.compare import EXACT
+from tests.parity.worker import spawn
+
+UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
+MENDED = [(FP16_UnfusedOptimizer, "initialize_optimizer_states"), (DeepSpeedZeroOptimizer_Stage3, UNIVERSAL_LOAD)]
+
+
+def test_deepspeed_looks_names_up_in_torch_optim() -> None:
+    assert torch.optim.BalancedAdam is BalancedAdam  # type: ignore[attr-defined]
+    assert DeepSpeedEngine._is_supported_optimizer(None, "BalancedAdam")
+    source = inspect.getsource(DeepSpeedEngine._configure_basic_optimizer)
+    assert "getattr(torch.optim, self.optimizer_name())" in source
+
+
+def test_zero_asks_for_the_exact_type() -> None:
+    assert BalancedAdam in zero_utils.ZERO_SUPPORTED_OPTIMIZERS
+    assert "type(optimizer) in ZERO_SUPPORTED_OPTIMIZERS" in inspect.getsource(zero_utils.is_zero_supported_optimizer)
+    assert engine_module.is_zero_supported_optimizer is zero_utils.is_zero_supported_optimizer
+
+
+@pytest.mark.parametrize(
+    ("defect", "method"),
+    [
+        ("self.optimizer.step()", MENDED[0]),
+        ('["param_groups"][0]', MENDED[1]),
+    ],
+)
+def test_the_mended_methods_still_have_their_defects(defect: str, method: tuple[type, str]) -> None:
+    """When this fails DeepSpeed has changed them: see whether the mend is still needed."""
+    wrapped = getattr(*method)
+    assert defect in inspect.getsource(wrapped.__wrapped__)
+    assert not hasattr(wrapped.__wrapped__, "__wrapped__")
+
+
+def test_registering_again_changes_nothing() -> None:
+    before = [getattr(*method) for method in MENDED], list(zero_utils.ZERO_SUPPORTED_OPTIMIZERS)
+    register()
+    register()
+    assert ([getattr(*method) for method in MENDED], list(zero_utils.ZERO_SUPPORTED_OPTIMIZERS)) == before
+    assert zero_utils.ZERO_SUPPORTED_OPTIMIZERS.count(BalancedAdam) == 1
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS"), (DeepSpeedEngine, "_is_supported_optimizer"), *MENDED],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_moved_hook_point_is_an_error_that_names_the_version(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(RuntimeError, match=r"can't register with DeepSpeed .*tested with DeepSpeed 0\.19\.8"):
+        register()
+
+
+def test_names_that_no_longer_resolve_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeepSpeedEngine, "_is_supported_optimizer", lambda self, name: False)
+    with pytest.raises(RuntimeError, match=r"no longer resolves.*0\.19\.8"):
+        register()
+
+
+def test_another_class_of_that_name_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim, "BalancedAdam", torch.optim.SGD)
+    with pytest.raises(RuntimeError, match="another class"):
+        register()
+    assert torch.optim.BalancedAdam is torch.optim.SGD  # type: ignore[attr-defined]
+
+
+def wrapper(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> Any:
+    """As much of FP16_UnfusedOptimizer as its start-up reads; fp16 engines do not exist on every CPU."""
+    return SimpleNamespace(optimizer=optimizer, low_precision_dtype=dtype, fp16_groups=[], fp32_groups=[])
+
+
+def test_fp16_at_stage_0_is_refused_in_one_sentence() -> None:
+    optimizer = BalancedAdam([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ValueError, match="fp16.enabled.*use bf16, or stage 1, 2 or 3") as error:
+        FP16_UnfusedOptimizer.initialize_optimizer_states(wrapper(optimizer, torch.float16))
+    assert "\n" not in str(error.value)
+
+
+def test_other_optimizers_are_left_as_they_were() -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.zeros(1)
+    other = torch.optim.AdamW([weight])
+    FP16_UnfusedOptimizer.initialize_optimizer_states(wrapper(other, torch.float16))
+    assert int(other.state[weight]["step"]) == 1  # the phantom step
+
+
+@pytest.mark.ranks
+def test_without_the_mend_stage_0_in_16_bits_is_one_step_ahead() -> None:
+    assert outcomes(2)[PHANTOM]["weights"] > 0
+    assert outcomes(2)[PHANTOM._replace(mutant=None)] == EXACT
+
+
+def lower_case_name(case: Case) -> str:
+    """Job: what DeepSpeed says to a name in lower case."""
+    optimizer = {"type": zero.NAME.lower(), "params": {"lr": 0.5}}
+    try:
+        start(case, optimizer=optimizer)
+    except AssertionError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.ranks
+def test_a_lower_case_name_fails_as_deepspeed_says() -> None:
+    assert spawn(lower_case_name, 1, Case(2, "bf16")) == ["balancedadam is not a supported DeepSpeed Optimizer"]

@@ -1,0 +1,149 @@
+"""A run that is cut at step 10 and goes on is the uncut run, to the last bit; also on another number of ranks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import pytest
+
+from tests.parity.cases import Case, advance, read, start
+from tests.parity.compare import EXACT, differences
+from tests.parity.control import State, train
+from tests.parity.mutants import wrong
+from tests.parity.worker import ROOT, environment, spawn
+
+pytestmark = pytest.mark.ranks
+
+# The parameter "sometimes" has a gradient in steps 10 and 11, and none in step 12: DeepSpeed's checkpoints do not hold
+# the stale gradients of ``Case.absent``, so that a run cut just before such a step could not be resumed exactly.
+CUT, END = 10, 20
+SAVED_BY = 2
+ZERO = [
+    Case(1, "fp32"),
+    Case(1, "bf16"),
+    Case(1, "bf16", grad_accum="fp32"),
+    Case(2, "bf16"),
+    Case(2, "bf16", offload=True),
+    Case(3, "fp32"),
+    Case(3, "bf16"),
+    Case(3, "bf16", offload=True),
+]
+RIGID = [Case(0, "fp32"), Case(0, "bf16"), *ZERO]
+SETTINGS_OF_GROUP_0 = Case(3, "bf16", mutant="settings_of_group_0")
+
+
+class Load(NamedTuple):
+    """What a rank needs to go on from a checkpoint."""
+
+    folder: str
+    cases: list[Case]
+    universal: bool
+
+
+Resumed = tuple[State, State]
+"""The state just after loading, and at the end."""
+
+
+def save(folder: str) -> dict[Case, Resumed]:
+    """Job: run to the end, with a checkpoint at the cut; the state at the cut and at the end."""
+    results = {}
+    for case in RIGID:
+        engine = start(case)
+        advance(engine, 0, CUT)
+        engine.save_checkpoint(f"{folder}/{case}", tag="cut")
+        at_cut = read(engine)
+        advance(engine, CUT, END)
+        results[case] = at_cut, read(engine)
+        engine.destroy()
+    return results
+
+
+def load(what: Load) -> dict[Case, Resumed]:
+    """Job: start anew, load, run to the end."""
+    results = {}
+    for case in what.cases:
+        with wrong(case.mutant):
+            engine = start(case, checkpoint={"load_universal": what.universal})
+            path, _ = engine.load_checkpoint(f"{what.folder}/{case}", tag="universal" if what.universal else "cut")
+            assert path is not None, f"{case}: nothing loaded"
+            loaded = read(engine)
+            advance(engine, CUT, END)
+            results[case] = loaded, read(engine)
+            engine.destroy()
+    return results
+
+
+class Checkpoints:
+    """The uncut runs with their checkpoints, and the runs that went on from them; each is run once."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.uncut = spawn(save, SAVED_BY, folder)
+        self.resumed = cache(self._resumed)
+        self._convert = cache(self._convert_all)
+
+    def _convert_all(self) -> None:
+        for case in ZERO:
+            here = f"{self.folder}/{case}"
+            arguments = ["--input_folder", f"{here}/cut", "--output_folder", f"{here}/universal"]
+            arguments += ["--inject_missing_state", "--num_extract_workers", "1", "--num_merge_workers", "1"]
+            done = subprocess.run(
+                [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *arguments],
+                env=environment(1, self.folder),
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert done.returncode == 0, f"{case}: {done.stderr[-2000:]}"
+
+    def _resumed(self, world: int, universal: bool) -> list[dict[Case, Resumed]]:
+        if universal:
+            self._convert()
+        cases = [*ZERO, SETTINGS_OF_GROUP_0] if universal else RIGID
+        return spawn(load, world, Load(self.folder, cases, universal))
+
+    def check(self, world: int, universal: bool, case: Case) -> None:
+        """The state after loading is that of the cut, and the state at the end is that of the uncut run."""
+        saved, resumed = self.uncut[0][case], [rank[case] for rank in self.resumed(world, universal)]
+        assert differences([loaded for loaded, _ in resumed], saved[0]) == EXACT
+        assert differences([end for _, end in resumed], saved[1]) == EXACT
+
+
+@pytest.fixture(scope="module")
+def checkpoints() -> Iterator[Checkpoints]:
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o700)
+        yield Checkpoints(folder)
+
+
+@pytest.mark.parametrize("case", RIGID, ids=str)
+def test_the_uncut_run_is_the_control(checkpoints: Checkpoints, case: Case) -> None:
+    for when, steps in enumerate((CUT, END)):
+        states = [rank[case][when] for rank in checkpoints.uncut]
+        assert differences(states, train(steps, case.absent())) == EXACT
+
+
+@pytest.mark.parametrize("case", RIGID, ids=str)
+def test_resumed_on_as_many_ranks(checkpoints: Checkpoints, case: Case) -> None:
+    checkpoints.check(SAVED_BY, False, case)
+
+
+@pytest.mark.parametrize("world", [1, 3, 4], ids=lambda world: f"on_{world}_ranks")
+@pytest.mark.parametrize("case", ZERO, ids=str)
+def test_resumed_through_a_universal_checkpoint(checkpoints: Checkpoints, world: int, case: Case) -> None:
+    checkpoints.check(world, True, case)
+
+
+def test_without_the_mend_a_universal_checkpoint_at_stage_3_mixes_up_the_groups(checkpoints: Checkpoints) -> None:
+    right = checkpoints.uncut[0][Case(3, "bf16")]
+    loaded, end = checkpoints.resumed(1, True)[0][SETTINGS_OF_GROUP_0]
+    assert differences([loaded], right[0]) == EXACT
+    found = differences([end], right[1])
+    assert all(found[key] > 0 for key in ("weights", "exp_avg", "exp_avg_sq"))

@@ -1,0 +1,109 @@
+"""One spawn of several ranks: each runs the same job in one process group, under a time-out.
+
+``spawn(job, world, argument)`` starts ``python -m tests.parity.worker`` once per rank and returns what each rank's job
+returned. A job is a module-level function of one argument; it is sent by name.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 240.0  # below pytest's own time-out, so that the ranks' own errors are seen
+
+
+def backend(world: int) -> str:
+    """NCCL where every rank can have a GPU of its own, otherwise gloo on the CPU."""
+    return "nccl" if torch.cuda.device_count() >= world else "gloo"
+
+
+def environment(world: int, folder: str) -> dict[str, str]:
+    """The environment that all ranks share: nothing is compiled, and nothing outside the folder is written."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    extra = {
+        "WORLD_SIZE": str(world),
+        "LOCAL_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_EXTENSIONS_DIR": f"{folder}/extensions",
+        "DS_ACCELERATOR": "cpu" if backend(world) == "gloo" else "cuda",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    return {**os.environ, **extra}
+
+
+def spawn(job: Callable[[Any], Any], world: int, argument: Any, seconds: float = SECONDS) -> list[Any]:
+    """What ``job(argument)`` returned on each of ``world`` ranks.
+
+    Raises:
+        RuntimeError: if a rank failed or the time is over, with the end of the ranks' output.
+    """
+    with TemporaryDirectory() as folder:
+        base = Path(folder)
+        (base / "job").write_bytes(pickle.dumps((job.__module__, job.__name__, argument)))
+        common = environment(world, folder)
+        ranks: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(world):
+                with (base / f"log{rank}").open("wb") as log:
+                    command = [sys.executable, "-m", "tests.parity.worker", folder]
+                    numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    ranks.append(
+                        subprocess.Popen(command, env=common | numbers, cwd=base, stdout=log, stderr=subprocess.STDOUT)
+                    )
+            deadline = time.monotonic() + seconds
+            # A rank that fails leaves the others waiting in a collective: the first failure ends the job.
+            while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        if any(process.returncode for process in ranks):
+            logs = "\n".join(f"rank {r}: {(base / f'log{r}').read_text()[-3000:]}" for r in range(world))
+            codes = [process.returncode for process in ranks]
+            raise RuntimeError(f"{job.__name__} on {world} ranks ended with {codes} (-9: killed)\n{logs}")
+        return [torch.load(base / f"result{rank}", weights_only=False) for rank in range(world)]
+
+
+def main(folder: str) -> None:
+    """Be one rank."""
+    import deepspeed
+    import deepspeed.ops
+
+    # Otherwise init_distributed compiles it, for an operation (inference_all_reduce) that training never uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("ERROR")
+    torch.set_num_threads(1)
+    world = int(os.environ["WORLD_SIZE"])
+    if backend(world) == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(backend(world), verbose=False)
+    module, name, argument = pickle.loads((Path(folder) / "job").read_bytes())
+    result = getattr(import_module(module), name)(argument)
+    torch.save(result, Path(folder) / f"result{os.environ['RANK']}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
