@@ -151,7 +151,9 @@ class BalancedAdam(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32)
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        state["step"] += 1  # an int (from DeepSpeed's universal checkpoints) or a 0-dim tensor
+        # An int or a 0-dim tensor; never in place, since a universal checkpoint of DeepSpeed loaded at stage 3 gives all
+        # parameters one and the same tensor (runtime/zero/stage3.py:3681).
+        state["step"] = state["step"] + 1
         step = int(state["step"])
         betas, eps = group["betas"], group["eps"]
         assert param.grad is not None

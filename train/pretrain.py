@@ -18,7 +18,7 @@ import torch
 
 from train import checkpoints, data, deepspeed_config, folder, model
 from train.progress import Progress
-from train.ranks import Ranks, prepare_environment, start
+from train.ranks import Ranks, leave, prepare_environment, start
 from train.settings import Run, Schedule, SettingsError, parse, require
 
 if TYPE_CHECKING:
@@ -326,8 +326,8 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: ``python -m train.pretrain --help``."""
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: ``python -m train.pretrain --help``; the exit code."""
     import torch.distributed as dist
 
     try:
@@ -336,11 +336,12 @@ def main(arguments: list[str] | None = None) -> None:
     except SettingsError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    leave(main())

@@ -22,4 +22,5 @@ for tokens in loader:
     accelerator.backward(model(input_ids=tokens, labels=tokens).loss)
     optimizer.step()
     optimizer.zero_grad()
-print("USED", type(model.basic_optimizer).__name__, model.world_size, model.zero_optimization_stage(), model.global_steps)
+used = type(model.basic_optimizer).__name__, model.world_size, model.zero_optimization_stage(), model.global_steps
+sys.stdout.write(f"USED {used}\n")  # in one piece: the ranks share a pipe

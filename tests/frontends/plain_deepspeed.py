@@ -1,5 +1,7 @@
 """A user's DeepSpeed script: the two lines are the import and the optimizer's type in the ds_config."""
 
+import sys
+
 import deepspeed
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,4 +22,5 @@ for _ in range(5):
     tokens = torch.randint(64, (2, 16), device=engine.device)
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
     engine.step()
-print("USED", type(engine.basic_optimizer).__name__, engine.world_size, engine.zero_optimization_stage(), engine.global_steps)
+used = type(engine.basic_optimizer).__name__, engine.world_size, engine.zero_optimization_stage(), engine.global_steps
+sys.stdout.write(f"USED {used}\n")  # in one piece: the ranks share a pipe

@@ -27,4 +27,5 @@ tokens = torch.randint(64, (64, 16))
 trainer = Trainer(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in tokens])
 trainer.train()
 engine = trainer.model_wrapped
-print("USED", type(engine.basic_optimizer).__name__, engine.world_size, engine.zero_optimization_stage(), engine.global_steps)
+used = type(engine.basic_optimizer).__name__, engine.world_size, engine.zero_optimization_stage(), engine.global_steps
+sys.stdout.write(f"USED {used}\n")  # in one piece: the ranks share a pipe

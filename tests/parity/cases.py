@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -131,7 +132,7 @@ def _full(engine: Any, param: Any, key: str) -> Tensor:
     # Stage 0: no partition; in 16 bits FP16_UnfusedOptimizer holds the fp32 weights, and the state belongs to them.
     master = param
     if hasattr(engine.optimizer, "fp16_groups"):
-        pairs = zip(sum(engine.optimizer.fp16_groups, []), sum(engine.optimizer.fp32_groups, []), strict=True)
+        pairs = zip(chain(*engine.optimizer.fp16_groups), chain(*engine.optimizer.fp32_groups), strict=True)
         master = next(fp32 for fp16, fp32 in pairs if fp16 is param)
     return torch.as_tensor(master if key == "weights" else engine.optimizer.state[master][key])
 

@@ -91,7 +91,7 @@ def wrapper(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> Any:
 
 def test_fp16_at_stage_0_is_refused_in_one_sentence() -> None:
     optimizer = BalancedAdam([torch.nn.Parameter(torch.zeros(1))])
-    with pytest.raises(ValueError, match="fp16.enabled.*use bf16, or stage 1, 2 or 3") as error:
+    with pytest.raises(ValueError, match=r"fp16\.enabled.*use bf16, or stage 1, 2 or 3") as error:
         FP16_UnfusedOptimizer.initialize_optimizer_states(wrapper(optimizer, torch.float16))
     assert "\n" not in str(error.value)
 

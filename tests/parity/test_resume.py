@@ -145,5 +145,5 @@ def test_without_the_mend_a_universal_checkpoint_at_stage_3_mixes_up_the_groups(
     right = checkpoints.uncut[0][Case(3, "bf16")]
     loaded, end = checkpoints.resumed(1, True)[0][SETTINGS_OF_GROUP_0]
     assert differences([loaded], right[0]) == EXACT
-    found = differences([end], right[1])
-    assert all(found[key] > 0 for key in ("weights", "exp_avg", "exp_avg_sq"))
+    spoilt = {key for key, ulp in differences([end], right[1]).items() if ulp}
+    assert spoilt == {"weights", "exp_avg_sq", "model"}  # lr, weight_decay and beta2 differ, beta1 doesn't

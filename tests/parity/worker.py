@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+
+from train.ranks import free_port, leave
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240.0  # below pytest's own time-out, so that the ranks' own errors are seen
@@ -31,15 +32,12 @@ def backend(world: int) -> str:
 
 def environment(world: int, folder: str) -> dict[str, str]:
     """The environment that all ranks share: nothing is compiled, and nothing outside the folder is written."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     extra = {
         "WORLD_SIZE": str(world),
         "LOCAL_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
         "TORCH_EXTENSIONS_DIR": f"{folder}/extensions",
         "DS_ACCELERATOR": "cpu" if backend(world) == "gloo" else "cuda",
@@ -103,6 +101,7 @@ def main(folder: str) -> None:
     torch.save(result, Path(folder) / f"result{os.environ['RANK']}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":
