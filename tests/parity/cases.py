@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from tests.parity.compare import differences
-from tests.parity.control import Absent, State, train
-from tests.parity.model import MICRO, AwkwardModel, share
+from tests.parity.control import Absent, Clip, State, train
+from tests.parity.model import GROUPS, MICRO, TRAINED, AwkwardModel, share
 from tests.parity.mutants import MUTANTS, wrong
-from tests.parity.worker import spawn
+from tests.parity.worker import device, spawn
 
 STEPS = 8
+SUB_GROUP_SIZE = 40
+SUB_GROUPS = (("matrix",), ("one", "few"), ("long",), ("sometimes", "last"))
+"""How stage 3 cuts the parameter groups: a sub-group ends where it has SUB_GROUP_SIZE elements, over all ranks."""
 
 
 class Case(NamedTuple):
@@ -26,18 +29,19 @@ class Case(NamedTuple):
     dtype: str
     offload: bool = False
     grad_accum: str | None = None
+    clip: float = 0.0
     mutant: str | None = None
 
     def __str__(self) -> str:
         accum = f"-accum_{self.grad_accum}" if self.grad_accum else ""
-        return f"stage{self.stage}-{self.dtype}{accum}{'-offload' if self.offload else ''}"
+        return f"stage{self.stage}-{self.dtype}{accum}" + "-offload" * self.offload + "-clip" * bool(self.clip)
 
-    def config(self) -> dict[str, Any]:
+    def config(self, world: int) -> dict[str, Any]:
         """The ds_config: the optimizer by name and no permission asked for anything."""
         zero: dict[str, Any] = {
             "stage": self.stage,
             "reduce_bucket_size": 50,  # several buckets, and parameters larger than one
-            "sub_group_size": 40,  # stage 3: several sub-groups in each parameter group
+            "sub_group_size": SUB_GROUP_SIZE // world,  # DeepSpeed counts the elements of one rank's partitions
             "stage3_param_persistence_threshold": 4,  # some parameters are kept whole, the others gathered
         }
         if self.offload:
@@ -46,7 +50,7 @@ class Case(NamedTuple):
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": MICRO,
             "optimizer": {"type": "BalancedAdam", "params": {"lr": 0.5}},  # each group has its own
-            "gradient_clipping": 0.0,  # the default is 1 (runtime/constants.py), and a norm is not exact
+            "gradient_clipping": self.clip,  # DeepSpeed's default is 1 (runtime/constants.py)
             "zero_optimization": zero,
             "bf16": {"enabled": self.dtype == "bf16"},
         }
@@ -69,18 +73,36 @@ class Case(NamedTuple):
           gradient overwrite (:2024), and with offload the fp32 ``grad`` (:1458);
         * offload at stage 2: the fp32 ``grad`` of runtime/zero/stage_1_and_2.py:1893 (:2154 with grad_accum_dtype).
         """
-        return Absent.STALE if self.stage == 3 or self.offload else Absent.ZERO
+        if self.offload:
+            return Absent.STALE_AND_CLIPPED
+        return Absent.STALE if self.stage == 3 else Absent.ZERO
+
+    def control_clip(self) -> Clip | None:
+        """How the norm of the gradient is rounded: per group, in float32 but for stage 3 without offload.
+
+        * stage 0, and BF16_Optimizer at stage 1: runtime/engine.py:3502, runtime/utils.py:909: one group;
+        * stages 1 and 2: runtime/zero/stage_1_and_2.py:2943 (``scaled_global_norm``): the parameter groups;
+        * stage 3: runtime/zero/stage3.py:2573 (``_get_norm_groups``): its sub-groups; float64 without offload.
+        """
+        if not self.clip:
+            return None
+        if self.stage == 0 or (self.stage == 1 and self.grad_accum):
+            return Clip(self.clip, torch.float32, (tuple(TRAINED),))
+        if self.stage < 3:
+            return Clip(self.clip, torch.float32, tuple(group.names for group in GROUPS))
+        return Clip(self.clip, torch.float32 if self.offload else torch.float64, SUB_GROUPS)
 
 
 def matrix() -> Iterator[Case]:
     """Every case of one world size."""
     for stage in range(4):
         for offload in (False, True) if stage >= 2 else (False,):
-            yield Case(stage, "fp32", offload)
-            # grad_accum_dtype fp32 is another code path: BF16_Optimizer at stage 1, other buffers at 2 and 3.
-            # Stage 0 refuses it (runtime/engine.py:2323).
-            for grad_accum in (None, "fp32") if stage else (None,):
-                yield Case(stage, "bf16", offload, grad_accum)
+            for clip in (0.0, 1.0):
+                yield Case(stage, "fp32", offload, None, clip)
+                # grad_accum_dtype fp32 is another code path: BF16_Optimizer at stage 1, other buffers at 2 and 3.
+                # Stage 0 refuses it (runtime/engine.py:2323).
+                for grad_accum in (None, "fp32") if stage else (None,):
+                    yield Case(stage, "bf16", offload, grad_accum, clip)
 
 
 def start(case: Case, **more: Any) -> Any:
@@ -90,7 +112,8 @@ def start(case: Case, **more: Any) -> Any:
     import balanced_adam  # noqa: F401  registers the name
 
     model = AwkwardModel()
-    engine, *_ = deepspeed.initialize(model=model, config=case.config() | more, model_parameters=model.groups())
+    config = case.config(torch.distributed.get_world_size()) | more
+    engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=model.groups())
     return engine
 
 
@@ -154,7 +177,12 @@ def outcomes(world: int) -> dict[Case, dict[str, float]]:
     """All cases of one world size, in one spawn: case -> greatest differences from the control in ulp."""
     cases = [*matrix(), *((*mutant_cases(), PHANTOM) if world == 2 else ())]
     ranks = spawn(run, world, cases)
-    return {case: differences([rank[case] for rank in ranks], train(STEPS, case.absent())) for case in cases}
+    return {
+        case: differences(
+            [rank[case] for rank in ranks], train(STEPS, case.absent(), case.control_clip(), device(world))
+        )
+        for case in cases
+    }
 
 
 def mutant_cases() -> Iterator[Case]:

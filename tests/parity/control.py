@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,22 @@ class Absent(Enum):
 
     ZERO = "zeros"
     STALE = "the gradient of the last step that had one"
+    STALE_AND_CLIPPED = "what it got last time, times this step's clipping factor; not part of this step's norm"
+
+
+class Clip(NamedTuple):
+    """How DeepSpeed clips: the norm is the norm of the groups' norms, and each of these is rounded to ``dtype``."""
+
+    limit: float
+    dtype: torch.dtype
+    groups: tuple[tuple[str, ...], ...]
+
+    def factor(self, grads: dict[str, Tensor]) -> float:
+        """What every gradient is multiplied by: 1 / max(1, (norm + 1e-6) / limit), in ``dtype``."""
+        # Sums of squares of dyadic rationals, exact in any order.
+        squares = [sum(float(grads[n].double().square().sum()) for n in group if n in grads) for group in self.groups]
+        norm = torch.linalg.vector_norm(torch.tensor(squares, dtype=self.dtype).sqrt())
+        return float(1.0 / torch.clamp((norm + 1e-6) / self.limit, min=1.0))
 
 
 def gradient(step: int, name: str) -> Tensor | None:
@@ -31,25 +48,29 @@ def gradient(step: int, name: str) -> Tensor | None:
 
 
 @cache
-def train(steps: int, absent: Absent) -> State:
-    """Weights and moments after ``steps`` steps."""
+def train(steps: int, absent: Absent, clip: Clip | None = None, device: str = "cpu") -> State:
+    """Weights and moments after ``steps`` steps, worked out on the ranks' kind of device and returned on the CPU."""
     weights = first_weights()
     state: State = {
-        "weights": {name: weights[name] for name in TRAINED},
-        "exp_avg": {name: torch.zeros(SHAPES[name]) for name in TRAINED},
-        "exp_avg_sq": {name: torch.zeros(SHAPES[name]) for name in TRAINED},
+        "weights": {name: weights[name].to(device) for name in TRAINED},
+        "exp_avg": {name: torch.zeros(SHAPES[name], device=device) for name in TRAINED},
+        "exp_avg_sq": {name: torch.zeros(SHAPES[name], device=device) for name in TRAINED},
     }
-    last = {name: torch.zeros(SHAPES[name]) for name in TRAINED}
+    given = {name: torch.zeros(SHAPES[name]) for name in TRAINED}
     for step in range(steps):
+        grads = {name: grad for name in TRAINED if (grad := gradient(step, name)) is not None}
+        if absent is Absent.ZERO:
+            given = {name: torch.zeros(SHAPES[name]) for name in TRAINED}
+        given |= grads
+        factor = clip.factor(grads if absent is Absent.STALE_AND_CLIPPED else given) if clip else 1.0
+        clipped = {name: grad * factor for name, grad in given.items()}
+        if absent is Absent.STALE_AND_CLIPPED:
+            given = clipped
         for group in GROUPS:
             for name in filter(TRAINED.__contains__, group.names):
-                grad = gradient(step, name)
-                if grad is None:
-                    grad = last[name] if absent is Absent.STALE else torch.zeros(SHAPES[name])
-                last[name] = grad
                 new = rule.update(
                     state["weights"][name],
-                    grad,
+                    clipped[name].to(device),
                     state["exp_avg"][name],
                     state["exp_avg_sq"][name],
                     step=step + 1,
@@ -60,4 +81,4 @@ def train(steps: int, absent: Absent) -> State:
                 )
                 for key, value in zip(TENSORS, new, strict=True):
                     state[key][name] = value
-    return state
+    return {key: {name: value.cpu() for name, value in values.items()} for key, values in state.items()}

@@ -16,7 +16,7 @@ from tests.parity.cases import Case, advance, read, start
 from tests.parity.compare import EXACT, differences
 from tests.parity.control import State, train
 from tests.parity.mutants import wrong
-from tests.parity.worker import ROOT, environment, spawn
+from tests.parity.worker import ROOT, device, environment, spawn
 
 pytestmark = pytest.mark.ranks
 
@@ -127,7 +127,7 @@ def checkpoints() -> Iterator[Checkpoints]:
 def test_the_uncut_run_is_the_control(checkpoints: Checkpoints, case: Case) -> None:
     for when, steps in enumerate((CUT, END)):
         states = [rank[case][when] for rank in checkpoints.uncut]
-        assert differences(states, train(steps, case.absent())) == EXACT
+        assert differences(states, train(steps, case.absent(), device=device(SAVED_BY))) == EXACT
 
 
 @pytest.mark.parametrize("case", RIGID, ids=str)

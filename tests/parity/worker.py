@@ -25,8 +25,14 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 240.0  # below pytest's own time-out, so that the ranks' own errors are seen
 
 
+def device(world: int) -> str:
+    """``cuda`` where every rank has a GPU of its own, or two ranks share one; otherwise ``cpu``."""
+    gpus = torch.cuda.device_count()
+    return "cuda" if gpus >= world or (gpus == 1 and world == 2) else "cpu"
+
+
 def backend(world: int) -> str:
-    """NCCL where every rank can have a GPU of its own, otherwise gloo on the CPU."""
+    """NCCL, which refuses two ranks on one GPU, or gloo."""
     return "nccl" if torch.cuda.device_count() >= world else "gloo"
 
 
@@ -40,7 +46,7 @@ def environment(world: int, folder: str) -> dict[str, str]:
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
         "TORCH_EXTENSIONS_DIR": f"{folder}/extensions",
-        "DS_ACCELERATOR": "cpu" if backend(world) == "gloo" else "cuda",
+        "DS_ACCELERATOR": device(world),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "TRANSFORMERS_VERBOSITY": "error",
     }
@@ -93,8 +99,8 @@ def main(folder: str) -> None:
     deepspeed.utils.logger.setLevel("ERROR")
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
-    if backend(world) == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if device(world) == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     deepspeed.init_distributed(backend(world), verbose=False)
     module, name, argument = pickle.loads((Path(folder) / "job").read_bytes())
     result = getattr(import_module(module), name)(argument)
