@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from balanced_adam import rule
 from tests.parity.cases import Case, read
 from tests.parity.control import State
-from tests.parity.worker import ROOT
+from tests.parity.worker import ROOT, spawn
 
 STEPS, WARMUP, PEAK = 20, 4, 4e-3
 MICRO, SEQUENCES, LENGTH = 2, 12, 32  # micro-batches a step, sequences in each (of all ranks), tokens in each
@@ -52,8 +53,19 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": DECAY}, {"params": gains, "weight_decay": 0.0}]
 
 
-def engine_run(cases: list[Case]) -> dict[Case, Trace]:
-    """Job of one rank."""
+FP32 = [Case(stage, "fp32", offload, clip=CLIP) for stage, offload in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 0), (3, 1))]
+BF16 = [Case(1, "bf16", grad_accum="fp32", clip=CLIP), Case(3, "bf16", clip=CLIP)]
+
+
+@cache
+def traces(world: int) -> dict[Case, Trace]:
+    """All cases on ``world`` ranks, in one spawn, as rank 0 saw them."""
+    traces: dict[Case, Trace] = spawn(job, world, FP32 + BF16)[0]
+    return traces
+
+
+def job(cases: list[Case]) -> dict[Case, Trace]:
+    """All cases, on one rank."""
     return {case: _engine_run(case) for case in cases}
 
 
@@ -65,11 +77,14 @@ def _engine_run(case: Case) -> Trace:
 
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model = llama()
-    settings = {"lr": PEAK, "betas": BETAS[0], "eps": EPS}
+    config = case.config(world) | {
+        "optimizer": {"type": "BalancedAdam", "params": {"lr": PEAK, "betas": BETAS[0], "eps": EPS}}
+    }
+    config["zero_optimization"] |= {"reduce_bucket_size": 5000, "sub_group_size": 5000}
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=groups(model),
-        config=case.config(world) | {"optimizer": {"type": "BalancedAdam", "params": settings}},
+        config=config,
         lr_scheduler=lambda optimizer: get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS),
     )
     losses, norms = [], []
@@ -83,13 +98,31 @@ def _engine_run(case: Case) -> Trace:
             engine.step()
         torch.distributed.all_reduce(total)
         losses.append(float(total))
-        norm = engine.get_global_grad_norm()  # None at stage 0 in fp32
-        norms.append(float("nan") if norm is None else float(norm))
+        norms.append(float(engine.get_global_grad_norm() or "nan"))  # stage 0 in fp32 tells none
     state = read(engine)
+    del state["model"]
     engine.destroy()
     return Trace(losses, norms, state)
 
 
+def greatest(ours: Trace, other: Trace) -> dict[str, float]:
+    """The greatest differences, relative to the greatest value, in float32's ulp of 1 (2^-23).
+
+    Losses and norms: of any step, relative to that step's. Weights and moments: of any tensor, relative to its greatest
+    element; the ulp of each element would measure rounding in forward and backward passes, not the optimizer.
+    """
+    ulp = torch.finfo(torch.float32).eps
+    found = {
+        key: max(abs(a / b - 1) for a, b in zip(x, y, strict=True)) / ulp
+        for key, x, y in (("losses", ours.losses, other.losses), ("norms", ours.norms, other.norms))
+    }
+    for key, tensors in other.state.items():
+        apart = ((ours.state[key][n] - value).abs().max() / value.abs().max() for n, value in tensors.items())
+        found[key] = max(map(float, apart)) / ulp
+    return found
+
+
+@cache
 def plain_run() -> Trace:
     """One process, no DeepSpeed, no BalancedAdam: all sequences of a step in one batch, and the plain rule in float32."""
     model = llama()
@@ -106,7 +139,15 @@ def plain_run() -> Trace:
         factor = 1.0 / max(1.0, (float(norm) + 1e-6) / CLIP)
         for p, (m, v) in moments.items():
             new = rule.update(
-                p.detach(), p.grad * factor, m, v, step=step + 1, lr=lr(step), betas=BETAS, eps=EPS, weight_decay=decay[p]
+                p.detach(),
+                p.grad * factor,
+                m,
+                v,
+                step=step + 1,
+                lr=lr(step),
+                betas=BETAS,
+                eps=EPS,
+                weight_decay=decay[p],
             )
             for old, value in zip((p.data, m, v), new, strict=True):
                 old.copy_(value)

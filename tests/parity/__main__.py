@@ -1,0 +1,70 @@
+"""``python -m tests.parity`` prints the tables of parity as Markdown; README.md shows them."""
+
+from __future__ import annotations
+
+from math import isnan
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+
+from tests.parity.cases import PHANTOM, Case, matrix, outcomes
+from tests.parity.compare import differences
+from tests.parity.control import TENSORS
+from tests.parity.model import WORLDS
+from tests.parity.real import FP32, greatest, plain_run, traces
+from tests.parity.test_resume import SETTINGS_OF_GROUP_0, Checkpoints
+
+
+def where(case: Case, world: int) -> dict[str, str]:
+    dtype = {"fp32": "fp32", "bf16": "bf16, fp32 master"}[case.dtype] + ", fp32 accumulation" * bool(case.grad_accum)
+    return {"stage": str(case.stage), "world": str(world), "dtype": dtype, "offload": "cpu" if case.offload else "no"}
+
+
+def merged(rows: list[dict[str, str]], over: str) -> list[dict[str, str]]:
+    """Rows that agree in all but one column become one row, which lists that column's values."""
+    by = [column for column in rows[0] if column != over]
+    joined = pd.DataFrame(rows).groupby(by, sort=False)[over].agg(", ".join).reset_index()
+    return [dict(row) for row in joined[list(rows[0])].to_dict("records")]
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    lines = [" | ".join(row.values()) for row in rows]
+    return "\n".join(f"| {line} |" for line in [" | ".join(rows[0]), "|".join(["---"] * len(rows[0])), *lines])
+
+
+def exact() -> list[dict[str, str]]:
+    rows = [
+        where(case, world)
+        | {"clipping": "on" if case.clip else "off"}
+        | {key: f"{outcomes(world)[case][key]:.0f}" for key in TENSORS}
+        for case in matrix()
+        for world in WORLDS
+    ]
+    return merged(merged(rows, "world"), "clipping")
+
+
+def real() -> list[dict[str, str]]:
+    found = [(case, world, greatest(traces(world)[case], plain_run())) for case in FP32 for world in (2, 3)]
+    return [
+        where(case, world) | {key: "not told" if isnan(ulp) else f"{ulp:.1f}" for key, ulp in apart.items()}
+        for case, world, apart in found
+    ]
+
+
+def unmended() -> list[dict[str, str]]:
+    phantom = outcomes(2)[PHANTOM]
+    with TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(folder)
+        uncut = checkpoints.uncut[0][SETTINGS_OF_GROUP_0._replace(mutant=None)][1]
+        settings = differences([checkpoints.resumed(1, True)[0][SETTINGS_OF_GROUP_0][1]], uncut)
+    named = {"start-up at stage 0 in bf16": phantom, "universal checkpoint at stage 3, two groups": settings}
+    return [{"where": name} | {key: f"{found[key]:.0f}" for key in TENSORS} for name, found in named.items()]
+
+
+if __name__ == "__main__":
+    print("Exact gradients, greatest difference in ulp:\n")
+    print(markdown(exact()))
+    print("\nA small Llama, greatest difference in ulp of the greatest value:\n")
+    print(markdown(real()))
+    print("\nWithout the mends, as any optimizer under plain DeepSpeed, in ulp:\n")
+    print(markdown(unmended()))
