@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,7 @@ from train.ranks import free_port
 from train.settings import REPOSITORY, SettingsError, parse, require
 
 POLL_SECONDS = 0.5
+MODULES = {"deepspeed": "deepspeed", "torchrun": "torch", "accelerate": "accelerate", "python": "torch"}
 # What a surrounding launcher may have set, and the launchers started here set anew.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -51,8 +53,8 @@ class Comparison:
     """Sequences in one optimizer step."""
     sequence_length: int = 128
     """Tokens in one sequence."""
-    ranks: int = 2
-    """Processes of one run."""
+    ranks: int = field(default_factory=lambda: min(2, torch.cuda.device_count() or 2))
+    """Processes of one run. Default: 2, but 1 where there is a single GPU."""
     launcher: Literal["deepspeed", "torchrun", "accelerate", "python"] = "deepspeed"
     """What starts the ranks."""
     plan_only: bool = False
@@ -72,6 +74,15 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
         require(bool(values), f"{name} is empty; give at least one.")
         require(len(set(values)) == len(values), f"{name} is {' '.join(map(str, values))}; give each only once.")
     require(comparison.ranks >= 1, f"ranks is {comparison.ranks}; it must be at least 1.")
+    gpus = torch.cuda.device_count() or comparison.ranks
+    require(
+        comparison.ranks <= gpus, f"ranks is {comparison.ranks}, but there are {gpus} GPUs; each rank needs its own."
+    )
+    module = MODULES[comparison.launcher]
+    require(
+        find_spec(module) is not None,
+        f"launcher is {comparison.launcher!r}, but the package {module} is missing: pip install {module}.",
+    )
     require(
         comparison.launcher != "python" or comparison.ranks == 1,
         f"ranks is {comparison.ranks}, but the launcher python starts one; give --ranks 1 or another launcher.",

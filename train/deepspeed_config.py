@@ -88,10 +88,15 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
         _fill(section, key, value, flag, path)
     bf16 = config.setdefault("bf16", {"enabled": "auto"})
     fp16 = config.get("fp16", {}).get("enabled") is True
-    if run.parallelism.bf16 is not None or bf16.get("enabled") == "auto":
-        _fill(
-            bf16, "enabled", gpus and not fp16 if run.parallelism.bf16 is None else run.parallelism.bf16, "bf16", path
-        )
+    precision = run.parallelism.precision
+    enabled = gpus and not fp16 if precision == "auto" else precision == "bf16"
+    if bf16.setdefault("enabled", "auto") == "auto":
+        bf16["enabled"] = enabled
+    require(
+        precision == "auto" or (bf16["enabled"] is enabled and not fp16),
+        f"ds_config {path} has bf16.enabled = {json.dumps(bf16['enabled'])} and fp16.enabled = {json.dumps(fp16)}, but "
+        f"precision is {precision}; make them agree.",
+    )
     stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     require(
         not (fp16 and stage == 0),

@@ -186,6 +186,14 @@ def markdown(summary: pd.DataFrame, notes: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def common_settings(out: Path, run: str) -> str:
+    """What all runs share, from the run.json of one of them, as one line."""
+    identity = json.loads((out / run / "run.json").read_text())["identity"]
+    differs = {"lr", "betas", "allow_unbalanced"}
+    values = {k: v for part in identity.values() if isinstance(part, dict) for k, v in part.items() if k not in differs}
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+
+
 def write(out: Path, baseline: str = "") -> None:
     """Write report.md, report.csv and report.html into ``out`` and print the table.
 
@@ -210,6 +218,7 @@ def write(out: Path, baseline: str = "") -> None:
         plots=[(label, curves(best, metrics, column)) for column, label in PLOTS.items()],
         runs=table.to_dict("records"),
         plan=plan,
+        settings=common_settings(out, table["name"].iloc[0]),
         speed={
             arm: float(np.median(np.concatenate([metrics[n]["step_seconds"].dropna() for n in rows["name"]])))
             for arm, rows in best.groupby("arm", sort=False)

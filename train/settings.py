@@ -118,7 +118,7 @@ class Schedule:
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     """Shape of the decay; wsd (warm-up, stable, decay) decays over the last fifth."""
     warmup: int = 30
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up, from 0 (wsd: from final_lr, as transformers does it)."""
     final_lr: float = 0.1
     """The learning rate at the end, as a fraction of the peak."""
 
@@ -142,8 +142,9 @@ class Parallelism:
     """Sequences in one optimizer step, over all ranks."""
     micro_batch: int | None = None
     """Sequences in one forward pass on one rank; what is left is accumulated. Default: batch / ranks."""
-    bf16: bool | None = None
-    """Train in bfloat16 with float32 master weights, where the ds_config says "auto". Default: on GPUs."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What forward and backward passes compute in (master weights are float32). "auto" is what the ds_config says, and
+    where that too says "auto", bf16 on GPUs and fp32 on CPU."""
 
     def check(self) -> None:
         """Raise :class:`SettingsError` on a value out of range."""
@@ -256,7 +257,7 @@ class Run:
         whole["data"].pop("data_cache")
         kept = {key: whole[key] for key in ("seed", "model", "data", "optimizer", "schedule")}
         parallelism = whole["parallelism"]
-        kept["parallelism"] = {key: parallelism[key] for key in ("batch", "micro_batch", "bf16")}
+        kept["parallelism"] = {key: parallelism[key] for key in ("batch", "micro_batch", "precision")}
         return kept
 
 

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,16 @@ def test_a_bad_ds_config_is_refused_in_one_sentence(make: Make, tmp_path: Path, 
     file.write_text(content)
     with pytest.raises(SettingsError, match=sentence):
         pretrain(make("--ds-config", str(file)))
+
+
+@pytest.mark.parametrize(
+    "content", ['{"bf16": {"enabled": false}}', '{"zero_optimization": {"stage": 1}, "fp16": {"enabled": true}}']
+)
+def test_a_ds_config_of_another_precision_than_the_flag_is_refused(make: Make, tmp_path: Path, content: str) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(content)
+    with pytest.raises(SettingsError, match=r"has bf16.enabled = .*, but precision is bf16; make them agree"):
+        pretrain(make("--ds-config", str(file), "--precision", "bf16"))
 
 
 LATE = [
@@ -199,6 +210,14 @@ def test_a_bad_comparison_is_refused_with_exit_code_2(
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: ") and sentence in said and "\n" not in said
     assert not (tmp_path / "new").exists()
+
+
+def test_a_missing_launcher_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)  # as where it isn't installed
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["--launcher", "accelerate", "--plan-only", "--out", "/nowhere"])
+    assert stopped.value.code == 2
+    assert "launcher is 'accelerate', but the package accelerate is missing" in capsys.readouterr().err
 
 
 def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

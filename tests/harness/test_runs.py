@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -136,32 +137,8 @@ def test_compare_skips_what_is_finished_goes_on_with_what_was_cut_and_reports(
 ) -> None:
     out = tmp_path / "comparison"
     kept = small_run[small_run.index("--data") : small_run.index("--data") + 4]
-    arguments = [
-        "--arms",
-        "0.9",
-        "0.9,0.99",
-        "--seeds",
-        "0",
-        "1",
-        "--steps",
-        "4",
-        "--batch",
-        "4",
-        "--sequence-length",
-        "32",
-    ]
-    arguments += [
-        "--ranks",
-        "1",
-        "--launcher",
-        "python",
-        "--out",
-        str(out),
-        "--",
-        *kept,
-        "--validation-fraction",
-        "0.2",
-    ]
+    text = "--arms 0.9 0.9,0.99 --seeds 0 1 --steps 4 --batch 4 --sequence-length 32 --ranks 1 --launcher python"
+    arguments = [*text.split(), "--out", str(out), "--", *kept, "--validation-fraction", "0.2"]
     compare.main(arguments)
     said = capsys.readouterr().out
     assert "| 0.9,0.99 |" in said and str(out / "report.html") in said
@@ -179,6 +156,44 @@ def test_compare_skips_what_is_finished_goes_on_with_what_was_cut_and_reports(
     assert "3 of 4 runs are finished already" in capsys.readouterr().out
     again = [(out / run["name"] / "metrics.jsonl").stat().st_mtime_ns for run in plan["runs"]]
     assert stamps[:-1] == again[:-1] and stamps[-1] != again[-1]
+
+
+@pytest.mark.ranks
+def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_on(
+    small_run: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "comparison"
+    kept = small_run[small_run.index("--data") : small_run.index("--data") + 4]
+    text = "--arms 0.9 --seeds 0 --steps 400 --batch 4 --sequence-length 32"
+    line = [
+        sys.executable,
+        "-m",
+        "train.compare",
+        *text.split(),
+        "--out",
+        str(out),
+        "--",
+        *kept,
+        "--validation-fraction",
+        "0.2",
+    ]
+    run = out / "beta-0.9_lr-0.002_seed-0"
+    process = subprocess.Popen(line, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 100
+    while not (run / "checkpoints" / "step-0000100" / "complete.json").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    assert len(ranks) >= 3  # the launcher and two ranks
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "The same command goes on from here" in said
+    assert not psutil.wait_procs(ranks, timeout=10)[1]
+    assert folder.result(run) is None
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    steps = [entry["step"] for entry in folder.read_metrics(run) if "loss" in entry]
+    assert steps == list(range(1, 401)) and (out / "report.html").exists()
+    assert "400/400" in done.stderr  # the progress line
 
 
 def test_python_that_runs_the_tests_is_the_one_that_runs_the_harness() -> None:

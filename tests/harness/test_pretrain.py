@@ -1,0 +1,130 @@
+"""One rank, in this process: models, schedules, monitors, and who a process is among its ranks."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.harness.conftest import Make
+from train import model, ranks
+from train.folder import read_metrics
+from train.pretrain import learning_rate, pretrain
+from train.settings import Model, Run, Schedule, SettingsError
+
+Course = Callable[[int], float]
+
+
+def losses(run: Run) -> list[float]:
+    return [line["loss"] for line in read_metrics(run.out) if "loss" in line]
+
+
+def test_activation_checkpointing_changes_no_loss(make: Make, tmp_path: Path) -> None:
+    plain, checkpointed = make(), make("--activation-checkpointing", "--out", str(tmp_path / "checkpointed"))
+    pretrain(plain)
+    pretrain(checkpointed)
+    assert losses(plain) == losses(checkpointed)
+
+
+def test_bf16_by_a_flag_trains_in_bf16_and_stays_near_float32(make: Make, tmp_path: Path) -> None:
+    plain, bf16 = make(), make("--precision", "bf16", "--out", str(tmp_path / "bf16"))
+    pretrain(plain)
+    pretrain(bf16)
+    assert json.loads((bf16.out / "ds_config.json").read_text())["bf16"]["enabled"] is True
+    assert losses(bf16) != losses(plain)
+    assert losses(bf16) == pytest.approx(losses(plain), rel=1e-2)
+
+
+def test_any_causal_model_of_transformers_trains_from_its_configuration(make: Make, tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    GPT2Config(vocab_size=384, n_positions=64, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
+    run = make("--model", str(tmp_path / "gpt2"), "--lr", "1e-2", "--steps", "20")
+    pretrain(run)
+    assert losses(run)[-1] < losses(run)[0]
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("tiny", 0.5), ("small", 10), ("124m", 124), ("350m", 350), ("1.3b", 1300)]
+)
+def test_a_preset_has_about_the_parameters_that_its_name_says(preset: str, millions: float) -> None:
+    from transformers import AutoModelForCausalLM
+
+    vocabulary = 384 if preset in ("tiny", "small") else 50_304
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(model.configuration(Model(model=preset), vocabulary, 128))
+    assert model.parameter_count(network) == pytest.approx(millions * 1e6, rel=0.12)
+
+
+def warmup(step: int) -> float:
+    return step / 10
+
+
+def warmup_of_wsd(step: int) -> float:
+    return 0.1 + 0.9 * step / 10
+
+
+def cosine(step: int) -> float:
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 10) / 90))
+
+
+def linear(step: int) -> float:
+    return 1 - 0.9 * (step - 10) / 90
+
+
+def stable(step: int) -> float:
+    """Decay along a cosine over the last fifth, as transformers does it."""
+    return 1.0 if step < 80 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 80) / 20))
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [("cosine", warmup, cosine), ("linear", warmup, linear), ("wsd", warmup_of_wsd, stable)],
+)
+def test_a_schedule_warms_up_and_ends_at_the_final_fraction(name: str, before: Course, after: Course) -> None:
+    settings = Schedule(steps=100, warmup=10, schedule=name, final_lr=0.1)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler = learning_rate(settings, 2.0)(optimizer)
+    for step in range(101):
+        expected = before(step) if step < 10 else after(step)
+        assert scheduler.get_last_lr()[0] == pytest.approx(2.0 * expected)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_tensorboard_and_csv_get_the_metrics_through_deepspeeds_monitor(make: Make) -> None:
+    run = make("--tensorboard", "--csv")
+    pretrain(run)
+    assert list(run.out.glob("monitor/events.out.tfevents.*"))
+    written = (run.out / "monitor" / "train_loss.csv").read_text().splitlines()
+    assert [float(line.split(",")[1]) for line in written[1:]] == pytest.approx(losses(run))
+
+
+SRUN = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2"}
+
+
+@pytest.fixture
+def under_srun(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that the test's end restores what prepare_environment sets
+        monkeypatch.delenv(name)
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_srun_tells_a_process_its_rank(under_srun: pytest.MonkeyPatch) -> None:
+    import os
+
+    under_srun.setenv("MASTER_ADDR", "node1")
+    under_srun.setenv("MASTER_PORT", "29500")
+    ranks.prepare_environment()
+    told = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")}
+    assert told == {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+
+
+def test_srun_without_a_meeting_point_is_refused(under_srun: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="srun started 4 ranks, but MASTER_ADDR and MASTER_PORT are not set"):
+        ranks.prepare_environment()
