@@ -43,7 +43,7 @@ class Comparison:
     """Beta settings: one number, or beta1,beta2. The first one is what the others are compared with."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; every arm starts from the same weights and sees the same batches for the same seed."""
-    lr: tuple[float, ...] = (2e-3,)
+    lr: tuple[float, ...] = (1e-3,)
     """Peak learning rates; every arm is run with each."""
     steps: int = 200
     """Optimizer steps of one run."""

@@ -74,7 +74,7 @@ class Data:
 class Optimizer:
     """BalancedAdam's parameters, and clipping."""
 
-    lr: float = 2e-3
+    lr: float = 1e-3
     """Peak learning rate."""
     betas: float | tuple[float, float] = 0.95
     """One number (beta1 = beta2), or two, which need --allow-unbalanced where they differ."""

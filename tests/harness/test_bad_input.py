@@ -134,7 +134,7 @@ def test_an_output_folder_belongs_to_one_configuration_and_one_run(make: Make) -
     run = make()
     pretrain(run)
     before = (run.out / "metrics.jsonl").read_bytes()
-    with pytest.raises(SettingsError, match=r"belongs to a run with lr = 0.002, not 0.1"):
+    with pytest.raises(SettingsError, match=r"belongs to a run with lr = 0.001, not 0.1"):
         pretrain(make("--lr", "0.1"))
     with pytest.raises(SettingsError, match="holds this very run"):
         pretrain(make("--no-resume"))

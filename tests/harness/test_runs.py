@@ -143,7 +143,7 @@ def test_compare_skips_what_is_finished_goes_on_with_what_was_cut_and_reports(
     said = capsys.readouterr().out
     assert "| 0.9,0.99 |" in said and str(out / "report.html") in said
     page = (out / "report.html").read_text()
-    assert "One learning rate (0.002) was used for all arms" in page and "http" not in page.replace(
+    assert "One learning rate (0.001) was used for all arms" in page and "http" not in page.replace(
         "http://www.w3.org", ""
     )
     plan = json.loads((out / "manifest.json").read_text())
@@ -177,7 +177,7 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
         "--validation-fraction",
         "0.2",
     ]
-    run = out / "beta-0.9_lr-0.002_seed-0"
+    run = out / "beta-0.9_lr-0.001_seed-0"
     process = subprocess.Popen(line, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 100
     while not (run / "checkpoints" / "step-0000100" / "complete.json").exists() and time.monotonic() < until:
