@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -66,32 +68,30 @@ def mutant(wrong: Wrong) -> Callable[[], AbstractContextManager[None]]:
 
 
 @contextmanager
-def phantom_step() -> Iterator[None]:
-    """Stage 0 in 16 bits takes a step with zero gradients at start-up, as DeepSpeed does it."""
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer as Wrapper
-
-    mended = Wrapper.initialize_optimizer_states
-    Wrapper.initialize_optimizer_states = mended.__wrapped__
+def without_mend(module: str, cls: str, method: str) -> Iterator[None]:
+    """DeepSpeed's own method in place of the mended one, while the context lasts."""
+    owner = getattr(import_module(module), cls)
+    mended = getattr(owner, method)
+    setattr(owner, method, mended.__wrapped__)
     try:
         yield
     finally:
-        Wrapper.initialize_optimizer_states = mended
+        setattr(owner, method, mended)
 
 
-@contextmanager
-def settings_of_group_0() -> Iterator[None]:
-    """A universal checkpoint at stage 3 gives every group the settings of the first, as DeepSpeed does it."""
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Wrapper
-
-    mended = Wrapper.load_hp_checkpoint_state_from_checkpoint_dir_stage3
-    Wrapper.load_hp_checkpoint_state_from_checkpoint_dir_stage3 = mended.__wrapped__
-    try:
-        yield
-    finally:
-        Wrapper.load_hp_checkpoint_state_from_checkpoint_dir_stage3 = mended
-
-
-UNMENDED = {"phantom_step": phantom_step, "settings_of_group_0": settings_of_group_0}
+UNMENDED: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    # Stage 0 in 16 bits takes a step with zero gradients at start-up.
+    "phantom_step": partial(
+        without_mend, "deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer", "initialize_optimizer_states"
+    ),
+    # A universal checkpoint at stage 3 gives every group the settings of the first.
+    "settings_of_group_0": partial(
+        without_mend,
+        "deepspeed.runtime.zero.stage3",
+        "DeepSpeedZeroOptimizer_Stage3",
+        "load_hp_checkpoint_state_from_checkpoint_dir_stage3",
+    ),
+}
 MUTANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     wrong.__name__: mutant(wrong)
     for wrong in (
