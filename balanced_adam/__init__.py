@@ -4,6 +4,7 @@ Importing this package registers ``BalancedAdam`` with DeepSpeed when DeepSpeed 
 ``"optimizer": {"type": "BalancedAdam", "params": {"lr": 1e-3, "betas": 0.95}}`` works in a ds_config.
 """
 
+import warnings
 from importlib.util import find_spec
 
 from balanced_adam.optimizer import BalancedAdam, UpdateSize
@@ -20,4 +21,7 @@ def register() -> None:
 
 
 if find_spec("deepspeed") is not None:
-    register()
+    try:
+        register()
+    except ImportError as error:  # no DeepSpeed can run here, but plain PyTorch can
+        warnings.warn(f"{error} BalancedAdam works without it.", stacklevel=2)

@@ -18,13 +18,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class UpdateSize(NamedTuple):
-    """How far the last step moved the weights this process holds, in units of lr and without weight decay.
+    """How far a step moved the weights this process holds, in units of lr and without weight decay.
 
     Sums over processes are sums of ``sum_of_squares`` and of ``numel``; root mean square is the root of their ratio.
     """
 
     greatest: float
-    """max |update| / lr over the elements; at most 1 (up to rounding) with equal betas from a zero start."""
+    """max |update| / lr over the elements; see the bound in BalancedAdam."""
     sum_of_squares: float
     """Sum of (update / lr)^2 over the elements."""
     numel: int
@@ -37,7 +37,8 @@ class BalancedAdam(torch.optim.Optimizer):
     The rule is that of :mod:`balanced_adam.rule`, with the symbols g = gradient, m = ``exp_avg``, v = ``exp_avg_sq``,
     :math:`\eta` = ``lr``, :math:`\lambda` = ``weight_decay``. Equal betas make the update invariant, to first order, to
     drift in the scale of the gradient (arXiv 2601.21739), and bound every step of every weight by ``lr``, since
-    m² ≤ (1-βᵗ) v by Cauchy-Schwarz (:mod:`balanced_adam.gradient_scale`).
+    m² ≤ (1-βᵗ) v by Cauchy-Schwarz (:mod:`balanced_adam.gradient_scale`). The bound is that of one beta from a zero start:
+    after a change of beta, or on a state made with unequal betas, it does not hold until the old averages have faded.
 
     Args:
         params: parameters, named parameters or parameter groups. A group may set its own ``lr``, ``betas``, ``eps``,
@@ -47,8 +48,8 @@ class BalancedAdam(torch.optim.Optimizer):
         eps: added to the root of the bias-corrected second moment; may be 0.
         weight_decay: decoupled weight decay, as in AdamW (arXiv 1711.05101).
         maximize: ascend along the gradient.
-        allow_unbalanced: accept a pair of unequal betas. This is how plain AdamW is run through the same code, as the
-            baseline of a comparison.
+        allow_unbalanced: accept pairs of unequal betas, in any group. This is how plain AdamW is run through the same
+            code, as the baseline of a comparison. No checkpoint holds it, so that none can bring it along.
 
     State per parameter: ``step`` (0-dim float32 tensor), ``exp_avg`` and ``exp_avg_sq`` (the parameter's shape; float32,
     or float64 for float64 parameters). The names are those of ``torch.optim.AdamW``, whose state loads here, and back.
@@ -77,17 +78,14 @@ class BalancedAdam(torch.optim.Optimizer):
             "maximize": maximize,
             "allow_unbalanced": allow_unbalanced,
         }
-        _check(defaults)  # even where each group brings its own values
-        self._last: dict[Tensor, tuple[int, rule.Betas, float]] = {}
+        _check(defaults, allow_unbalanced)  # even where each group brings its own values
+        self._moved: dict[Tensor, tuple[int, rule.Betas, float]] = {}  # for update_size
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore from a pickle or a state dict, filling in the options that torch's AdamW does not have."""
+        """Restore from a pickle or a state dict."""
         super().__setstate__(state)
-        self._last = {}
-        for group in self.param_groups:
-            group.setdefault("maximize", False)
-            group.setdefault("allow_unbalanced", self.defaults["allow_unbalanced"])
+        self._moved = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings are checked, and ``betas`` becomes a pair.
@@ -97,8 +95,9 @@ class BalancedAdam(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        group.pop("allow_unbalanced")  # of the optimizer, not of a group; torch copies all defaults
         try:
-            _check(group)
+            _check(group, self.defaults["allow_unbalanced"])
             if any(torch.is_complex(p) for p in group["params"]):
                 raise ValueError(
                     "BalancedAdam does not take complex parameters; give torch.view_as_real of them instead."
@@ -125,14 +124,14 @@ class BalancedAdam(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: if a gradient is sparse; no parameter has changed then.
-            ValueError: if somebody has made a group's betas unequal.
+            ValueError: if somebody, or a checkpoint, has made a group's betas unequal without permission.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            group["betas"] = _pair(group["betas"], group["allow_unbalanced"])
+            group["betas"] = _pair(group["betas"], self.defaults["allow_unbalanced"])
             if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
                 raise RuntimeError(
                     "BalancedAdam does not take sparse gradients; build the embedding with sparse=False."
@@ -172,18 +171,21 @@ class BalancedAdam(torch.optim.Optimizer):
         # In place: DeepSpeed keeps views of the weights and of the moments.
         for old, value in zip((param, state["exp_avg"], state["exp_avg_sq"]), new, strict=True):
             old.copy_(value)
-        self._last[param] = (step, betas, eps)
+        self._moved[param] = (step, betas, eps)
 
     @torch.no_grad()
     def update_size(self) -> UpdateSize:
-        """The size of the last step, worked out from the moments: one read of the state, no extra memory kept.
+        """The size of the last step of every parameter that has moved since the last call of this.
 
-        Under ZeRO it covers the partition of this rank. Before the first step ``numel`` is 0.
+        Call it after each step to have the size of that step; it is worked out from the moments, and costs nothing where it
+        isn't called. (DeepSpeed calls :meth:`step` once for each group or sub-group, so that one call of ``step`` need not
+        be a whole step.) Under ZeRO it covers the partition of this rank. ``numel`` is 0 if nothing has moved.
         """
         greatest: list[Tensor] = []
         squares: list[Tensor] = []
         count = 0
-        for param, (step, betas, eps) in self._last.items():
+        moved, self._moved = self._moved, {}
+        for param, (step, betas, eps) in moved.items():
             state = self.state[param]
             correction = rule.bias_correction(step, betas, eps)
             size = rule.direction(state["exp_avg"], state["exp_avg_sq"], correction) * correction.scale
@@ -204,35 +206,48 @@ class BalancedAdam(torch.optim.Optimizer):
         warning says so.
 
         Raises:
-            ValueError: if the groups don't match, a moment has another shape than its parameter, or the state is
-                that of AMSGrad.
+            ValueError: if the groups don't match, a moment has another shape than its parameter, or the state is that of
+                AMSGrad or of an Adam whose weight decay was not decoupled; nothing has changed then.
         """
-        saved_ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
-            raise ValueError(
-                "the loaded state has amsgrad=True, which BalancedAdam does not have; train it on with AdamW."
-            )
-        saved = {p: state_dict["state"].get(i, {}) for i, p in zip(saved_ids, params, strict=False)}
-        for param, state in saved.items():
-            for moment in MOMENTS:
-                if moment in state and state[moment].shape != param.shape:
+        loaded: dict[Tensor, dict[str, Any]] = {}
+
+        def examine(_: torch.optim.Optimizer, seen: dict[str, Any]) -> None:
+            # Registered last, so that it sees what torch will load, whatever other hooks have made of it.
+            for group in seen["param_groups"]:
+                if group.get("amsgrad"):
                     raise ValueError(
-                        f"the loaded {moment} has shape {tuple(state[moment].shape)}, its parameter {tuple(param.shape)}."
+                        "the loaded state has amsgrad=True, which BalancedAdam does not have; train it on with AdamW."
                     )
-        own = [(group["betas"], group["allow_unbalanced"]) for group in self.param_groups]
+                if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0.0:
+                    raise ValueError(
+                        f"the loaded state is that of an Adam with weight_decay = {group['weight_decay']} added to the "
+                        "gradient, and BalancedAdam decouples it, as AdamW; set it to 0 in the state, or go on with Adam."
+                    )
+            ids = chain.from_iterable(group["params"] for group in seen["param_groups"])
+            params = chain.from_iterable(group["params"] for group in self.param_groups)
+            loaded.update({p: seen["state"].get(i, {}) for i, p in zip(ids, params, strict=False)})
+            for param, state in loaded.items():
+                for moment in MOMENTS:
+                    if moment in state and state[moment].shape != param.shape:
+                        raise ValueError(
+                            f"the loaded {moment} has shape {tuple(state[moment].shape)}, its parameter {tuple(param.shape)}."
+                        )
 
-        super().load_state_dict(state_dict)
+        own = [group["betas"] for group in self.param_groups]
+        hook = self.register_load_state_dict_pre_hook(examine)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
 
-        for param, state in saved.items():
+        for param, state in loaded.items():
             dtype = rule.moments_dtype(param.dtype)
             for moment in MOMENTS:
                 if moment in state and self.state[param][moment].dtype != dtype:
                     self.state[param][moment] = state[moment].to(device=param.device, dtype=dtype, copy=True)
-        for group, (betas, allow_unbalanced) in zip(self.param_groups, own, strict=True):
-            group["allow_unbalanced"] = allow_unbalanced
+        for group, betas in zip(self.param_groups, own, strict=True):
             beta1, beta2 = group["betas"]
-            if beta1 != beta2 and not allow_unbalanced:
+            if beta1 != beta2 and not self.defaults["allow_unbalanced"]:
                 group["betas"] = betas
                 warnings.warn(
                     f"the loaded state was made with betas ({beta1}, {beta2}); this BalancedAdam goes on with {betas}. "
@@ -241,8 +256,8 @@ class BalancedAdam(torch.optim.Optimizer):
                 )
 
 
-def _check(group: dict[str, Any]) -> None:
-    """Check a group's settings and bring its betas to a pair; one sentence for what is wrong.
+def _check(group: dict[str, Any], allow_unbalanced: bool) -> None:
+    """Check a group's settings and bring them to floats, betas to a pair; one sentence for what is wrong.
 
     Raises:
         ValueError: naming the field, the value and what would be right.
@@ -251,10 +266,15 @@ def _check(group: dict[str, Any]) -> None:
     if isinstance(lr, Tensor) and lr.dim() != 0:
         raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; give a number or a 0-dim tensor.")
     for field in ("lr", "eps", "weight_decay"):
-        value = float(group[field])
+        try:
+            value = float(group[field])
+        except (TypeError, ValueError):
+            raise ValueError(f"{field} is {group[field]!r}; it must be a number.") from None
         if not (math.isfinite(value) and value >= 0.0):
             raise ValueError(f"{field} is {value}; it must be a finite number, at least 0.")
-    group["betas"] = _pair(group["betas"], group["allow_unbalanced"])
+        if not isinstance(group[field], Tensor):  # a scheduler may hold on to an lr that is a tensor
+            group[field] = value
+    group["betas"] = _pair(group["betas"], allow_unbalanced)
 
 
 def _pair(betas: Betas, allow_unbalanced: bool) -> rule.Betas:

@@ -1,4 +1,4 @@
-r"""The update rule of balanced Adam, as pure functions on tensors: the oracle that every kernel is held to.
+r"""The update rule of balanced Adam, as pure functions on tensors: the oracle for every other implementation of it.
 
 With gradient :math:`g_t`, learning rate :math:`\eta`, decay :math:`\lambda` and betas :math:`(\beta_1, \beta_2)`:
 
@@ -20,13 +20,15 @@ and one division. When the betas are equal (balanced), :math:`c_1 = c_2 = c` and
 
 Three properties of the arithmetic, each of them tested:
 
-* Only separate IEEE additions, multiplications, divisions and roots are used, in a stated order. ``torch.add(alpha=)``,
-  ``addcmul`` and ``addcdiv`` are avoided: on some processors torch contracts them to a fused multiply-add, which rounds
-  once where a portable kernel rounds twice.
+* In float32 only separate IEEE additions, multiplications, divisions and roots are used, in a stated order, so that any
+  other implementation can have the same bits. ``torch.add(alpha=)``, ``addcmul`` and ``addcdiv`` are avoided: on some
+  processors torch contracts them to a fused multiply-add, which rounds once where a portable kernel rounds twice.
 * Moments below the smallest normal number become zero. Otherwise the moments of a row that sees no gradient would get
-  stuck among the denormals, where processors are an order of magnitude slower.
-* The denominator's constant is at least the smallest normal number, so that ``eps = 0`` gives 0 rather than 0/0 for an
-  element that never saw a gradient. It changes no other result: any nonzero root is too large to feel it.
+  stuck among the denormals, where processors are an order of magnitude slower. When the betas are equal, m becomes zero
+  with v, so that :math:`|m| \le \sqrt v` holds there too and ``eps = 0`` keeps its bound; this touches only elements
+  whose gradients have been below about 1e-18. (With :math:`\beta_1 > \beta_2` AdamW's m may outlive its v by far; left so.)
+* The denominator's constant is at least the smallest normal number, so that ``eps = 0`` gives 0 rather than 0/0 where
+  both moments are zero. Any nonzero root is too large to feel it.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def direction(exp_avg: Tensor, exp_avg_sq: Tensor, correction: BiasCorrection) -
     ``correction.scale`` times the result is u_t, the step divided by the learning rate.
     """
     tiny = torch.finfo(exp_avg.dtype).tiny
-    return exp_avg / (exp_avg_sq.sqrt() + max(correction.eps, tiny))
+    return exp_avg / (_root(exp_avg_sq) + max(correction.eps, tiny))
 
 
 def update(
@@ -109,10 +111,23 @@ def update(
         grad = -grad
     exp_avg = _flush(exp_avg * beta1 + grad * (1.0 - beta1))
     exp_avg_sq = _flush(exp_avg_sq * beta2 + (grad * grad) * (1.0 - beta2))
+    if beta1 == beta2:
+        exp_avg = exp_avg.masked_fill_(exp_avg_sq == 0.0, 0.0)
     correction = bias_correction(step, betas, eps)
     move = direction(exp_avg, exp_avg_sq, correction) * (lr * correction.scale)
     new = param.to(exp_avg.dtype) * (1.0 - lr * weight_decay) - move
     return new.to(param.dtype), exp_avg, exp_avg_sq
+
+
+def _root(moment: Tensor) -> Tensor:
+    """The correctly rounded square root of float32.
+
+    On CPU torch takes roots from a vector library whose last bit is wrong for one number in 160; a root in float64, rounded
+    once more, is right, since the root of a 24-bit number is never that close to the middle of two others.
+    """
+    if moment.dtype == torch.float32 and moment.device.type == "cpu":
+        return moment.double().sqrt().float()
+    return moment.sqrt()
 
 
 def _flush(moment: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
 """Everything that knows DeepSpeed: registration by name, and the mends of DeepSpeed's defects on our paths.
 
-DeepSpeed has no registry for outside optimizers. A name in a ds_config that is not one of its own becomes
-``getattr(torch.optim, name)`` (runtime/engine.py, ``_configure_basic_optimizer``), and ZeRO then asks for
-``type(optimizer) in ZERO_SUPPORTED_OPTIMIZERS`` (runtime/zero/utils.py). :func:`register` serves these two points.
+:func:`register` reaches into DeepSpeed at four points. Two make the name known, since DeepSpeed has no registry for outside
+optimizers: a name in a ds_config that is not one of its own becomes ``getattr(torch.optim, name)`` (runtime/engine.py,
+``_configure_basic_optimizer``), and ZeRO then asks for ``type(optimizer) in ZERO_SUPPORTED_OPTIMIZERS``
+(runtime/zero/utils.py).
 
-Two defects of DeepSpeed 0.19.8 change what *any* optimizer computes; for BalancedAdam they are mended here:
+Two mend defects of DeepSpeed 0.19.8 that change what *any* optimizer computes, for BalancedAdam alone:
 
 * Stage 0 in 16 bits: ``FP16_UnfusedOptimizer.initialize_optimizer_states`` takes a step with zero gradients at start-up,
   so that the step count is one too high for ever and weight decay is applied once too often. We skip it: our state is
   made at the first real step. In fp16 the same wrapper divides the gradient by a loss scale that the loss was never
   multiplied by, which nothing after it can mend: refused.
 * Universal checkpoints at stage 3 give every parameter group the settings of group 0. We read them again, per group.
+
+A third is known and not mended: a parameter without a gradient in some step is given its last gradient again at stage 3, and
+with offload at stage 2 (tests/parity/cases.py says where).
 """
 
 from __future__ import annotations
@@ -35,10 +39,14 @@ def register() -> None:
     ``import balanced_adam`` calls it; it has to happen in every rank's process before ``deepspeed.initialize``.
 
     Raises:
+        ImportError: if DeepSpeed can't be imported.
         RuntimeError: if DeepSpeed has moved what this relies on (the message names the version tested), or if
-            ``torch.optim`` already has another ``BalancedAdam``.
+            ``torch.optim`` already has another ``BalancedAdam``. Nothing is registered then.
     """
-    import deepspeed
+    try:
+        import deepspeed
+    except Exception as error:  # whatever DeepSpeed's own import runs into, such as a missing CUDA toolkit
+        raise ImportError(f"DeepSpeed is installed but can't be imported ({error}).") from error
 
     try:
         from deepspeed.runtime.engine import DeepSpeedEngine
@@ -46,20 +54,29 @@ def register() -> None:
         from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+        mends = (
+            (FP16_UnfusedOptimizer, "initialize_optimizer_states", _no_phantom_step),
+            (DeepSpeedZeroOptimizer_Stage3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", _settings_per_group),
+        )
+        for cls, method, _ in mends:
+            getattr(cls, method)
+        known = hasattr(torch.optim, NAME)
         if getattr(torch.optim, NAME, BalancedAdam) is not BalancedAdam:
             raise RuntimeError(f"torch.optim.{NAME} is another class already; only one can have the name.")
         setattr(torch.optim, NAME, BalancedAdam)
         if not DeepSpeedEngine._is_supported_optimizer(None, NAME):
+            if not known:
+                delattr(torch.optim, NAME)
             raise AttributeError(f"a name in torch.optim no longer resolves ({NAME!r})")
-        if BalancedAdam not in ZERO_SUPPORTED_OPTIMIZERS:
-            ZERO_SUPPORTED_OPTIMIZERS.append(BalancedAdam)
-        _wrap(FP16_UnfusedOptimizer, "initialize_optimizer_states", _no_phantom_step)
-        _wrap(DeepSpeedZeroOptimizer_Stage3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", _settings_per_group)
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
             f"BalancedAdam can't register with DeepSpeed {deepspeed.__version__}: {error}; it was tested with DeepSpeed "
-            f"{TESTED_DEEPSPEED}, so install that version, or pass BalancedAdam(model.parameters()) as an object."
+            f"{TESTED_DEEPSPEED}, so install that version."
         ) from error
+    if BalancedAdam not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(BalancedAdam)
+    for mend in mends:
+        _wrap(*mend)
 
 
 def _wrap(cls: type, name: str, wrapper: Callable[..., None]) -> None:

@@ -36,9 +36,10 @@ def assert_same(a: list[nn.Parameter], b: list[nn.Parameter]) -> None:
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.95)])
 @pytest.mark.parametrize("maximize", [False, True])
-def test_it_follows_torch_adamw_with_the_same_betas(betas, maximize):
+@pytest.mark.parametrize("eps", [1e-8, 0.5])
+def test_it_follows_torch_adamw_with_the_same_betas(betas, maximize, eps):
     ours, theirs = parameters(torch.float64), parameters(torch.float64)
-    options = {"lr": 1e-2, "betas": betas, "weight_decay": 0.1, "maximize": maximize}
+    options = {"lr": 1e-2, "betas": betas, "weight_decay": 0.1, "maximize": maximize, "eps": eps}
     train(BalancedAdam(ours, allow_unbalanced=True, **options), ours, range(50))
     train(torch.optim.AdamW(theirs, **options), theirs, range(50))
     for p, q in zip(ours, theirs, strict=True):
@@ -61,26 +62,19 @@ def test_the_step_is_the_rule_bit_for_bit():
         assert torch.equal(optimizer.state[p]["exp_avg"], m) and torch.equal(optimizer.state[p]["exp_avg_sq"], v)
 
 
-def test_each_group_has_its_own_settings():
-    first, second, third = (parameters() for _ in range(3))
-    optimizer = BalancedAdam(
-        [{"params": first, "lr": 1e-3}, {"params": second, "betas": 0.5, "weight_decay": 0.0}], lr=1e-2
-    )
-    optimizer.add_param_group({"params": third, "eps": 1.0})
-    alone = []
-    for group, options in (
-        (first, {"lr": 1e-3}),
-        (second, {"lr": 1e-2, "betas": 0.5, "weight_decay": 0.0}),
-        (third, {"lr": 1e-2, "eps": 1.0}),
-    ):
-        alone.append(copy.deepcopy(group))
-        train(BalancedAdam(alone[-1], **options), alone[-1], range(3))
-    for step in range(3):
-        for group in (first, second, third):
-            set_gradients(group, step)
-        optimizer.step()
-    for group, oracle in zip((first, second, third), alone, strict=True):
-        assert_same(group, oracle)
+def test_each_group_has_its_own_settings_as_in_torch_adamw():
+    own = [{"lr": 1e-3}, {"betas": (0.5, 0.5), "weight_decay": 0.0}, {"eps": 1.0}, {"maximize": True}]
+    results = []
+    for cls in (BalancedAdam, torch.optim.AdamW):
+        groups = [parameters(torch.float64) for _ in own]
+        named = [{"params": group, **options} for group, options in zip(groups, own, strict=True)]
+        optimizer = cls(named[:-1], lr=1e-2, betas=(0.95, 0.95))
+        optimizer.add_param_group(named[-1])
+        every = [p for group in groups for p in group]
+        train(optimizer, every, range(20))
+        results.append(every)
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
 
 
 def test_a_parameter_without_gradient_keeps_its_value_and_its_own_step_count():
@@ -169,6 +163,51 @@ def test_bf16_moments_of_torch_adamw_are_loaded_into_float32():
         assert torch.equal(ours.state[p]["exp_avg"], theirs.state[p]["exp_avg"].float())
 
 
+def test_the_optimizer_never_shares_memory_with_the_state_it_loaded():
+    params = parameters(torch.bfloat16)
+    first = BalancedAdam(params)
+    train(first, params, range(2))
+    saved = first.state_dict()
+    before = copy.deepcopy(saved["state"])
+    second = BalancedAdam(params)
+    second.load_state_dict(saved)
+    train(second, params, range(2, 4))
+    for number, state in before.items():
+        assert all(torch.equal(saved["state"][number][key], value) for key, value in state.items())
+
+
+def test_what_a_load_hook_makes_of_the_state_is_what_is_loaded():
+    params = parameters(torch.bfloat16)
+    theirs = BalancedAdam(params)
+    train(theirs, params, range(3))
+    saved = theirs.state_dict()
+    backwards = copy.deepcopy(saved)
+    backwards["param_groups"][0]["params"].reverse()  # a state whose parameters come in another order
+    ours = BalancedAdam(params)
+
+    def reorder(_, state):
+        return {**state, "param_groups": [{**g, "params": g["params"][::-1]} for g in state["param_groups"]]}
+
+    ours.register_load_state_dict_pre_hook(reorder)
+    ours.load_state_dict(backwards)
+    for p in params:
+        assert torch.equal(ours.state[p]["exp_avg"], theirs.state[p]["exp_avg"])
+
+
+def test_a_checkpoint_never_brings_the_permission_for_unequal_betas():
+    params = parameters()
+    baseline = BalancedAdam(params, betas=(0.9, 0.999), allow_unbalanced=True)
+    train(baseline, params, range(2))
+    saved = baseline.state_dict()
+    assert all("allow_unbalanced" not in group for group in saved["param_groups"])
+    ours = BalancedAdam(params, betas=0.9)
+    with pytest.warns(UserWarning, match="goes on with"):
+        ours.load_state_dict(saved)
+    ours.param_groups[0].update(saved["param_groups"][0])  # as DeepSpeed's universal checkpoints do
+    with pytest.raises(ValueError, match=r"betas is \(0.9, 0.999\)"):
+        ours.step()
+
+
 def test_unequal_betas_in_a_checkpoint_do_not_sneak_in():
     params = parameters()
     theirs = torch.optim.AdamW(params, lr=0.5)
@@ -196,6 +235,20 @@ def test_a_step_count_that_is_an_int_works_as_a_tensor_does():
     assert_same(ours, theirs)
 
 
+def test_parameters_that_share_one_step_tensor_are_counted_apart():
+    """As after loading a universal checkpoint of DeepSpeed at stage 3."""
+    ours, theirs = parameters(), parameters()
+    a, b = BalancedAdam(ours), BalancedAdam(theirs)
+    train(a, ours, range(3))
+    train(b, theirs, range(3))
+    shared = torch.tensor(3.0)
+    for p in ours:
+        a.state[p]["step"] = shared
+    train(a, ours, range(3, 6))
+    train(b, theirs, range(3, 6))
+    assert_same(ours, theirs)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_go_on_like_the_original(copied):
     params = parameters()
@@ -214,7 +267,12 @@ def test_update_size_is_the_distance_moved_divided_by_lr():
     assert optimizer.update_size().numel == 0
     train(optimizer, params, range(5))
     before = [p.detach().clone() for p in params]
-    train(optimizer, params, range(5, 6))
+    assert optimizer.update_size().numel > 0
+    assert optimizer.update_size().numel == 0  # nothing has moved since
+    set_gradients(params, 5)
+    params[0].grad = None
+    optimizer.step()
+    params, before = params[1:], before[1:]
     moved = torch.cat([(p - q).flatten() / 0.25 for p, q in zip(params, before, strict=True)])
     size = optimizer.update_size()
     assert size.numel == moved.numel()
@@ -244,6 +302,8 @@ BAD = [
     ({"betas": "auto"}, "betas is 'auto'; give one number"),
     ({"betas": (0.9, 0.9, 0.9)}, "give one number, or a pair"),
     ({"eps": -1e-8}, "eps is -1e-08"),
+    ({"eps": "auto"}, "eps is 'auto'; it must be a number"),
+    ({"lr": None}, "lr is None; it must be a number"),
     ({"weight_decay": float("inf")}, "weight_decay is inf"),
 ]
 
@@ -254,6 +314,11 @@ def test_bad_settings_are_named_in_one_sentence(options, message):
         BalancedAdam(parameters(), **options)
     with pytest.raises(ValueError, match=message):  # and in a group as well
         BalancedAdam([{"params": parameters(), **options}])
+
+
+def test_numbers_written_as_text_are_numbers():
+    params = parameters()  # YAML reads 1e-8 as text
+    train(BalancedAdam(params, lr="1e-3", eps="1e-8", weight_decay="0.1"), params, range(1))
 
 
 def test_a_refused_group_leaves_the_optimizer_as_it_was():
@@ -284,7 +349,7 @@ def test_betas_made_unequal_by_hand_are_refused_and_a_common_change_is_followed(
         optimizer.step()
 
 
-@pytest.mark.parametrize("change", ["amsgrad", "shape", "groups"])
+@pytest.mark.parametrize("change", ["amsgrad", "coupled", "shape", "groups"])
 def test_a_foreign_state_is_refused(change):
     params = parameters()
     optimizer = BalancedAdam(params)
@@ -292,12 +357,15 @@ def test_a_foreign_state_is_refused(change):
     state = copy.deepcopy(optimizer.state_dict())
     if change == "amsgrad":
         state["param_groups"][0]["amsgrad"] = True
+    elif change == "coupled":
+        state = torch.optim.Adam(params, weight_decay=0.1).state_dict()
     elif change == "shape":
         state["state"][0]["exp_avg"] = torch.zeros(4)
     else:
         state["param_groups"].append(dict(state["param_groups"][0], params=[]))
     message = {
         "amsgrad": "amsgrad=True",
+        "coupled": r"weight_decay = 0\.1 added to the gradient",
         "shape": r"exp_avg has shape \(4,\), its parameter \(3, 5\)",
         "groups": "groups",
     }

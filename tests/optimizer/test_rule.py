@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,6 +58,41 @@ def test_float32_rule_stays_within_rounding_of_float64(betas):
     torch.testing.assert_close(ours[0].double(), oracle[0], rtol=0, atol=STEPS * 2.0**-24 * 2)
 
 
+@pytest.mark.parametrize("betas", PAIRS)
+def test_float32_rule_rounds_after_every_operation_as_numpy_does(betas):
+    """Bit for bit: a fused multiply-add anywhere, or another order, would show."""
+    beta1, beta2 = map(np.float32, betas)
+    rest1, rest2 = np.float32(1 - betas[0]), np.float32(1 - betas[1])
+    grads = gradients(seed=3)
+    m = v = np.float32(0)
+    p = torch.linspace(-1, 1, grads.shape[1]).numpy()
+    for t, (g, ours) in enumerate(zip(grads.numpy(), run(grads, betas), strict=True), 1):
+        m = m * beta1 + g * rest1
+        v = v * beta2 + (g * g) * rest2
+        c1, c2 = 1 - betas[0] ** t, 1 - betas[1] ** t
+        scale = 1 / math.sqrt(c2) if betas[0] == betas[1] else math.sqrt(c2) / c1
+        u = m / (np.sqrt(v) + np.float32(1e-8 * math.sqrt(c2)))
+        p = p * np.float32(1 - 1e-2 * 0.1) - u * np.float32(1e-2 * scale)
+        for tensor, oracle in zip(ours, (p, m, v), strict=True):
+            assert (tensor.numpy() == oracle).all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.95])
+def test_without_eps_no_update_exceeds_lr_down_to_the_smallest_numbers(beta):
+    """Three gradients of every size, then zeros until all have faded: m must not outlive v."""
+    sizes = torch.tensor([1e-45, 1e-38, 1e-30, 1e-20, 1e-19, 1e-18, 1e-6, 1.0, 1e15])
+    first, others = sizes.repeat(3), torch.cat([sizes * ratio for ratio in (0.0, -1e-3, 1e3)])
+    m = v = torch.zeros_like(first)
+    for t in range(1, 9000):
+        g = first if t == 1 else others if t < 4 else torch.zeros_like(first)
+        u, m, v = rule.update(m * 0, g, m, v, step=t, lr=1.0, betas=(beta, beta), eps=0.0, weight_decay=0.0)
+        assert (u.abs() <= 1 + 1e-6).all()
+        assert (m.abs() <= v.sqrt() * (1 + 1e-6)).all()
+        if t > 4 and not v.any():
+            break
+    assert not m.any() and not v.any()
+
+
 @pytest.mark.parametrize("betas", [(0.5, 0.5), (0.95, 0.95), (0.9, 0.999)])
 @pytest.mark.parametrize("step", [1, 2, 10, 10_000])
 def test_bias_correction_is_one_scalar_when_balanced_and_the_usual_two_otherwise(betas, step):
@@ -81,6 +117,12 @@ def test_gradients_times_a_power_of_two_give_the_same_weights_bit_for_bit(k, bet
     for (p, *_), (q, *_) in zip(run(grads, (beta, beta2), 0.0), run(grads * 2.0**k, (beta, beta2), 0.0), strict=True):
         assert torch.equal(p, q)
         assert torch.isfinite(q).all()
+
+
+def test_roots_are_correctly_rounded_where_the_cpus_vector_library_is_not():
+    v = torch.rand(1 << 18, generator=torch.Generator().manual_seed(0))
+    ours = 1 / rule.direction(torch.ones_like(v), v, rule.BiasCorrection(1.0, 0.0))
+    assert (ours.numpy() == 1 / (1 / np.sqrt(v.numpy()))).all()
 
 
 def test_a_gradient_in_bf16_is_cast_up_before_it_is_squared():

@@ -1,4 +1,4 @@
-"""What is installed, and what an import costs."""
+"""What is installed, and what an import does."""
 
 import shutil
 import subprocess
@@ -20,6 +20,24 @@ weight.sum().backward()
 optimizer.step()
 print([name for name in sys.modules if name.startswith("deepspeed")], hasattr(torch.optim, "BalancedAdam"))
 """
+BROKEN_DEEPSPEED = """
+import sys, warnings
+from importlib.machinery import ModuleSpec
+
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self) if name == "deepspeed" else None
+    def create_module(self, spec):
+        raise OSError("CUDA_HOME does not exist")
+    def exec_module(self, module):
+        pass
+
+sys.meta_path.insert(0, Broken())
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    from balanced_adam import BalancedAdam
+print([str(w.message) for w in said if "DeepSpeed" in str(w.message)])
+"""
 WITH_DEEPSPEED = """
 import balanced_adam, torch
 print(torch.optim.BalancedAdam is balanced_adam.BalancedAdam)
@@ -34,6 +52,11 @@ def python(code: str) -> str:
 
 def test_without_deepspeed_the_optimizer_works_and_nothing_is_registered() -> None:
     assert python(WITHOUT_DEEPSPEED) == "['deepspeed'] False"
+
+
+def test_a_deepspeed_that_cannot_be_imported_is_a_warning() -> None:
+    expected = "DeepSpeed is installed but can't be imported (CUDA_HOME does not exist). BalancedAdam works without it."
+    assert python(BROKEN_DEEPSPEED) == str([expected])
 
 
 def test_with_deepspeed_importing_registers() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from tests.parity.compare import differences
 from tests.parity.control import Absent, Clip, State, train
-from tests.parity.model import GROUPS, MICRO, TRAINED, AwkwardModel, share
+from tests.parity.model import EPS, GROUPS, MICRO, TRAINED, AwkwardModel, share
 from tests.parity.mutants import MUTANTS, wrong
-from tests.parity.worker import device, spawn
+from tests.parity.worker import device, once, spawn
 
 STEPS = 8
 SUB_GROUP_SIZE = 40
@@ -49,7 +48,8 @@ class Case(NamedTuple):
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": MICRO,
-            "optimizer": {"type": "BalancedAdam", "params": {"lr": 0.5}},  # each group has its own
+            # Each group has its own lr and betas.
+            "optimizer": {"type": "BalancedAdam", "params": {"lr": 0.5, "eps": EPS, "allow_unbalanced": True}},
             "gradient_clipping": self.clip,  # DeepSpeed's default is 1 (runtime/constants.py)
             "zero_optimization": zero,
             "bf16": {"enabled": self.dtype == "bf16"},
@@ -172,7 +172,7 @@ def run(cases: list[Case]) -> dict[Case, State]:
     return results
 
 
-@cache
+@once
 def outcomes(world: int) -> dict[Case, dict[str, float]]:
     """All cases of one world size, in one spawn: case -> greatest differences from the control in ulp."""
     cases = [*matrix(), *((*mutant_cases(), PHANTOM) if world == 2 else ())]

@@ -40,15 +40,10 @@ class Group(NamedTuple):
     weight_decay: float
 
     def settings(self) -> dict[str, Any]:
-        return {
-            "lr": self.lr,
-            "betas": self.betas,
-            "weight_decay": self.weight_decay,
-            "allow_unbalanced": self.betas[0] != self.betas[1],
-        }
+        return {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay}
 
 
-EPS = 1e-8
+EPS = 2.0**-10  # large enough to be seen
 GROUPS = (
     Group(("matrix", "one", "few", "frozen"), 1e-2, (0.9, 0.9), 0.1),
     Group(("long", "sometimes", "last"), 3e-3, (0.9, 0.99), 0.01),

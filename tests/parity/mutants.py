@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from balanced_adam import BalancedAdam
+from tests.parity.model import GROUPS
 
 Wrong = Callable[[BalancedAdam, dict[str, Any], torch.nn.Parameter], None]
 
@@ -41,6 +42,14 @@ def shard_of_rank_1_shifted(optimizer: BalancedAdam, group: dict[str, Any], para
     if torch.distributed.get_rank() == 1:
         assert param.grad is not None
         param.grad.copy_(param.grad.flatten().roll(1).view_as(param))
+
+
+def settings_of_the_first_group(optimizer: BalancedAdam, group: dict[str, Any], param: torch.nn.Parameter) -> None:
+    group.update(GROUPS[0].settings())
+
+
+def eps_ignored(optimizer: BalancedAdam, group: dict[str, Any], param: torch.nn.Parameter) -> None:
+    group["eps"] = 1e-8
 
 
 def mutant(wrong: Wrong) -> Callable[[], AbstractContextManager[None]]:
@@ -99,6 +108,8 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
         moments_lost_at_step_5,
         decay_applied_twice,
         shard_of_rank_1_shifted,
+        settings_of_the_first_group,
+        eps_ignored,
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from balanced_adam import rule
 from tests.parity.cases import Case, read
 from tests.parity.control import State
-from tests.parity.worker import ROOT, spawn
+from tests.parity.worker import ROOT, once, spawn
 
 STEPS, WARMUP, PEAK = 20, 4, 4e-3
 MICRO, SEQUENCES, LENGTH = 2, 12, 32  # micro-batches a step, sequences in each (of all ranks), tokens in each
@@ -57,7 +58,7 @@ FP32 = [Case(stage, "fp32", offload, clip=CLIP) for stage, offload in ((0, 0), (
 BF16 = [Case(1, "bf16", grad_accum="fp32", clip=CLIP), Case(3, "bf16", clip=CLIP)]
 
 
-@cache
+@once
 def traces(world: int) -> dict[Case, Trace]:
     """All cases on ``world`` ranks, in one spawn, as rank 0 saw them."""
     traces: dict[Case, Trace] = spawn(job, world, FP32 + BF16)[0]
@@ -113,13 +114,17 @@ def greatest(ours: Trace, other: Trace) -> dict[str, float]:
     """
     ulp = torch.finfo(torch.float32).eps
     found = {
-        key: max(abs(a / b - 1) for a, b in zip(x, y, strict=True)) / ulp
+        key: _greatest(abs(a / b - 1) for a, b in zip(x, y, strict=True)) / ulp
         for key, x, y in (("losses", ours.losses, other.losses), ("norms", ours.norms, other.norms))
     }
     for key, tensors in other.state.items():
         apart = ((ours.state[key][n] - value).abs().max() / value.abs().max() for n, value in tensors.items())
-        found[key] = max(map(float, apart)) / ulp
+        found[key] = _greatest(apart) / ulp
     return found
+
+
+def _greatest(values: Iterable[float | Tensor]) -> float:
+    return float(torch.tensor([float(value) for value in values]).max())  # NaN if any is; Python's max may drop it
 
 
 @cache

@@ -13,6 +13,8 @@ SPOILT = {
     "moments_lost_at_step_5": {"weights", "exp_avg", "exp_avg_sq"},
     "decay_applied_twice": {"weights"},
     "shard_of_rank_1_shifted": {"weights", "exp_avg", "exp_avg_sq"},
+    "settings_of_the_first_group": {"weights", "exp_avg_sq"},  # beta1 is the same
+    "eps_ignored": {"weights"},
 }
 
 

@@ -17,30 +17,31 @@ AGAINST_THE_CONTROL = {"losses": 4, "norms": 20, "weights": 16, "exp_avg": 24, "
 BETWEEN_STAGES = {"losses": 4, "norms": 4, "weights": 12, "exp_avg": 16, "exp_avg_sq": 24}
 
 
-def within(found: dict[str, float], bounds: dict[str, int]) -> bool:
-    # Stage 0 in fp32 says no norm; its clipping shows in the weights.
-    return all(found[key] <= bound or math.isnan(found[key]) for key, bound in bounds.items())
+def within(found: dict[str, float], bounds: dict[str, int], case: Case) -> bool:
+    if case.stage == 0:  # in fp32 it tells no norm; its clipping shows in the weights
+        assert math.isnan(found["norms"])
+        bounds = {key: bound for key, bound in bounds.items() if key != "norms"}
+    return all(found[key] <= bound for key, bound in bounds.items())
 
 
 @pytest.mark.parametrize("world", [2, 3], ids=lambda world: f"{world}_ranks")
 @pytest.mark.parametrize("case", FP32, ids=str)
 def test_losses_norms_weights_and_moments_are_those_of_one_process(world: int, case: Case) -> None:
     found = greatest(traces(world)[case], plain_run())
-    assert within(found, AGAINST_THE_CONTROL), found
+    assert within(found, AGAINST_THE_CONTROL, case), found
 
 
 @pytest.mark.parametrize("world", [2, 3], ids=lambda world: f"{world}_ranks")
 @pytest.mark.parametrize("case", FP32[2:], ids=str)
 def test_every_stage_is_stage_1(world: int, case: Case) -> None:
     found = greatest(traces(world)[case], traces(world)[FP32[1]])
-    assert within(found, BETWEEN_STAGES), found
+    assert within(found, BETWEEN_STAGES, case), found
 
 
 @pytest.mark.parametrize("world", [2, 3], ids=lambda world: f"{world}_ranks")
 def test_offload_at_stage_2_changes_no_bit(world: int) -> None:
-    plain, offload = (greatest(traces(world)[case], plain_run()) for case in FP32[2:4])
-    assert greatest(*(traces(world)[case] for case in FP32[2:4])) == dict.fromkeys(plain, 0.0)
-    assert plain == offload
+    plain, offload = (traces(world)[case] for case in FP32[2:4])
+    assert set(greatest(plain, offload).values()) == {0.0}
 
 
 @pytest.mark.parametrize("case", BF16, ids=str)

@@ -84,23 +84,12 @@ def test_another_class_of_that_name_is_not_replaced(monkeypatch: pytest.MonkeyPa
     assert torch.optim.BalancedAdam is torch.optim.SGD  # type: ignore[attr-defined]
 
 
-def wrapper(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> Any:
-    """As much of FP16_UnfusedOptimizer as its start-up reads; fp16 engines do not exist on every CPU."""
-    return SimpleNamespace(optimizer=optimizer, low_precision_dtype=dtype, fp16_groups=[], fp32_groups=[])
-
-
-def test_fp16_at_stage_0_is_refused_in_one_sentence() -> None:
-    optimizer = BalancedAdam([torch.nn.Parameter(torch.zeros(1))])
-    with pytest.raises(ValueError, match=r"fp16\.enabled.*use bf16, or stage 1, 2 or 3") as error:
-        FP16_UnfusedOptimizer.initialize_optimizer_states(wrapper(optimizer, torch.float16))
-    assert "\n" not in str(error.value)
-
-
 def test_other_optimizers_are_left_as_they_were() -> None:
     weight = torch.nn.Parameter(torch.ones(1))
     weight.grad = torch.zeros(1)
     other = torch.optim.AdamW([weight])
-    FP16_UnfusedOptimizer.initialize_optimizer_states(wrapper(other, torch.float16))
+    wrapper = SimpleNamespace(optimizer=other, fp16_groups=[], fp32_groups=[])  # what DeepSpeed's method reads
+    FP16_UnfusedOptimizer.initialize_optimizer_states(wrapper)
     assert int(other.state[weight]["step"]) == 1  # the phantom step
 
 
@@ -108,6 +97,24 @@ def test_other_optimizers_are_left_as_they_were() -> None:
 def test_without_the_mend_stage_0_in_16_bits_is_one_step_ahead() -> None:
     assert outcomes(2)[PHANTOM]["weights"] > 0
     assert outcomes(2)[PHANTOM._replace(mutant=None)] == EXACT
+
+
+def fp16_at_stage_0(case: Case) -> str:
+    """Job: what an engine says to it."""
+    try:
+        start(case, fp16={"enabled": True})
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.ranks
+def test_an_engine_in_fp16_at_stage_0_is_refused() -> None:
+    (said,) = spawn(fp16_at_stage_0, 1, Case(0, "fp16"))
+    assert said.startswith("zero_optimization.stage is 0 with fp16.enabled") and said.endswith(
+        "use bf16, or stage 1, 2 or 3."
+    )
+    assert "\n" not in said
 
 
 def lower_case_name(case: Case) -> str:

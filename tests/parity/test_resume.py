@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from tests.parity.cases import Case, advance, read, start
 from tests.parity.compare import EXACT, differences
 from tests.parity.control import State, train
 from tests.parity.mutants import wrong
-from tests.parity.worker import ROOT, device, environment, spawn
+from tests.parity.worker import ROOT, device, environment, once, spawn
 
 pytestmark = pytest.mark.ranks
 
@@ -85,8 +84,8 @@ class Checkpoints:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.uncut = spawn(save, SAVED_BY, folder)
-        self.resumed = cache(self._resumed)
-        self._convert = cache(self._convert_all)
+        self.resumed = once(self._resumed)
+        self._convert = once(self._convert_all)
 
     def _convert_all(self) -> None:
         for case in ZERO:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache, wraps
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -87,6 +88,26 @@ def spawn(job: Callable[[Any], Any], world: int, argument: Any, seconds: float =
             codes = [process.returncode for process in ranks]
             raise RuntimeError(f"{job.__name__} on {world} ranks ended with {codes} (-9: killed)\n{logs}")
         return [torch.load(base / f"result{rank}", weights_only=False) for rank in range(world)]
+
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``functools.cache`` that remembers failures too, so that the next test doesn't wait for the same spawn again."""
+
+    @cache
+    def outcome(*arguments: Any) -> tuple[Any, Exception | None]:
+        try:
+            return function(*arguments), None
+        except Exception as error:
+            return None, error
+
+    @wraps(function)
+    def wrapper(*arguments: Any) -> Any:
+        value, error = outcome(*arguments)
+        if error is not None:
+            raise error
+        return value
+
+    return wrapper
 
 
 def main(folder: str) -> None:
