@@ -7,15 +7,16 @@ their sizes.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from train.folder import write_json
+from train.folder import read_json, write_json
 from train.ranks import Ranks
-from train.settings import SettingsError, require
+from train.settings import SettingsError, first_line, require
 
 MARKER = "complete.json"
 BYTES_PER_PARAMETER = 16  # float32 weights and two moments, and the model's own weights
@@ -65,7 +66,8 @@ def save(engine: Any, ranks: Ranks, folder: Path, step: int, keep: int, paramete
                 f"the disk of {folder} has {free / 1e9:.1f} GB free, and a checkpoint needs about {needed / 1e9:.1f} GB; "
                 f"{_whats_left(folder)}.",
             )
-            shutil.rmtree(target, ignore_errors=True)  # a half-written one of a run that was cut
+            if target.exists():
+                shutil.rmtree(target)  # a half-written one of a run that was cut
     writer = _Deferred(engine.checkpoint_engine)
     engine.checkpoint_engine = writer
     try:
@@ -101,7 +103,7 @@ def resume(engine: Any, ranks: Ranks, folder: Path) -> int:
                     print(f"{path} is not whole; passed over.", flush=True)
             found = [whole[-1] if whole else None]
             if whole:
-                about = json.loads((whole[-1] / MARKER).read_text())
+                about = read_json(whole[-1] / MARKER, "world", "stage")
                 made, now = (about["world"], about["stage"]), (ranks.world, engine.zero_optimization_stage())
                 require(
                     made == now,
@@ -111,16 +113,21 @@ def resume(engine: Any, ranks: Ranks, folder: Path) -> int:
     dist.broadcast_object_list(found, device=ranks.device)
     if found[0] is None:
         return 0
-    path, state = engine.load_checkpoint(str(folder), tag=found[0].name)
-    require(
-        path is not None,
-        f"checkpoint {found[0]} could not be loaded by DeepSpeed; remove it to go on from an older one.",
-    )
+    with ranks.together():
+        try:
+            loaded, state = engine.load_checkpoint(str(folder), tag=found[0].name)
+            require(loaded is not None, "DeepSpeed found nothing in it")
+        except Exception as error:  # whatever a file that has changed without changing its size runs into
+            raise SettingsError(
+                f"checkpoint {found[0]} can't be loaded ({first_line(error)}); remove it to go on from an older one."
+            ) from None
+    if ranks.first:
+        print(f"Going on from {found[0]}.", flush=True)
     return int(state["step"])
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"))
+    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{7,}", p.name))
 
 
 def _whole(folder: Path) -> list[Path]:
@@ -131,7 +138,7 @@ def _is_whole(path: Path) -> bool:
     try:
         files = json.loads((path / MARKER).read_text())["files"]
         return all((path / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

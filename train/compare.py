@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,9 +27,21 @@ import tyro
 from train import folder, report
 from train.progress import Progress
 from train.ranks import free_port
-from train.settings import REPOSITORY, SettingsError, parse, require
+from train.settings import REPOSITORY, Run, SettingsError, parse, require
 
 POLL_SECONDS = 0.5
+# What a comparison decides for each of its runs.
+COMPARED = {
+    "--out",
+    "--betas",
+    "--allow-unbalanced",
+    "--lr",
+    "--seed",
+    "--steps",
+    "--batch",
+    "--sequence-length",
+    "--dry-run",
+}
 MODULES = {"deepspeed": "deepspeed", "torchrun": "torch", "accelerate": "accelerate", "python": "torch"}
 # What a surrounding launcher may have set, and the launchers started here set anew.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -67,59 +81,65 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
     """The plan as plain data: every run's name, arm, lr, seed, and arguments for train.pretrain.
 
     Raises:
-        SettingsError: if an arm is no pair of betas, an arm or a seed is given twice, or a number is out of range.
+        SettingsError: if an arm is no pair of betas, an arm or a seed is given twice, an option after "--" is one of those
+            that are compared, or train.pretrain would refuse a run's settings.
     """
-    for name in ("arms", "seeds", "lr"):
-        values = getattr(comparison, name)
+    arms = {_arm(betas): betas for betas in map(_betas, comparison.arms)}
+    for name, values in (("arms", comparison.arms), ("seeds", comparison.seeds), ("lr", comparison.lr)):
+        different = arms if name == "arms" else set(values)
         require(bool(values), f"{name} is empty; give at least one.")
-        require(len(set(values)) == len(values), f"{name} is {' '.join(map(str, values))}; give each only once.")
-    require(comparison.ranks >= 1, f"ranks is {comparison.ranks}; it must be at least 1.")
-    gpus = torch.cuda.device_count() or comparison.ranks
+        require(len(different) == len(values), f"{name} is {' '.join(map(str, values))}; give each only once.")
+    ranks, launcher = comparison.ranks, comparison.launcher
+    require(ranks >= 1, f"ranks is {ranks}; it must be at least 1.")
+    gpus = torch.cuda.device_count() or ranks
+    require(ranks <= gpus, f"ranks is {ranks}, but there are {gpus} GPUs; each rank needs its own.")
     require(
-        comparison.ranks <= gpus, f"ranks is {comparison.ranks}, but there are {gpus} GPUs; each rank needs its own."
-    )
-    module = MODULES[comparison.launcher]
-    require(
-        find_spec(module) is not None,
-        f"launcher is {comparison.launcher!r}, but the package {module} is missing: pip install {module}.",
+        find_spec(MODULES[launcher]) is not None,
+        f"launcher is {launcher!r}, but the package {MODULES[launcher]} is missing: pip install {MODULES[launcher]}.",
     )
     require(
-        comparison.launcher != "python" or comparison.ranks == 1,
-        f"ranks is {comparison.ranks}, but the launcher python starts one; give --ranks 1 or another launcher.",
+        launcher != "python" or ranks == 1,
+        f"ranks is {ranks}, but the launcher python starts one; give --ranks 1 or another launcher.",
     )
+    options = {option.split("=")[0].replace("_", "-") for option in comparison.rest}
+    require(
+        not options & COMPARED,
+        f"{min(options & COMPARED, default='')} is given after --, where it would override what is compared; give it before.",
+    )
+    for name in ("batch", "sequence_length"):
+        require(getattr(comparison, name) >= 1, f"{name} is {getattr(comparison, name)}; it must be at least 1.")
     steps = comparison.steps
     if comparison.tokens is not None:
         steps = comparison.tokens // (comparison.batch * comparison.sequence_length)
         require(steps >= 1, f"tokens is {comparison.tokens}, less than one batch.")
+    often = str(max(1, steps // 4))
     runs = []
     # Seed by seed, so that whatever is finished when somebody stops can be compared in pairs.
-    for seed in comparison.seeds:
-        for lr in comparison.lr:
-            for arm in comparison.arms:
-                betas = _betas(arm)
-                arguments = ["--betas", *map(repr, betas), "--lr", repr(lr), "--seed", str(seed), "--steps", str(steps)]
-                arguments += ["--batch", str(comparison.batch), "--sequence-length", str(comparison.sequence_length)]
-                arguments += ["--warmup", str(steps // 10), "--save-every", str(max(1, steps // 4))]
-                arguments += [
-                    "--validate-every",
-                    str(max(1, steps // 4)),
-                    *(["--allow-unbalanced"] if len(betas) == 2 else []),
-                ]
-                name = f"beta-{arm.replace(',', '-')}_lr-{lr:g}_seed-{seed}"
-                runs.append(
-                    {"name": name, "arm": arm, "lr": lr, "seed": seed, "arguments": [*arguments, *comparison.rest]}
-                )
-    return {"steps": steps, "ranks": comparison.ranks, "launcher": comparison.launcher, "runs": runs}
+    for seed, lr, (arm, betas) in product(comparison.seeds, comparison.lr, arms.items()):
+        arguments = ["--betas", *map(repr, betas), "--lr", repr(lr), "--seed", str(seed), "--steps", str(steps)]
+        arguments += ["--batch", str(comparison.batch), "--sequence-length", str(comparison.sequence_length)]
+        arguments += ["--warmup", str(steps // 10), "--save-every", often, "--validate-every", often]
+        arguments += [*(["--allow-unbalanced"] if len(betas) == 2 else []), *comparison.rest]
+        name = f"beta-{arm.replace(',', '-')}_lr-{lr!r}_seed-{seed}"
+        settings = parse(Run, ["--out", name, *arguments], "train.pretrain", None)
+        settings.check()
+        settings.parallelism.micro_batch_on(ranks)
+        runs.append({"name": name, "arm": arm, "lr": lr, "seed": seed, "arguments": arguments})
+    return {"steps": steps, "ranks": ranks, "launcher": launcher, "runs": runs}
 
 
-def _betas(arm: str) -> list[float]:
+def _betas(arm: str) -> tuple[float, ...]:
     try:
-        betas = [float(part) for part in arm.split(",")]
+        betas = tuple(float(part) for part in arm.split(","))
         if len(betas) not in (1, 2) or not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError
     except ValueError:
         raise SettingsError(f"arms has {arm!r}; an arm is one beta or beta1,beta2, each in [0, 1).") from None
-    return betas
+    return betas[:1] if betas[0] == betas[-1] else betas
+
+
+def _arm(betas: tuple[float, ...]) -> str:
+    return ",".join(map(repr, betas))
 
 
 def command(plan: dict[str, Any], run: dict[str, Any], out: Path) -> list[str]:
@@ -210,12 +230,16 @@ def compare(comparison: Comparison) -> None:
     plan = json.loads(json.dumps(manifest(comparison)))
     file = comparison.out / "manifest.json"
     if file.exists():
-        before = json.loads(file.read_text())
+        before = folder.read_json(file, "runs", "ranks")
+        begun = any((comparison.out / run["name"] / "run.json").exists() for run in before["runs"])
         require(
-            before["runs"] == plan["runs"] and before["ranks"] == plan["ranks"],
+            not begun or (before["runs"], before["ranks"]) == (plan["runs"], plan["ranks"]),
             f"out is {comparison.out}, which holds another comparison ({len(before['runs'])} runs); give another folder.",
         )
-    comparison.out.mkdir(parents=True, exist_ok=True)
+    try:
+        comparison.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"out is {comparison.out}, which can't be used: {error.strerror}.") from None
     folder.write_json(file, {**plan, **folder.environment()})
     if comparison.plan_only:
         print(file)
@@ -224,10 +248,15 @@ def compare(comparison: Comparison) -> None:
     report.write(comparison.out)
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line: ``python -m train.compare --help``."""
+    signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends: end the ranks too
     try:
-        compare(parse(Comparison, sys.argv[1:] if arguments is None else arguments, __doc__ or ""))
+        compare(parse(Comparison, sys.argv[1:] if arguments is None else arguments, "train.compare", __doc__))
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

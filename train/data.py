@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import sysconfig
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from train.settings import Data, SettingsError, require
+from train.settings import Data, SettingsError, first_line, require
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,7 +38,7 @@ KINDS = {
     ".gz": "json",
     ".parquet": "parquet",
 }
-FORMAT = 1  # of the token files; a change makes new ones
+FORMAT = 2  # of the token files; a change makes new ones
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return ByT5Tokenizer()
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"tokenizer is {name!r}, which transformers can't load: {_first_line(error)}") from None
+    except Exception as error:  # whatever a tokenizer's files run into
+        raise SettingsError(f"tokenizer is {name!r}, which transformers can't load: {first_line(error)}") from None
 
 
 def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -103,34 +104,51 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase) -> Path:
         "format": FORMAT,
         "source": source.description,
         "text_field": settings.text_field,
-        "tokenizer": [settings.tokenizer, type(tokenizer).__name__, len(tokenizer)],
+        "tokenizer": [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())],
         "validation_fraction": settings.validation_fraction,
     }
     fingerprint = blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
-    cache = settings.data_cache.expanduser()
+    cache = _expanded(settings.data_cache, "data_cache")
     folder = cache / f"tokens-{fingerprint}"
     if folder.exists():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"tokens-{fingerprint}.lock"):
         if not folder.exists():
-            aside = cache / f".tokens-{fingerprint}-{uuid.uuid4().hex}"
+            aside = cache / f".tokens-{fingerprint}"
+            shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed; the lock is ours
             aside.mkdir()
             counts = _tokenize(source.read(settings), settings, tokenizer, aside)
-            (aside / "about.json").write_text(json.dumps({**wanted, **counts}, indent=1))
+            (aside / "about.json").write_text(json.dumps({"source": source.description, **counts}, indent=1))
             aside.rename(folder)
     return folder
 
 
 def open_blocks(folder: Path, length: int) -> tuple[Blocks, Blocks]:
-    """The training and the validation blocks, memory-mapped."""
-    about = json.loads((folder / "about.json").read_text())
-    dtype = np.dtype(about["dtype"])
-    train, validation = (
-        Blocks(np.memmap(folder / f"{part}.bin", dtype, "r", shape=(about["tokens"][part],)), length)
-        for part in ("train", "validation")
-    )
+    """The training and the validation blocks, memory-mapped.
+
+    Raises:
+        SettingsError: if the folder has been damaged since it was written.
+    """
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        dtype = np.dtype(about["dtype"])
+        train, validation = (
+            Blocks(np.memmap(folder / f"{part}.bin", dtype, "r", shape=(about["tokens"][part],)), length)
+            for part in ("train", "validation")
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"data_cache holds {folder}, which is damaged ({first_line(error)}); remove that folder to tokenize anew."
+        ) from None
     return train, validation
+
+
+def _expanded(path: Path, field: str) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise SettingsError(f"{field} is {path}, whose user does not exist.") from None
 
 
 @dataclass(frozen=True)
@@ -151,8 +169,9 @@ class _Source:
                 "text", files, ["stdlib", sys.version, [[str(f.relative_to(root)), f.stat().st_size] for f in files]]
             )
         if settings.data.startswith("hub:"):
+            require(len(settings.data) > 4, f"data is {settings.data!r}; give hub:NAME or hub:NAME:CONFIGURATION.")
             return _Source("hub", (), [settings.data])
-        root = Path(settings.data).expanduser()
+        root = _expanded(Path(settings.data), "data")
         require(
             root.exists(),
             f'data is {settings.data!r}, which does not exist; give a file, a folder, "stdlib" or "hub:NAME".',
@@ -187,8 +206,8 @@ class _Source:
                 loaded = datasets.load_dataset(name, *configuration, split="train")
             else:
                 loaded = datasets.load_dataset(self.kind, data_files=[str(f) for f in self.files], split="train")
-        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise SettingsError(f"data is {settings.data!r}, which can't be read: {_first_line(error)}") from None
+        except Exception as error:  # whatever a broken file, an empty one or the network runs into
+            raise SettingsError(f"data is {settings.data!r}, which can't be read: {first_line(error)}") from None
         require(
             settings.text_field in loaded.column_names,
             f"text_field is {settings.text_field!r}, but {settings.data!r} has the columns {', '.join(loaded.column_names)}.",
@@ -201,8 +220,7 @@ def _tokenize(documents: Dataset, settings: Data, tokenizer: PreTrainedTokenizer
 
     The documents with the smallest hashes are held out, so that a copy of a held-out document is held out too.
     """
-    field = settings.text_field
-    hashes = [blake2b(text.encode(), digest_size=8).digest() for text in _column(documents, field)]
+    hashes = [blake2b(text.encode(), digest_size=8).digest() for text in _texts(documents, settings)]
     count = len(set(hashes))
     held_out = round(settings.validation_fraction * count)
     require(count > 0, f"data is {settings.data!r}, which holds no text.")
@@ -216,24 +234,24 @@ def _tokenize(documents: Dataset, settings: Data, tokenizer: PreTrainedTokenizer
     tokens = {"train": 0, "validation": 0}
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     with (folder / "train.bin").open("wb") as train, (folder / "validation.bin").open("wb") as validation:
-        at = 0
-        for batch in documents.select_columns([field]).iter(batch_size=256):
-            texts = [text or "" for text in batch[field]]
-            for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-                part, file = ("validation", validation) if hashes[at] <= threshold else ("train", train)
+        numbered = zip(hashes, _texts(documents, settings), strict=True)
+        while batch := list(islice(numbered, 256)):
+            encoded = tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]
+            for (hashed, _), ids in zip(batch, encoded, strict=True):
+                part, file = ("validation", validation) if hashed <= threshold else ("train", train)
                 np.array(ids + end, dtype).tofile(file)
                 tokens[part] += len(ids) + len(end)
-                at += 1
         for file in (train, validation):
             file.flush()
             os.fsync(file.fileno())
     return {"dtype": dtype.name, "tokens": tokens, "documents": {"train": count - held_out, "validation": held_out}}
 
 
-def _column(documents: Dataset, field: str) -> Iterator[str]:
-    for batch in documents.select_columns([field]).iter(batch_size=256):
-        yield from (text or "" for text in batch[field])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+def _texts(documents: Dataset, settings: Data) -> Iterator[str]:
+    for batch in documents.select_columns([settings.text_field]).iter(batch_size=256):
+        for text in batch[settings.text_field]:
+            require(
+                text is None or isinstance(text, str),
+                f"text_field is {settings.text_field!r}, which holds {text!r:.40} in {settings.data!r}; it must hold text.",
+            )
+            yield text or ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from train.settings import Run, SettingsError, require
+from train.settings import Run, SettingsError, first_line, require
 
 OPTIMIZER = "BalancedAdam"
 
@@ -19,8 +21,8 @@ def load(path: Path) -> dict[str, Any]:
     """
     require(path.is_file(), f"ds_config is {path}, which is not a file; give one of ds_configs/*.json or your own.")
     try:
-        config = json.loads(path.read_text(), object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_text("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, path))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"ds_config {path} is not JSON: {error}.") from None
     require(isinstance(config, dict), f"ds_config {path} is a JSON {type(config).__name__}; it must be an object.")
     return config
@@ -46,8 +48,11 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     """
     path = run.parallelism.ds_config
     config = load(path)
+    optimizer, zero, bf16, fp16 = (
+        _section(config, n, path) for n in ("optimizer", "zero_optimization", "bf16", "fp16")
+    )
+    params = _section(optimizer, "params", path)
     micro = run.parallelism.micro_batch_on(world)
-    optimizer = config.setdefault("optimizer", {})
     name = optimizer.setdefault("type", OPTIMIZER)
     require(
         name == OPTIMIZER,
@@ -59,11 +64,14 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     )
     logging = run.logging
     monitor = {"output_path": str(run.out), "job_name": "monitor"}
-    if logging.tensorboard:
+    if run.dry_run:
+        for name in ("tensorboard", "csv_monitor", "wandb", "comet"):
+            config.pop(name, None)
+    if logging.tensorboard and not run.dry_run:
         config["tensorboard"] = {"enabled": True, **monitor}
-    if logging.csv:
+    if logging.csv and not run.dry_run:
         config["csv_monitor"] = {"enabled": True, **monitor}
-    if logging.wandb:
+    if logging.wandb and not run.dry_run:
         config["wandb"] = {"enabled": True, "project": logging.wandb, "group": run.out.parent.name}
 
     wanted = [
@@ -77,7 +85,6 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
         ),
         (config, "gradient_clipping", run.optimizer.clip, "clip"),
     ]
-    params = optimizer.setdefault("params", {})
     unknown = set(params) - set(run.optimizer.parameters())
     require(
         not unknown,
@@ -86,21 +93,36 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     wanted += [(params, key, value, key) for key, value in run.optimizer.parameters().items()]
     for section, key, value, flag in wanted:
         _fill(section, key, value, flag, path)
-    bf16 = config.setdefault("bf16", {"enabled": "auto"})
-    fp16 = config.get("fp16", {}).get("enabled") is True
+    for section, section_name in ((bf16, "bf16"), (fp16, "fp16")):
+        enabled = section.get("enabled", "auto")
+        require(
+            isinstance(enabled, bool) or enabled == "auto",
+            f'ds_config {path} has {section_name}.enabled = {json.dumps(enabled)}; it must be true, false or "auto".',
+        )
+    in_fp16 = fp16.get("enabled") is True
+    if "enabled" in fp16 and not in_fp16:
+        fp16["enabled"] = False
     precision = run.parallelism.precision
-    enabled = gpus and not fp16 if precision == "auto" else precision == "bf16"
+    wanted_bf16 = gpus and not in_fp16 if precision == "auto" else precision == "bf16"
     if bf16.setdefault("enabled", "auto") == "auto":
-        bf16["enabled"] = enabled
+        bf16["enabled"] = wanted_bf16
     require(
-        precision == "auto" or (bf16["enabled"] is enabled and not fp16),
-        f"ds_config {path} has bf16.enabled = {json.dumps(bf16['enabled'])} and fp16.enabled = {json.dumps(fp16)}, but "
+        precision == "auto" or (bf16["enabled"] is wanted_bf16 and not in_fp16),
+        f"ds_config {path} has bf16.enabled = {json.dumps(bf16['enabled'])} and fp16.enabled = {json.dumps(in_fp16)}, but "
         f"precision is {precision}; make them agree.",
     )
-    stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    stage = zero.setdefault("stage", 0)
     require(
-        not (fp16 and stage == 0),
+        type(stage) is int and 0 <= stage <= 3,
+        f"ds_config {path} has zero_optimization.stage = {json.dumps(stage)}; it must be 0, 1, 2 or 3.",
+    )
+    require(
+        not (in_fp16 and stage == 0),
         f"ds_config {path} has fp16 at stage 0, where DeepSpeed never scales the loss; use bf16, or stage 1, 2 or 3.",
+    )
+    require(
+        stage >= 2 or not zero.get("offload_optimizer"),
+        f"ds_config {path} has zero_optimization.offload_optimizer at stage {stage}; DeepSpeed offloads at stages 2 and 3.",
     )
     left = next(_autos(config), None)
     require(
@@ -133,14 +155,55 @@ def _autos(node: Any, name: str = "") -> Any:
             yield from _autos(value, f"{name}.{key}".lstrip("."))
 
 
+def _section(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """The object ``config[name]``, made if it is missing."""
+    section = config.setdefault(name, {})
+    require(
+        isinstance(section, dict),
+        f"ds_config {path} has {name} = {json.dumps(section)}; it must be an object, as in ds_configs/*.json.",
+    )
+    return cast("dict[str, Any]", section)
+
+
+class _Asked(dict[str, Any]):
+    """A dict that knows which of its keys somebody has asked for."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+
 def _validate(config: dict[str, Any], path: Path) -> None:
-    """Have DeepSpeed's own models look at the sections that people write by hand."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    """Have DeepSpeed itself read the configuration, and see what it never looked at."""
+    from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
+    # Here DeepSpeed takes itself for alone, and would find the batch too large; its three sizes are checked already.
+    config = _Asked({key: value for key, value in copy.deepcopy(config).items() if key != "train_batch_size"})
     try:
-        DeepSpeedZeroConfig(**config["zero_optimization"])
+        DeepSpeedConfig(config)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        where = ".".join(map(str, first["loc"])) or "a section"
         raise SettingsError(f"ds_config {path} has {where} = {first['input']!r}: {first['msg']}.") from None
+    except Exception as error:  # DeepSpeed raises whatever a wrong value runs into
+        raise SettingsError(f"ds_config {path} is refused by DeepSpeed: {first_line(error)}") from None
+    unknown = min(set(config) - config.asked, default="")
+    close = difflib.get_close_matches(unknown, config.asked, 1)
+    require(
+        not unknown,
+        f"ds_config {path} has {unknown!r}, which DeepSpeed does not know"
+        + (f"; did you mean {close[0]!r}?" if close else "; remove it."),
+    )

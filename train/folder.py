@@ -1,6 +1,6 @@
 """A run's own folder: who may write there, what it says about itself, and its metrics.
 
-run.json      what the run is (settings, command, versions), written at the start
+run.json        what the run is (settings, command, versions), written when all of it has been found good
 ds_config.json  what DeepSpeed was given
 metrics.jsonl   one line a step, and one a validation
 checkpoints/    see train.checkpoints
@@ -20,8 +20,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from train.settings import Run, SettingsError, require
+from train.settings import Run, SettingsError, first_line, require
 
+OURS_EARLY = (".lock", "log.txt")  # what may lie there before run.json
 PACKAGES = ("balanced-adam", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
 
 
@@ -30,6 +31,21 @@ def write_json(path: Path, content: Any) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(content, indent=1, default=str) + "\n")
     aside.replace(path)
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The object in a file that this program has written, with these keys in it.
+
+    Raises:
+        SettingsError: if somebody or something has damaged it.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if not (isinstance(content, dict) and all(key in content for key in keys)):
+            raise ValueError("not what this program writes there")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path} can't be read: {first_line(error)}; restore it, or remove it.") from None
+    return content
 
 
 def environment() -> dict[str, Any]:
@@ -49,45 +65,70 @@ def environment() -> dict[str, Any]:
     }
 
 
-def claim(run: Run) -> FileLock:
-    """Take the run's folder for this run alone, until the lock is released or this process ends. Call on one rank.
+def check(run: Run) -> None:
+    """See whether the run may use its folder; change nothing.
 
     Raises:
-        SettingsError: if another run is at work there, or the folder belongs to another configuration or to nobody we
-            know, or it holds a run that ``--no-resume`` would overwrite. Nothing in it has changed then.
+        SettingsError: if the folder belongs to another configuration or to nobody we know, or it holds a run that
+            ``--no-resume`` would overwrite.
     """
     out = run.out
-    require(not out.exists() or out.is_dir(), f"out is {out}, which is a file; give a folder.")
+    try:
+        require(not out.exists() or out.is_dir(), f"out is {out}, which is a file; give a folder.")
+        strangers = sorted(p.name for p in out.iterdir() if p.name not in OURS_EARLY) if out.exists() else []
+    except OSError as error:
+        raise SettingsError(f"out is {out!s:.200}, which can't be used: {error.strerror}.") from None
     written = out / "run.json"
-    if out.exists() and not written.exists():
-        strangers = sorted(p.name for p in out.iterdir() if p.name not in (".lock", "log.txt"))
+    if not written.exists():
         require(
             not strangers,
             f"out is {out}, which holds {', '.join(strangers[:1])} but no run; give a new or an empty folder.",
         )
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
+        return
+    mine = json.loads(json.dumps(run.identity()))
+    difference = next(_differences(read_json(written, "identity")["identity"], mine), None)
+    require(difference is None, f"out is {out}, which belongs to a run with {difference}; give another folder.")
+    require(
+        run.checkpoints.resume,
+        f"out is {out}, which holds this very run; drop --no-resume, or give another folder.",
+    )
+
+
+def claim(run: Run) -> FileLock:
+    """Take the run's folder for this run alone, until the lock is released or this process ends. Call on one rank.
+
+    Raises:
+        SettingsError: as :func:`check`, or if another run is at work there.
+    """
+    check(run)
     try:
+        run.out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run.out / ".lock")
         lock.acquire(timeout=0)
     except Timeout:
         raise SettingsError(
-            f"out is {out}, where another run is at work now; wait for it, or give another folder."
+            f"out is {run.out}, where another run is at work now; wait for it, or give another folder."
         ) from None
-    try:
-        mine = json.loads(json.dumps(run.identity()))
-        if not written.exists():
-            write_json(written, {"identity": mine, **environment()})
-            return lock
-        difference = next(_differences(json.loads(written.read_text())["identity"], mine), None)
-        require(difference is None, f"out is {out}, which belongs to a run with {difference}; give another folder.")
-        require(
-            run.checkpoints.resume,
-            f"out is {out}, which holds this very run; drop --no-resume, or give another folder.",
-        )
-    except SettingsError:
-        lock.release()
-        raise
     return lock
+
+
+def describe(run: Run, tokens: str, ds_config: dict[str, Any]) -> None:
+    """Write run.json and ds_config.json, or see that the run that is there is this one on the same text.
+
+    Raises:
+        SettingsError: if its text has changed since.
+    """
+    written = run.out / "run.json"
+    if written.exists():
+        before = read_json(written, "tokens")["tokens"]
+        require(
+            before == tokens,
+            f"data is {run.data.data!r}, which has changed since the run in {run.out} began (or its tokenizer has); restore it, "
+            "or give another folder.",
+        )
+    else:
+        write_json(written, {"identity": run.identity(), "tokens": tokens, **environment()})
+    write_json(run.out / "ds_config.json", ds_config)
 
 
 def _differences(theirs: Any, mine: Any, name: str = "") -> Any:
@@ -99,9 +140,13 @@ def _differences(theirs: Any, mine: Any, name: str = "") -> Any:
 
 
 def result(out: Path) -> dict[str, Any] | None:
-    """How the run in ``out`` ended, or None while it hasn't."""
+    """How the run in ``out`` ended, or None while it hasn't.
+
+    Raises:
+        SettingsError: if the file is damaged.
+    """
     file = out / "result.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    return read_json(file, "status", "step", "validation_loss") if file.exists() else None
 
 
 class Metrics:
@@ -115,16 +160,34 @@ class Metrics:
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         aside.replace(path)
         self._file = path.open("a")
+        self.seconds = sum(line.get("step_seconds", 0.0) for line in kept)
+        """Time spent in training steps, also before a resume."""
 
     def write(self, **values: float | None) -> None:
-        """Append one line and hand it to the operating system."""
+        """Append one line and hand it to the operating system.
+
+        Raises:
+            SettingsError: if it can't be written.
+        """
+        self.seconds += values.get("step_seconds") or 0.0
         clean = {k: None if v is None or not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise SettingsError(f"{self._file.name} can't be written: {error.strerror}.") from None
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """All whole lines of the run's metrics.jsonl; none if there is no such file."""
     path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [line for text in lines if "step" in (line := _object(text))]
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError:  # the last line of a run that was cut
+        return {}
+    return content if isinstance(content, dict) else {}

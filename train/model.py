@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from train.settings import Model, SettingsError, require
+from train.settings import Model, SettingsError, first_line, require
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -52,10 +52,9 @@ def configuration(settings: Model, vocabulary: int, sequence_length: int) -> Pre
     else:
         try:
             config = AutoConfig.from_pretrained(settings.model)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # whatever a configuration's files run into
             raise SettingsError(
-                f"model is {settings.model!r}, which is no preset ({', '.join(PRESETS)}) and can't be loaded: {reason}"
+                f"model is {settings.model!r}, which is no preset ({', '.join(PRESETS)}) and can't be loaded: {first_line(error)}"
             ) from None
     config.use_cache = False
     rows = getattr(config, "vocab_size", vocabulary)
@@ -90,13 +89,14 @@ def build(config: PretrainedConfig, settings: Model, seed: int, ds_config: dict[
         if zero3 is None:
             model.initialize_weights()
             model.tie_weights()
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SettingsError(f"model is {settings.model!r}, which is no causal language model: {reason}") from None
+        if settings.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    except Exception as error:  # whatever a configuration that makes no sense runs into
+        raise SettingsError(
+            f"model is {settings.model!r}, which transformers can't build as a causal language model: {first_line(error)}"
+        ) from None
     finally:
         del zero3
-    if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     return model
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -25,15 +26,16 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from torch.optim.lr_scheduler import LRScheduler
 
-# Peak dense bf16 FLOP/s of a GPU, from the makers' data sheets, by a part of its name.
+# Peak dense bf16 FLOP/s of a GPU, from the makers' data sheets, by words in its name; the first that matches.
 PEAK_FLOPS = {
     "B200": 2.25e15,
     "H200": 989e12,
+    "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
-    "4090": 165e12,
+    "RTX 4090": 165e12,
 }
 
 
@@ -41,9 +43,16 @@ class Trainer:
     """The engine, the data and the loop of one run, on one rank."""
 
     def __init__(
-        self, run: Run, ranks: Ranks, train: data.Blocks, validation: data.Blocks, engine: DeepSpeedEngine
+        self,
+        run: Run,
+        ranks: Ranks,
+        train: data.Blocks,
+        validation: data.Blocks,
+        engine: DeepSpeedEngine,
+        tokens: str,
     ) -> None:
         self.run, self.ranks, self.train, self.validation, self.engine = run, ranks, train, validation, engine
+        self.tokens = tokens  # the fingerprint of text and tokenizer
         self.micro = engine.train_micro_batch_size_per_gpu()
         self.accumulation = engine.gradient_accumulation_steps()
         self.parameters = model.parameter_count(engine.module)
@@ -176,13 +185,17 @@ class Trainer:
 
     def _utilization(self, tokens_per_second: float) -> dict[str, float]:
         """Model FLOP/s utilization on GPUs we know: 6 FLOP per weight and token, and attention (arXiv 2204.02311, B)."""
-        name = _device_name(self.ranks.device)
-        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+        peak = peak_flops(_device_name(self.ranks.device))
         config = self.engine.module.config
         if peak is None or not hasattr(config, "num_hidden_layers"):
             return {}
         per_token = 6 * self.parameters + 12 * config.num_hidden_layers * config.hidden_size * self.train.length
         return {"mfu": per_token * tokens_per_second / (peak * self.ranks.world)}
+
+
+def peak_flops(gpu: str) -> float | None:
+    """FLOP/s of a GPU of that name, or None if we don't know it."""
+    return next((flops for words, flops in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", gpu)), None)
 
 
 def learning_rate(settings: Schedule, peak: float) -> Callable[[torch.optim.Optimizer], LRScheduler]:
@@ -215,9 +228,8 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
     with ranks.together():
         tokenizer = data.load_tokenizer(run.data.tokenizer)
         config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
-    with ranks.together():
-        if ranks.local_rank == 0:  # one rank on each host; the others find it done
-            data.prepare(run.data, tokenizer)
+    # One rank on each host; the others find it done.
+    ranks.wait_for((lambda: data.prepare(run.data, tokenizer)) if ranks.local_rank == 0 else None)
     with ranks.together():
         tokens = data.prepare(run.data, tokenizer)
         train, validation = data.open_blocks(tokens, run.data.sequence_length)
@@ -241,7 +253,7 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         config=ds_config,
         lr_scheduler=learning_rate(run.schedule, run.optimizer.lr),
     )
-    return Trainer(run, ranks, train, validation, engine)
+    return Trainer(run, ranks, train, validation, engine, tokens.name)
 
 
 def dry_run(trainer: Trainer) -> None:
@@ -271,7 +283,7 @@ def dry_run(trainer: Trainer) -> None:
         print(f"  ZeRO-3{' with offload' if offload else ''}: {host / 2**30:.2f}, {gpu / 2**30:.2f}")
     print(
         f"one batch: loss {line['loss']:.4f}, validation loss {validation_loss:.4f}, {line['step_seconds']:.2f} s, "
-        f"{line['memory_gib']:.2f} GiB in use. Nothing was written."
+        f"{line['memory_gib']:.2f} GiB in use. Nothing was written to {trainer.run.out}."
     )
 
 
@@ -286,31 +298,47 @@ def pretrain(run: Run) -> None:
     ds_config = deepspeed_config.resolve(run, int(os.environ["WORLD_SIZE"]), gpus)
     ranks = start()
     if run.dry_run:
+        with ranks.together():
+            if ranks.first:
+                folder.check(run)
         dry_run(initialize(run, ranks, ds_config))
         return
     with ExitStack() as held:
         with ranks.together():
             if ranks.first:
                 held.callback(folder.claim(run).release)
-        ended: dict[str, Any] | None = folder.result(run.out)
+        with ranks.together():
+            ended = folder.result(run.out)
         if ended is not None:
-            if ranks.first:
-                print(f"{run.out} is {ended['status']} already, at step {ended['step']}.")
+            _tell(run, ended, "already ")
             return
-        if ranks.first:
-            folder.write_json(run.out / "ds_config.json", ds_config)
         trainer = initialize(run, ranks, ds_config)
+        with ranks.together():
+            if ranks.first:
+                folder.describe(run, trainer.tokens, ds_config)
         trainer.step = checkpoints.resume(trainer.engine, ranks, run.out / "checkpoints")
+        metrics = folder.Metrics(run.out, trainer.step) if ranks.first else None
         with Progress(run.schedule.steps, trainer.step, run.out.name, enabled=ranks.first) as progress:
-            began = time.perf_counter()
-            ended = trainer.fit(folder.Metrics(run.out, trainer.step) if ranks.first else None, progress)
-        if ranks.first:
-            folder.write_json(run.out / "result.json", {**ended, "seconds": time.perf_counter() - began})
+            ended = trainer.fit(metrics, progress)
+        if metrics:
+            folder.write_json(run.out / "result.json", {**ended, "seconds": metrics.seconds})
+    _tell(run, ended)
+
+
+def _tell(run: Run, ended: dict[str, Any], already: str = "") -> None:
+    """Say how a run has ended.
+
+    Raises:
+        SettingsError: if it diverged, now or earlier.
+    """
     if ended["status"] == "diverged":
         raise SettingsError(
-            f"the loss or the gradient was not finite for {run.stop_after_nonfinite} steps in a row, up to step {ended['step']}; lower lr "
-            f"(it is {run.optimizer.lr}) or clip (it is {run.optimizer.clip}); the checkpoints before it are kept."
+            f"the run in {run.out} has {already}diverged: the loss or the gradient was not finite for {run.stop_after_nonfinite} "
+            f"steps in a row, up to step {ended['step']}. Its checkpoints from before are kept. Lower lr (it is "
+            f"{run.optimizer.lr}) or clip (it is {run.optimizer.clip}) and give another folder."
         )
+    if os.environ["RANK"] == "0":
+        print(f"{run.out} is {already}finished, at validation loss {ended['validation_loss']:.4f}.", flush=True)
 
 
 def _memory() -> float:
@@ -328,18 +356,14 @@ def _device_name(device: torch.device) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: ``python -m train.pretrain --help``; the exit code."""
-    import torch.distributed as dist
-
     try:
         prepare_environment()
-        pretrain(parse(Run, sys.argv[1:] if arguments is None else arguments, __doc__ or ""))
-    except SettingsError as error:
+        pretrain(parse(Run, sys.argv[1:] if arguments is None else arguments, "train.pretrain", __doc__))
+    except (SettingsError, KeyboardInterrupt) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+            stopped = "\nStopped. The same command goes on from the newest checkpoint."
+            print(f"error: {error}" if isinstance(error, SettingsError) else stopped, file=sys.stderr, flush=True)
+        return 2 if isinstance(error, SettingsError) else 130
     return 0
 
 

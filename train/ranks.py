@@ -7,16 +7,18 @@ import logging
 import os
 import socket
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from train.settings import SettingsError, require
+from train.settings import SettingsError, first_line, require
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,42 @@ class Ranks:
         """Run a block that may fail on some ranks only; then no rank goes on.
 
         Raises:
-            SettingsError: on every rank, if a SettingsError or OSError came up on any; the first one's sentence, with
-                the rank and host where it isn't everybody's.
+            SettingsError: on every rank, if an error came up on any; the first one's sentence, with the rank and host
+                where it isn't everybody's. An error that is neither SettingsError nor OSError is a fault of this program,
+                and goes on as it is where it came up.
         """
         mine = ""
+        fault: Exception | None = None
         try:
             yield
         except SettingsError as error:
             mine = str(error)
         except OSError as error:
             mine = f"{error.filename or 'a file'}: {error.strerror or error}."
+        except Exception as error:
+            mine, fault = f"{type(error).__name__}: {first_line(error)}", error
         everybody: list[str] = [""] * self.world
         dist.all_gather_object(everybody, mine and f"{socket.gethostname()}\n{mine}")
+        if fault is not None:
+            raise fault
         for rank, found in enumerate(everybody):
             if found:
                 host, sentence = found.split("\n", 1)
                 raise SettingsError(sentence if rank == 0 else f"rank {rank} on {host}: {sentence}")
+
+    def wait_for(self, work: Callable[[], Any] | None) -> None:
+        """Run what may take long on the ranks that have it, while nobody's collectives time out.
+
+        Raises:
+            SettingsError: on every rank, if it failed on any.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work) if work else None
+            while self.sum([float(future is not None and not future.done())])[0]:
+                time.sleep(0.2)
+        with self.together():
+            if future:
+                future.result()
 
     def sum(self, values: list[float]) -> list[float]:
         """The sums of some numbers over all ranks, in float64."""
@@ -75,18 +97,25 @@ def prepare_environment() -> None:
     Plain ``python`` is a world of one; ``srun`` describes its ranks in SLURM_* variables.
 
     Raises:
-        SettingsError: if srun started several ranks and nobody said where they meet.
+        SettingsError: if srun started several ranks and nobody said where they meet, or a launcher told only half.
     """
     env = os.environ
     if not torch.cuda.is_available():
         env.setdefault("DS_ACCELERATOR", "cpu")
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+    # srun sets SLURM_STEP_*; a batch script that calls plain python has the other SLURM variables too.
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        ranks = env["SLURM_STEP_NUM_TASKS"]
         require(
             "MASTER_ADDR" in env and "MASTER_PORT" in env,
-            f"srun started {env['SLURM_NTASKS']} ranks, but MASTER_ADDR and MASTER_PORT are not set; export them in the batch script.",
+            f"srun started {ranks} ranks, but MASTER_ADDR and MASTER_PORT are not set; export them in the batch script.",
         )
-        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_NTASKS"])
-        env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", env["SLURM_NTASKS"]))
+        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=ranks)
+        env.setdefault("LOCAL_WORLD_SIZE", _tasks_on_this_host(env, ranks))
+    missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    require(
+        "RANK" not in env or not missing,
+        f"RANK is {env.get('RANK')} in the environment, but {', '.join(missing)} is not set; unset RANK, or use a launcher.",
+    )
     if "RANK" not in env:
         env.update(
             RANK="0",
@@ -101,6 +130,15 @@ def prepare_environment() -> None:
     env.setdefault("LOCAL_SIZE", local)
     if "OMP_NUM_THREADS" not in env and not torch.cuda.is_available():
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local)))
+
+
+def _tasks_on_this_host(env: Mapping[str, str], ranks: str) -> str:
+    """From SLURM_STEP_TASKS_PER_NODE, such as "4(x2),3": 4 on two hosts and 3 on a third."""
+    counts: list[str] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", ranks).split(","):
+        count, _, times = part.partition("(x")
+        counts += [count] * int(times.rstrip(")") or 1)
+    return counts[int(env.get("SLURM_NODEID", "0"))]
 
 
 def free_port() -> int:
@@ -130,11 +168,13 @@ def start() -> Ranks:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with ``code``, without the finalization of Python.
+    """Leave the process group and end this process with ``code``, without the finalization of Python.
 
     A thread of gloo may still hold the last reference to a tensor of a finished collective. If it drops it while Python is
     finalizing, C++ aborts: a run that had trained and saved everything ended with SIGABRT, once in about twenty at ZeRO-3.
     """
+    if dist.is_initialized():
+        dist.destroy_process_group()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -46,13 +45,18 @@ def load(out: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str, pd.DataFram
     """
     file = out / "manifest.json"
     require(file.exists(), f"runs is {out}, which holds no manifest.json; give the folder of a comparison.")
-    plan = json.loads(file.read_text())
+    plan = folder.read_json(file, "runs", "command")
     rows, metrics = [], {}
     for run in plan["runs"]:
-        result = folder.result(out / run["name"])
-        if result:
+        try:
+            result = folder.result(out / run["name"])
+        except SettingsError as error:
+            print(f"left out: {error}", file=sys.stderr)  # one damaged run is no reason to hide the others
+            continue
+        lines = folder.read_metrics(out / run["name"])
+        if result and lines:
             rows.append({**{k: run[k] for k in ("name", "arm", "lr", "seed")}, **result})
-            metrics[run["name"]] = pd.DataFrame(folder.read_metrics(out / run["name"]))
+            metrics[run["name"]] = pd.DataFrame(lines, columns=sorted({*PLOTS, *(k for line in lines for k in line)}))
     require(bool(rows), f"runs is {out}, where no run has ended yet.")
     table = pd.DataFrame(rows)
     table["validation_loss"] = table["validation_loss"].astype(float)
@@ -60,10 +64,14 @@ def load(out: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str, pd.DataFram
 
 
 def best_lr(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each arm's best learning rate: fewest divergences, then the lowest mean loss over seeds."""
+    """The rows of each arm's best learning rate: fewest divergences, then the lowest mean loss.
+
+    While runs are missing, over the seeds that have ended at every learning rate of the arm, if there are any.
+    """
     kept = []
     for _, arm in table.groupby("arm", sort=False):
-        by_lr = arm.groupby("lr")["validation_loss"]
+        everywhere = arm.groupby("seed")["lr"].transform("nunique") == arm["lr"].nunique()
+        by_lr = (arm[everywhere] if everywhere.any() else arm).groupby("lr")["validation_loss"]
         ranking = pd.DataFrame({"diverged": by_lr.apply(lambda x: x.isna().sum()), "loss": by_lr.mean()})
         kept.append(arm[arm["lr"] == ranking.sort_values(["diverged", "loss"]).index[0]])
     return pd.concat(kept)
@@ -76,7 +84,7 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
     verdict (level 0.05). A diverged run counts in ``diverged`` and leaves its seed without a pair.
     """
     arms = list(table["arm"].unique())
-    require(baseline in arms, f"baseline is {baseline!r}, which is no arm; there are {', '.join(arms)}.")
+    require(baseline in arms, f"baseline is {baseline!r}, of which no run has ended; there are {', '.join(arms)}.")
     by_seed = table.pivot(index="seed", columns="arm", values="validation_loss")
     rows = []
     for arm in arms:
@@ -188,7 +196,7 @@ def markdown(summary: pd.DataFrame, notes: list[str]) -> str:
 
 def common_settings(out: Path, run: str) -> str:
     """What all runs share, from the run.json of one of them, as one line."""
-    identity = json.loads((out / run / "run.json").read_text())["identity"]
+    identity = folder.read_json(out / run / "run.json", "identity")["identity"]
     differs = {"lr", "betas", "allow_unbalanced"}
     values = {k: v for part in identity.values() if isinstance(part, dict) for k, v in part.items() if k not in differs}
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
@@ -202,7 +210,7 @@ def write(out: Path, baseline: str = "") -> None:
     """
     plan, table, metrics = load(out)
     best = best_lr(table)
-    summary = summarize(best, baseline or str(table["arm"].iloc[0]))
+    summary = summarize(best, baseline or plan["runs"][0]["arm"])
     notes = caveats(table)
     if len(table) < len(plan["runs"]):
         notes.append(
@@ -232,7 +240,7 @@ def write(out: Path, baseline: str = "") -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Command line: ``python -m train.report FOLDER``."""
     try:
-        report = parse(Report, sys.argv[1:] if arguments is None else arguments, __doc__ or "")
+        report = parse(Report, sys.argv[1:] if arguments is None else arguments, "train.report", __doc__)
         write(report.runs, report.baseline)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,8 +10,8 @@ import dataclasses
 import io
 import math
 import re
-import sys
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,6 +31,11 @@ def require(condition: bool, message: str) -> None:
     """Raise :class:`SettingsError` unless ``condition`` holds."""
     if not condition:
         raise SettingsError(message)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, or failing that its name."""
+    return (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +242,7 @@ class Run:
 
     def check(self) -> None:
         """Check everything that needs neither ranks nor data; raise :class:`SettingsError`."""
-        require(self.seed >= 0, f"seed is {self.seed}; it must be at least 0.")
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must be at least 0 and below 2^63.")
         require(
             self.stop_after_nonfinite >= 1,
             f"stop_after_nonfinite is {self.stop_after_nonfinite}; it must be at least 1.",
@@ -255,14 +260,16 @@ class Run:
         """
         whole = dataclasses.asdict(self)
         whole["data"].pop("data_cache")
+        if (path := Path(self.data.data)).exists():  # however it is spelled
+            whole["data"]["data"] = str(path.resolve())
         kept = {key: whole[key] for key in ("seed", "model", "data", "optimizer", "schedule")}
         parallelism = whole["parallelism"]
         kept["parallelism"] = {key: parallelism[key] for key in ("batch", "micro_batch", "precision")}
         return kept
 
 
-def parse(settings: type[Settings], arguments: list[str], description: str) -> Settings:
-    """Settings from command-line arguments (``--help`` prints and exits, as usual).
+def parse(settings: type[Settings], arguments: list[str], module: str, description: str | None) -> Settings:
+    """Settings from command-line arguments of ``python -m MODULE`` (``--help`` prints and exits, as usual).
 
     Raises:
         SettingsError: for unknown options and for values of the wrong type.
@@ -271,20 +278,22 @@ def parse(settings: type[Settings], arguments: list[str], description: str) -> S
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(settings, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
+            return tyro.cli(
+                settings,
+                prog=f"python -m {module}",
+                args=arguments,
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise SettingsError(_one_sentence(complaint.getvalue())) from None
+        raise SettingsError(f"{_one_sentence(complaint.getvalue())}; see python -m {module} --help.") from None
 
 
 def _one_sentence(box: str) -> str:
-    """The first paragraph in tyro's error box, as one line."""
-    lines: list[str] = []
-    for line in box.splitlines():
-        text = re.sub(r"[╭╮╰╯│─]+", " ", line).strip()
-        if not text and lines:
-            break
-        if text and not line.startswith("╭"):
-            lines.append(text)
-    return " ".join(lines).rstrip(".") + f"; see `{Path(sys.argv[0]).name} --help`."
+    """The first paragraph in tyro's error box, below its title, as one line."""
+    lines = [re.sub(r"[╭╮╰╯│─]+|-{5,}", " ", line).strip() for line in box.splitlines() if not line.startswith("╭")]
+    paragraphs = [" ".join(group) for filled, group in groupby(lines, bool) if filled]
+    title = "╭" not in box  # without Unicode the title is a paragraph of its own
+    return paragraphs[min(int(title), len(paragraphs) - 1)].rstrip(".")

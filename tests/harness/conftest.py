@@ -40,7 +40,7 @@ def make(small_run: list[str]) -> Make:
         for name, value in merged.items():
             if name not in more:
                 arguments += [name, value]
-        return parse(Run, arguments, "")
+        return parse(Run, arguments, "train.pretrain", None)
 
     return settings
 

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from filelock import FileLock
 
 from tests.harness.conftest import Make
 from train import compare, report
+from train.folder import Metrics, read_metrics
 from train.pretrain import main, pretrain
 from train.settings import SettingsError
 
@@ -38,6 +40,7 @@ EARLY = [
     ("--save-every -1", "save_every is -1"),
     ("--keep 0", "keep is 0; it must be at least 1"),
     ("--seed -1", "seed is -1"),
+    (f"--seed {2**64}", "seed is 18446744073709551616; it must be at least 0 and below"),
     ("--validate-every -2", "validate_every is -2"),
     ("--stop-after-nonfinite 0", "stop_after_nonfinite is 0"),
     ("--ds-config nowhere.json", "ds_config is nowhere.json, which is not a file"),
@@ -66,6 +69,23 @@ DS_CONFIGS = [
     ('{"scheduler": {"type": "WarmupLR"}}', "has a scheduler"),
     ('{"fp16": {"enabled": true}}', "has fp16 at stage 0"),
     ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage = 7"),
+    ('{"zero_optimization": {"stage": "3"}}', 'zero_optimization.stage = "3"; it must be 0, 1, 2 or 3'),
+    ('{"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}', "offload_optimizer at stage 1"),
+    ('{"zero_optimization": true}', "has zero_optimization = true; it must be an object"),
+    ('{"zero_optimization": {"stage": 1, "reduce_buket_size": 5}}', "reduce_buket_size"),
+    ('{"zero_optimisation": {"stage": 3}}', "has 'zero_optimisation', .* did you mean 'zero_optimization'"),
+    ('{"gradient_cliping": 1.0}', "did you mean 'gradient_clipping'"),
+    ('{"optimizer": "BalancedAdam"}', 'has optimizer = "BalancedAdam"; it must be an object'),
+    ('{"optimizer": {"params": null}}', "has params = null; it must be an object"),
+    ('{"bf16": true}', "has bf16 = true; it must be an object"),
+    ('{"bf16": {"enabled": "maybe"}}', 'bf16.enabled = "maybe"; it must be true, false or "auto"'),
+    ('{"zero_optimization": {"stage": 1}, "fp16": {"enabled": 1}}', "fp16.enabled = 1; it must be true"),
+    (
+        '{"zero_optimization": {"stage": 1}, "fp16": {"enabled": true}, "bf16": {"enabled": true}}',
+        "is refused by DeepSpeed",
+    ),
+    ('{"communication_data_type": "fp7"}', "is refused by DeepSpeed"),
+    ('{"elasticity": {"enabled": true}}', "is refused by DeepSpeed: Elastic training has been removed"),
     (
         '{"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}',
         'zero_optimization.reduce_bucket_size "auto"',
@@ -77,8 +97,9 @@ DS_CONFIGS = [
 def test_a_bad_ds_config_is_refused_in_one_sentence(make: Make, tmp_path: Path, content: str, sentence: str) -> None:
     file = tmp_path / "ds.json"
     file.write_text(content)
-    with pytest.raises(SettingsError, match=sentence):
+    with pytest.raises(SettingsError, match=sentence) as refused:
         pretrain(make("--ds-config", str(file)))
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +117,11 @@ LATE = [
     ("--data {empty}", "which holds no text"),
     ("--data {mixed}", "mixes json and text files"),
     ("--data {json} --text-field body", "text_field is 'body', but .* has the columns text"),
+    ("--data {numbers}", "text_field is 'text', which holds 7 in .*numbers'; it must hold text"),
+    ("--data {nothing}", "nothing.jsonl', which can't be read"),
+    ("--data hub:", "data is 'hub:'; give hub:NAME"),
+    ("--data ~nosuchuser/x", "data is ~nosuchuser/x, whose user does not exist"),
+    ("--model {heads}", "heads', which .*can't"),
     ("--data {one}", "holds out 0 of 1 documents; both parts need at least one"),
     ("--batch 100000", "less than one batch of 100000"),
     ("--sequence-length 2000", "sequence_length is 2000, but model 'tiny' has 1024 positions"),
@@ -114,20 +140,30 @@ def test_bad_data_models_and_folders_are_refused_in_one_sentence(
     from transformers import LlamaConfig
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    places = {name: tmp_path / name for name in ("empty", "mixed", "json", "one", "model", "strangers")}
+    places = {
+        name: tmp_path / name for name in ("empty", "mixed", "json", "numbers", "one", "model", "heads", "strangers")
+    }
     for place in places.values():
         place.mkdir()
     for name in ("mixed", "json"):
         (places[name] / "a.jsonl").write_text('{"text": "x"}\n')
     for name in ("mixed", "one"):
         (places[name] / "a.txt").write_text("some text")
+    (places["numbers"] / "a.jsonl").write_text('{"text": 7}\n')
+    places["nothing"] = tmp_path / "nothing.jsonl"
+    places["nothing"].write_text("")
+    (places["heads"] / "config.json").write_text('{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}')
     (places["strangers"] / "letter.txt").write_text("dear")
     (tmp_path / "file").write_text("")
     LlamaConfig(vocab_size=100).save_pretrained(places["model"])
     arguments = options.format(**places, file=tmp_path / "file").split()
-    with pytest.raises(SettingsError, match=sentence):
-        pretrain(make(*arguments))
+    run = make(*arguments)
+    with pytest.raises(SettingsError, match=sentence) as refused:
+        pretrain(run)
+    assert "\n" not in str(refused.value)
     assert (places["strangers"] / "letter.txt").read_text() == "dear"
+    # A refused run has not taken its folder: the corrected one may have it.
+    assert "--out" in arguments or {f.name for f in run.out.glob("*")} <= {".lock"}
 
 
 def test_an_output_folder_belongs_to_one_configuration_and_one_run(make: Make) -> None:
@@ -142,6 +178,72 @@ def test_an_output_folder_belongs_to_one_configuration_and_one_run(make: Make) -
         pretrain(run)
     pretrain(run)  # finished: nothing to do
     assert (run.out / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_corpus_that_has_changed_since_the_run_began_is_refused(make: Make, corpus: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(corpus, mine)
+    run = make("--data", str(mine))
+    pretrain(run)
+    (run.out / "result.json").unlink()
+    (mine / "new.txt").write_text("one more document")
+    with pytest.raises(SettingsError, match=r"data is .*mine/', which has changed since the run"):
+        pretrain(make("--data", f"{mine}/"))  # the slash makes no other run of it
+
+
+DAMAGED = ["", "{", "[]", "{}", "null"]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_damaged_files_of_ours_are_named(make: Make, content: str) -> None:
+    run = make()
+    pretrain(run)
+    for name in ("result.json", "run.json"):
+        whole = (run.out / name).read_text()
+        (run.out / name).write_text(content)
+        with pytest.raises(SettingsError, match=rf"{name} can't be read: .*restore it, or remove it"):
+            pretrain(run)
+        (run.out / name).write_text(whole)
+    (run.out / "result.json").unlink()
+    (run.out / "checkpoints" / "step-0000006" / "complete.json").write_text(content)
+    with (run.out / "metrics.jsonl").open("a") as metrics:
+        metrics.write(content + "\n")
+    pretrain(run)  # from step 3
+    assert [line["step"] for line in read_metrics(run.out) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_that_was_changed_without_changing_its_size_is_named(make: Make) -> None:
+    run = make()
+    pretrain(run)
+    (run.out / "result.json").unlink()
+    newest = run.out / "checkpoints" / "step-0000006"
+    states = next(newest.glob("*model_states.pt"))
+    states.write_bytes(bytes(states.stat().st_size))
+    with pytest.raises(SettingsError, match=r"step-0000006 can't be loaded .*remove it to go on from an older one"):
+        pretrain(run)
+    shutil.rmtree(newest)
+    pretrain(run)
+
+
+def test_what_others_have_put_beside_the_checkpoints_is_left_alone(make: Make) -> None:
+    run = make("--keep", "1")
+    kept = [run.out / "checkpoints" / name for name in ("step-good", "step-0000001-notes")]
+    pretrain(run)
+    shutil.copytree(run.out / "checkpoints" / "step-0000006", kept[0])
+    kept[1].mkdir()
+    (run.out / "result.json").unlink()
+    for line in (run.out / "checkpoints").glob("step-0000006"):
+        shutil.rmtree(line)
+    pretrain(run)
+    assert all(path.exists() for path in kept)
+    assert len(read_metrics(run.out)) == 7  # six steps and a validation, from the start
+
+
+def test_a_disk_that_is_full_for_metrics_is_named(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, 0)
+    with files_at_most(100), pytest.raises(SettingsError, match=r"metrics.jsonl can't be written: File too large"):
+        for step in range(10):
+            metrics.write(step=step, loss=1.0)
 
 
 @contextmanager
@@ -197,6 +299,15 @@ COMPARISONS = [
     ("--launcher python", "the launcher python starts one"),
     ("--launcher mpirun", "'mpirun'"),
     ("--tokens 5", "tokens is 5, less than one batch"),
+    ("--arms 0.95 .95", "give each only once"),
+    ("--arms 0.95 0.95,0.95", "give each only once"),
+    ("--batch 0 --tokens 100", "batch is 0; it must be at least 1"),
+    ("--lr -1", "lr is -1.0; it must be above 0"),
+    ("--steps 0", "steps is 0; it must be at least 1"),
+    ("--ranks 2 --batch 3", "it must be a multiple of ranks x micro_batch = 2 x 1"),
+    ("-- --betas 0.9", "--betas is given after --, where it would override what is compared"),
+    ("-- --warmup 999999", "warmup is 999999"),
+    ("-- --stepz 5", "--stepz"),
 ]
 
 
@@ -205,7 +316,7 @@ def test_a_bad_comparison_is_refused_with_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, sentence: str
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        compare.main(["--out", str(tmp_path / "new"), *options.split()])
+        compare.main(["--out", str(tmp_path / "new"), "--plan-only", *options.split()])
     assert stopped.value.code == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: ") and sentence in said and "\n" not in said

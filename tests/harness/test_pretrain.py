@@ -11,7 +11,7 @@ import torch
 from tests.harness.conftest import Make
 from train import model, ranks
 from train.folder import read_metrics
-from train.pretrain import learning_rate, pretrain
+from train.pretrain import learning_rate, peak_flops, pretrain
 from train.settings import Model, Run, Schedule, SettingsError
 
 Course = Callable[[int], float]
@@ -102,7 +102,13 @@ def test_tensorboard_and_csv_get_the_metrics_through_deepspeeds_monitor(make: Ma
     assert [float(line.split(",")[1]) for line in written[1:]] == pytest.approx(losses(run))
 
 
-SRUN = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2"}
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+}
 
 
 @pytest.fixture
@@ -122,9 +128,32 @@ def test_srun_tells_a_process_its_rank(under_srun: pytest.MonkeyPatch) -> None:
     under_srun.setenv("MASTER_PORT", "29500")
     ranks.prepare_environment()
     told = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")}
-    assert told == {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+    assert told == {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
 
 
 def test_srun_without_a_meeting_point_is_refused(under_srun: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match="srun started 4 ranks, but MASTER_ADDR and MASTER_PORT are not set"):
+    with pytest.raises(SettingsError, match="srun started 5 ranks, but MASTER_ADDR and MASTER_PORT are not set"):
         ranks.prepare_environment()
+
+
+def test_plain_python_in_a_batch_script_is_alone(under_srun: pytest.MonkeyPatch) -> None:
+    import os
+
+    under_srun.delenv("SLURM_STEP_NUM_TASKS")
+    under_srun.setenv("SLURM_NTASKS", "5")
+    ranks.prepare_environment()
+    assert os.environ["WORLD_SIZE"] == "1"
+
+
+def test_a_launcher_that_tells_only_half_is_refused(under_srun: pytest.MonkeyPatch) -> None:
+    under_srun.setenv("RANK", "0")
+    with pytest.raises(SettingsError, match="RANK is 0 in the environment, but LOCAL_RANK, WORLD_SIZE"):
+        ranks.prepare_environment()
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", None)],
+)
+def test_the_peak_of_a_gpu_is_found_by_whole_words(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak

@@ -67,12 +67,10 @@ def test_twenty_steps_under_each_launcher(small_run: list[str], launcher: str, r
 def test_every_shipped_ds_config_trains_and_starts_from_the_same_weights(
     small_run: list[str], config: Path, tmp_path: Path
 ) -> None:
-    options = change(small_run, ds_config=config, steps=3)
+    options = change(small_run, ds_config=config)
     code, said = finish(options)
     assert code == 0, said
-    reference = change(
-        small_run, ds_config=REPOSITORY / "ds_configs" / "zero0.json", steps=3, out=tmp_path / "one-rank"
-    )
+    reference = change(small_run, ds_config=REPOSITORY / "ds_configs" / "zero0.json", out=tmp_path / "one-rank")
     assert finish(reference, "python", 1)[0] == 0
     assert losses(options) == pytest.approx(losses(reference), rel=2e-5)
 
@@ -91,8 +89,9 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(small_run: list[str
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.kill()
     process.communicate()
-    assert folder.result(tmp_path / "cut") is None
-    assert finish(cut)[0] == 0
+    assert (tmp_path / "cut" / "checkpoints" / "step-0000010").exists() and folder.result(tmp_path / "cut") is None
+    code, said = finish(cut)
+    assert code == 0 and re.search(r"Going on from .*step-00000[1-9]", said), said
     assert losses(cut) == losses(straight)
     ends = [folder.result(tmp_path / name) for name in ("cut", "straight")]
     assert ends[0] and ends[1] and ends[0]["validation_loss"] == ends[1]["validation_loss"]
@@ -118,7 +117,7 @@ def test_a_checkpoint_of_another_world_and_a_truncated_one(small_run: list[str],
     states = next(newest.glob("*optim_states.pt"))
     states.write_bytes(states.read_bytes()[:1000])
     code, said = finish(options)
-    assert code == 0 and "step-0000009 is not whole; passed over" in said
+    assert code == 0 and "step-0000009 is not whole; passed over" in said and "step-0000006." in said
     assert folder.result(out)
 
 
@@ -164,7 +163,7 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
 ) -> None:
     out = tmp_path / "comparison"
     kept = small_run[small_run.index("--data") : small_run.index("--data") + 4]
-    text = "--arms 0.9 --seeds 0 --steps 400 --batch 4 --sequence-length 32"
+    text = "--arms 0.9 --seeds 0 --steps 1600 --batch 4 --sequence-length 32"
     line = [
         sys.executable,
         "-m",
@@ -180,7 +179,7 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
     run = out / "beta-0.9_lr-0.001_seed-0"
     process = subprocess.Popen(line, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 100
-    while not (run / "checkpoints" / "step-0000100" / "complete.json").exists() and time.monotonic() < until:
+    while not (run / "checkpoints" / "step-0000400" / "complete.json").exists() and time.monotonic() < until:
         time.sleep(0.02)
     ranks = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks) >= 3  # the launcher and two ranks
@@ -191,9 +190,10 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
     assert folder.result(run) is None
     done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert re.search(r"Going on from .*step-0000(4|8|12)00", (run / "log.txt").read_text())
     steps = [entry["step"] for entry in folder.read_metrics(run) if "loss" in entry]
-    assert steps == list(range(1, 401)) and (out / "report.html").exists()
-    assert "400/400" in done.stderr  # the progress line
+    assert steps == list(range(1, 1601)) and (out / "report.html").exists()
+    assert "1600/1600" in done.stderr  # the progress line
 
 
 def test_python_that_runs_the_tests_is_the_one_that_runs_the_harness() -> None:

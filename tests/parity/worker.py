@@ -127,7 +127,6 @@ def main(folder: str) -> None:
     result = getattr(import_module(module), name)(argument)
     torch.save(result, Path(folder) / f"result{os.environ['RANK']}")
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
     leave(0)
 
 
