@@ -24,3 +24,4 @@ for tokens in loader:
     optimizer.zero_grad()
 used = type(model.basic_optimizer).__name__, model.world_size, model.zero_optimization_stage(), model.global_steps
 sys.stdout.write(f"USED {used}\n")  # in one piece: the ranks share a pipe
+torch.distributed.barrier()  # nobody leaves before all have said it

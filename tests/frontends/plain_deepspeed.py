@@ -24,3 +24,4 @@ for _ in range(5):
     engine.step()
 used = type(engine.basic_optimizer).__name__, engine.world_size, engine.zero_optimization_stage(), engine.global_steps
 sys.stdout.write(f"USED {used}\n")  # in one piece: the ranks share a pipe
+torch.distributed.barrier()  # nobody leaves before all have said it

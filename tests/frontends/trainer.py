@@ -29,3 +29,4 @@ trainer.train()
 engine = trainer.model_wrapped
 used = type(engine.basic_optimizer).__name__, engine.world_size, engine.zero_optimization_stage(), engine.global_steps
 sys.stdout.write(f"USED {used}\n")  # in one piece: the ranks share a pipe
+torch.distributed.barrier()  # nobody leaves before all have said it

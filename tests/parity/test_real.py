@@ -1,7 +1,8 @@
 """A small Llama on real text, with accumulation, clipping and a schedule: ranks against one process, and stage against stage.
 
 What is left is the rounding of other sums in forward and backward passes and in the mean over ranks. The bounds are in
-float32's ulp relative to the greatest value (``greatest``), about twice what was measured on one machine.
+float32's ulp relative to the greatest value (``greatest``), about twice what was measured with two builds of torch (a wrong
+step is further off by orders of magnitude).
 """
 
 import math
@@ -13,29 +14,27 @@ from tests.parity.real import BF16, FP32, STEPS, Trace, greatest, plain_run, tra
 
 pytestmark = pytest.mark.ranks
 
-AGAINST_THE_CONTROL = {"losses": 4, "norms": 20, "weights": 16, "exp_avg": 24, "exp_avg_sq": 40}
-BETWEEN_STAGES = {"losses": 4, "norms": 4, "weights": 12, "exp_avg": 16, "exp_avg_sq": 24}
+BOUNDS = {"losses": 4, "norms": 20, "weights": 16, "exp_avg": 32, "exp_avg_sq": 64}
 
 
-def within(found: dict[str, float], bounds: dict[str, int], case: Case) -> bool:
+def within_bounds(found: dict[str, float], case: Case) -> bool:
     if case.stage == 0:  # in fp32 it tells no norm; its clipping shows in the weights
-        assert math.isnan(found["norms"])
-        bounds = {key: bound for key, bound in bounds.items() if key != "norms"}
-    return all(found[key] <= bound for key, bound in bounds.items())
+        assert math.isnan(found.pop("norms"))
+    return all(ulp <= BOUNDS[key] for key, ulp in found.items())
 
 
 @pytest.mark.parametrize("world", [2, 3], ids=lambda world: f"{world}_ranks")
 @pytest.mark.parametrize("case", FP32, ids=str)
 def test_losses_norms_weights_and_moments_are_those_of_one_process(world: int, case: Case) -> None:
     found = greatest(traces(world)[case], plain_run())
-    assert within(found, AGAINST_THE_CONTROL, case), found
+    assert within_bounds(found, case), found
 
 
 @pytest.mark.parametrize("world", [2, 3], ids=lambda world: f"{world}_ranks")
 @pytest.mark.parametrize("case", FP32[2:], ids=str)
 def test_every_stage_is_stage_1(world: int, case: Case) -> None:
     found = greatest(traces(world)[case], traces(world)[FP32[1]])
-    assert within(found, BETWEEN_STAGES, case), found
+    assert within_bounds(found, case), found
 
 
 @pytest.mark.parametrize("world", [2, 3], ids=lambda world: f"{world}_ranks")
