@@ -179,9 +179,12 @@ class Trainer:
         return self.ranks.sum([spoiled])[0] == 0
 
     def _monitor(self, values: dict[str, float | None]) -> None:
-        events = [(f"train/{k}", v, self.step) for k, v in values.items() if v is not None and math.isfinite(v)]
         if self.engine.monitor.enabled:
-            self.engine.monitor.write_events(events)
+            # Counted in samples, as DeepSpeed's own events are: W&B drops what comes with a smaller number than the last.
+            at = self.engine.global_samples
+            self.engine.monitor.write_events(
+                [(f"train/{k}", v, at) for k, v in values.items() if v is not None and math.isfinite(v)]
+            )
 
     def _utilization(self, tokens_per_second: float) -> dict[str, float]:
         """Model FLOP/s utilization on GPUs we know: 6 FLOP per weight and token, and attention (arXiv 2204.02311, B)."""

@@ -100,6 +100,7 @@ def test_tensorboard_and_csv_get_the_metrics_through_deepspeeds_monitor(make: Ma
     assert list(run.out.glob("monitor/events.out.tfevents.*"))
     written = (run.out / "monitor" / "train_loss.csv").read_text().splitlines()
     assert [float(line.split(",")[1]) for line in written[1:]] == pytest.approx(losses(run))
+    assert [int(line.split(",")[0]) for line in written[1:]] == [4, 8, 12, 16, 20, 24]  # samples
 
 
 SRUN = {
