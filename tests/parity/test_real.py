@@ -1,8 +1,9 @@
 """A small Llama on real text, with accumulation, clipping and a schedule: ranks against one process, and stage against stage.
 
 What is left is the rounding of other sums in forward and backward passes and in the mean over ranks. The bounds are in
-float32's ulp relative to the greatest value (``greatest``), about twice what was measured with two builds of torch (a wrong
-step is further off by orders of magnitude).
+float32's ulp relative to the greatest value (``greatest``), at least twice what was measured with two builds of torch; that of
+the weights is the loosest, since Adam magnifies the rounding of a gradient that is next to nothing. A wrong step is further
+off by orders of magnitude.
 """
 
 import math
@@ -14,7 +15,7 @@ from tests.parity.real import BF16, FP32, STEPS, Trace, greatest, plain_run, tra
 
 pytestmark = pytest.mark.ranks
 
-BOUNDS = {"losses": 4, "norms": 20, "weights": 16, "exp_avg": 32, "exp_avg_sq": 64}
+BOUNDS = {"losses": 4, "norms": 20, "weights": 64, "exp_avg": 32, "exp_avg_sq": 64}
 
 
 def within_bounds(found: dict[str, float], case: Case) -> bool:
