@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from balanced_adam import rule
 from tests.parity.cases import Case, read
 from tests.parity.control import State
+from tests.parity.mutants import wrong
 from tests.parity.worker import ROOT, once, spawn
 
 STEPS, WARMUP, PEAK = 20, 4, 4e-3
@@ -55,19 +56,25 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 FP32 = [Case(stage, "fp32", offload, clip=CLIP) for stage, offload in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 0), (3, 1))]
+MUTANTS = ("late_bias_correction_on_rank_1", "moments_lost_at_step_5", "decay_applied_twice", "shard_of_rank_1_shifted")
+WRONG = [Case(1, "fp32", clip=CLIP, mutant=mutant) for mutant in MUTANTS]
 BF16 = [Case(1, "bf16", grad_accum="fp32", clip=CLIP), Case(3, "bf16", clip=CLIP)]
 
 
 @once
 def traces(world: int) -> dict[Case, Trace]:
     """All cases on ``world`` ranks, in one spawn, as rank 0 saw them."""
-    traces: dict[Case, Trace] = spawn(job, world, FP32 + BF16)[0]
+    traces: dict[Case, Trace] = spawn(job, world, FP32 + BF16 + WRONG)[0]
     return traces
 
 
 def job(cases: list[Case]) -> dict[Case, Trace]:
     """All cases, on one rank."""
-    return {case: _engine_run(case) for case in cases}
+    traces = {}
+    for case in cases:
+        with wrong(case.mutant):
+            traces[case] = _engine_run(case)
+    return traces
 
 
 def _engine_run(case: Case) -> Trace:

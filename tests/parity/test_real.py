@@ -2,8 +2,7 @@
 
 What is left is the rounding of other sums in forward and backward passes and in the mean over ranks. The bounds are in
 float32's ulp relative to the greatest value (``greatest``), at least twice what was measured with two builds of torch; that of
-the weights is the loosest, since Adam magnifies the rounding of a gradient that is next to nothing. A wrong step is further
-off by orders of magnitude.
+the weights is the loosest, since Adam magnifies the rounding of a gradient that is next to nothing.
 """
 
 import math
@@ -11,7 +10,7 @@ import math
 import pytest
 
 from tests.parity.cases import Case
-from tests.parity.real import BF16, FP32, STEPS, Trace, greatest, plain_run, traces
+from tests.parity.real import BF16, FP32, STEPS, WRONG, Trace, greatest, plain_run, traces
 
 pytestmark = pytest.mark.ranks
 
@@ -50,6 +49,13 @@ def test_in_bf16_the_losses_and_norms_stay_close_to_those_of_float32(case: Case)
     trace, control = traces(2)[case], plain_run()
     assert trace.losses == pytest.approx(control.losses, rel=1e-3)
     assert trace.norms == pytest.approx(control.norms, rel=1e-2)
+
+
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: case.mutant)
+def test_a_wrong_optimizer_is_found_by_the_same_comparison_far_outside_the_bounds(case: Case) -> None:
+    found = greatest(traces(2)[case], plain_run())
+    assert not within_bounds(found, case)
+    assert found["weights"] > 100 * BOUNDS["weights"]
 
 
 def test_the_run_clips_and_learns() -> None:
