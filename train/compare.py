@@ -73,6 +73,8 @@ class Comparison:
     """What starts the ranks."""
     plan_only: bool = False
     """Write the manifest and stop."""
+    manifest: Path | None = None
+    """Run the plan in this file instead, whatever the settings above say but for out: one that --plan-only has written, edited."""
     rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """After "--": further options for every run, as train.pretrain takes them, such as -- --model small."""
 
@@ -128,6 +130,38 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
     return {"steps": steps, "ranks": ranks, "launcher": launcher, "runs": runs}
 
 
+def read_manifest(file: Path) -> dict[str, Any]:
+    """A plan from a file, as :func:`manifest` makes it and somebody may have edited it.
+
+    Raises:
+        SettingsError: if it is no plan, or train.pretrain would refuse a run's settings.
+    """
+    require(file.is_file(), f"manifest is {file}, which is not a file; --plan-only writes one.")
+    plan = folder.read_json(file, "runs", "ranks", "launcher", "steps")
+    require(
+        plan["launcher"] in MODULES and type(plan["ranks"]) is int and plan["ranks"] >= 1,
+        f"{file} has launcher = {plan['launcher']!r} and ranks = {plan['ranks']!r}; it takes one of {', '.join(MODULES)}, and a number.",
+    )
+    try:
+        names = [Path(run["name"]).name for run in plan["runs"]]
+        for name, run in zip(names, plan["runs"], strict=True):
+            require(
+                name == run["name"] and names.count(name) == 1,
+                f"{file} has the run {run['name']!r}; names are folders, each once.",
+            )
+            settings = parse(Run, ["--out", name, *run["arguments"]], "train.pretrain", None)
+            settings.check()
+            settings.parallelism.micro_batch_on(plan["ranks"])
+            told = {"lr": settings.optimizer.lr, "seed": settings.seed, "arm": _arm(_pair(settings.optimizer.betas))}
+            for key, value in told.items():
+                require(
+                    run[key] == value, f"{file} has {key} = {run[key]!r} for {name!r}, but its arguments say {value!r}."
+                )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SettingsError(f"manifest is {file}, which is no plan: {type(error).__name__} {error}.") from None
+    return {key: plan[key] for key in ("steps", "ranks", "launcher", "runs")}
+
+
 def _betas(arm: str) -> tuple[float, ...]:
     try:
         betas = tuple(float(part) for part in arm.split(","))
@@ -135,7 +169,13 @@ def _betas(arm: str) -> tuple[float, ...]:
             raise ValueError
     except ValueError:
         raise SettingsError(f"arms has {arm!r}; an arm is one beta or beta1,beta2, each in [0, 1).") from None
-    return betas[:1] if betas[0] == betas[-1] else betas
+    return _pair(betas)
+
+
+def _pair(betas: float | tuple[float, ...]) -> tuple[float, ...]:
+    """One number where both are equal."""
+    pair = betas if isinstance(betas, tuple) else (betas,)
+    return pair[:1] if pair[0] == pair[-1] else pair
 
 
 def _arm(betas: tuple[float, ...]) -> str:
@@ -227,7 +267,7 @@ def compare(comparison: Comparison) -> None:
     Raises:
         SettingsError: on a bad plan, another plan in the same folder, or a failed run.
     """
-    plan = json.loads(json.dumps(manifest(comparison)))
+    plan = read_manifest(comparison.manifest) if comparison.manifest else json.loads(json.dumps(manifest(comparison)))
     file = comparison.out / "manifest.json"
     if file.exists():
         before = folder.read_json(file, "runs", "ranks")

@@ -323,6 +323,32 @@ def test_a_bad_comparison_is_refused_with_exit_code_2(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_plan_that_somebody_has_edited_is_run_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, file = tmp_path / "out", tmp_path / "plan.json"
+    compare.main(["--arms", "0.9", "0.8,0.9", "--seeds", "0", "--steps", "7", "--plan-only", "--out", str(tmp_path)])
+    plan = json.loads((tmp_path / "manifest.json").read_text())
+    plan["runs"][0]["arguments"] += ["--clip", "0.5"]
+    file.write_text(json.dumps(plan))
+    compare.main(["--manifest", str(file), "--plan-only", "--out", str(out)])
+    assert json.loads((out / "manifest.json").read_text())["runs"] == plan["runs"]
+    for path, value, sentence in (
+        (("runs", 0, "lr"), 0.5, "has lr = 0.5 for 'beta-0.9_lr-0.001_seed-0', but its arguments say 0.001"),
+        (("runs", 0, "name"), "../x", "has the run '../x'; names are folders"),
+        (("runs", 1, "arguments"), ["--clip", "-1"], "clip is -1.0; it must be at least 0"),
+        (("runs", 1), {}, "which is no plan: KeyError 'name'"),
+        (("runs",), 3, "which is no plan: TypeError"),
+    ):
+        edited = json.loads(file.read_text())
+        place = edited
+        for step in path[:-1]:
+            place = place[step]
+        place[path[-1]] = value
+        (tmp_path / "edited.json").write_text(json.dumps(edited))
+        with pytest.raises(SystemExit) as stopped:
+            compare.main(["--manifest", str(tmp_path / "edited.json"), "--plan-only", "--out", str(tmp_path / "other")])
+        assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
 def test_a_missing_launcher_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)  # as where it isn't installed
     with pytest.raises(SystemExit) as stopped:
