@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from train.folder import read_json, write_json
 from train.ranks import Ranks
-from train.settings import SettingsError, first_line, require
+from train.settings import RankError, SettingsError, first_line, require
 
 MARKER = "complete.json"
 BYTES_PER_PARAMETER = 16  # float32 weights and two moments, and the model's own weights
@@ -83,7 +83,10 @@ def save(engine: Any, ranks: Ranks, folder: Path, step: int, keep: int, paramete
             sizes = {str(f.relative_to(target)): f.stat().st_size for f in sorted(target.rglob("*")) if f.is_file()}
             about = {"step": step, "world": ranks.world, "stage": engine.zero_optimization_stage(), "files": sizes}
             write_json(target / MARKER, about)
-            for old in [*_whole(folder)[:-keep], *(p for p in _all(folder) if p < target and not _is_whole(p))]:
+            for old in [
+                *_whole(folder)[:-keep],
+                *(p for p in _all(folder) if int(p.name[5:]) < step and not _is_whole(p)),
+            ]:
                 (old / MARKER).unlink(missing_ok=True)  # first, so that a half-removed one isn't whole
                 shutil.rmtree(old)
 
@@ -113,21 +116,22 @@ def resume(engine: Any, ranks: Ranks, folder: Path) -> int:
     dist.broadcast_object_list(found, device=ranks.device)
     if found[0] is None:
         return 0
-    with ranks.together():
-        try:
-            loaded, state = engine.load_checkpoint(str(folder), tag=found[0].name)
-            require(loaded is not None, "DeepSpeed found nothing in it")
-        except Exception as error:  # whatever a file that has changed without changing its size runs into
-            raise SettingsError(
-                f"checkpoint {found[0]} can't be loaded ({first_line(error)}); remove it to go on from an older one."
-            ) from None
+    try:  # not together: DeepSpeed's own collectives are in here, and a rank that fails must leave
+        loaded, state = engine.load_checkpoint(str(folder), tag=found[0].name)
+        require(loaded is not None, "DeepSpeed found nothing in it")
+    except Exception as error:  # whatever a file that has changed without changing its size runs into
+        raise RankError(
+            f"checkpoint {found[0]} can't be loaded on rank {ranks.rank} ({first_line(error)}); if its files are damaged, remove "
+            "it to go on from an older one."
+        ) from None
     if ranks.first:
         print(f"Going on from {found[0]}.", flush=True)
     return int(state["step"])
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{7,}", p.name))
+    ours = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{7,}", path.name)]
+    return sorted(ours, key=lambda path: int(path.name[5:]))
 
 
 def _whole(folder: Path) -> list[Path]:

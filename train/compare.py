@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,17 +93,7 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
         require(bool(values), f"{name} is empty; give at least one.")
         require(len(different) == len(values), f"{name} is {' '.join(map(str, values))}; give each only once.")
     ranks, launcher = comparison.ranks, comparison.launcher
-    require(ranks >= 1, f"ranks is {ranks}; it must be at least 1.")
-    gpus = torch.cuda.device_count() or ranks
-    require(ranks <= gpus, f"ranks is {ranks}, but there are {gpus} GPUs; each rank needs its own.")
-    require(
-        find_spec(MODULES[launcher]) is not None,
-        f"launcher is {launcher!r}, but the package {MODULES[launcher]} is missing: pip install {MODULES[launcher]}.",
-    )
-    require(
-        launcher != "python" or ranks == 1,
-        f"ranks is {ranks}, but the launcher python starts one; give --ranks 1 or another launcher.",
-    )
+    _check_launch(launcher, ranks)
     options = {option.split("=")[0].replace("_", "-") for option in comparison.rest}
     require(
         not options & COMPARED,
@@ -138,28 +129,61 @@ def read_manifest(file: Path) -> dict[str, Any]:
     """
     require(file.is_file(), f"manifest is {file}, which is not a file; --plan-only writes one.")
     plan = folder.read_json(file, "runs", "ranks", "launcher", "steps")
-    require(
-        plan["launcher"] in MODULES and type(plan["ranks"]) is int and plan["ranks"] >= 1,
-        f"{file} has launcher = {plan['launcher']!r} and ranks = {plan['ranks']!r}; it takes one of {', '.join(MODULES)}, and a number.",
-    )
+    _check_launch(plan["launcher"], plan["ranks"])
     try:
-        names = [Path(run["name"]).name for run in plan["runs"]]
-        for name, run in zip(names, plan["runs"], strict=True):
+        runs = {run["name"]: run for run in plan["runs"]}
+        require(bool(runs) and len(runs) == len(plan["runs"]), f"{file} has no run, or two of one name.")
+        shared = []
+        for name, run in runs.items():
             require(
-                name == run["name"] and names.count(name) == 1,
-                f"{file} has the run {run['name']!r}; names are folders, each once.",
+                re.fullmatch(r"\w[\w.,-]*", name) is not None,
+                f"{file} has the run {name!r}; a name is a folder's: letters, digits and . , - _.",
             )
             settings = parse(Run, ["--out", name, *run["arguments"]], "train.pretrain", None)
             settings.check()
             settings.parallelism.micro_batch_on(plan["ranks"])
-            told = {"lr": settings.optimizer.lr, "seed": settings.seed, "arm": _arm(_pair(settings.optimizer.betas))}
+            told = {
+                "lr": settings.optimizer.lr,
+                "seed": settings.seed,
+                "arm": _arm(_pair(settings.optimizer.betas)),
+                "steps": settings.schedule.steps,
+                "name": str(settings.out),
+            }
             for key, value in told.items():
+                have = plan[key] if key == "steps" else run[key]
                 require(
-                    run[key] == value, f"{file} has {key} = {run[key]!r} for {name!r}, but its arguments say {value!r}."
+                    have == value,
+                    f"{file} has {key} = {have!r} for {name!r}, but its arguments say {value!r}.",
                 )
+            identity = settings.identity()
+            for part, key in (("optimizer", "lr"), ("optimizer", "betas"), ("optimizer", "allow_unbalanced")):
+                del identity[part][key]
+            shared.append({**identity, "seed": None, "dry_run": settings.dry_run})
+        require(
+            all(each == {**shared[0], "dry_run": False} for each in shared),
+            f"{file} has runs that differ in more than betas, lr and seed, which would be no comparison.",
+        )
+        cells = [(run["arm"], run["lr"], run["seed"]) for run in runs.values()]
+        require(len(set(cells)) == len(cells), f"{file} has an arm twice with one lr and seed.")
     except (KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"manifest is {file}, which is no plan: {type(error).__name__} {error}.") from None
     return {key: plan[key] for key in ("steps", "ranks", "launcher", "runs")}
+
+
+def _check_launch(launcher: Any, ranks: Any) -> None:
+    require(launcher in MODULES, f"launcher is {launcher!r}; it must be one of {', '.join(MODULES)}.")
+    require(type(ranks) is int and ranks >= 1, f"ranks is {ranks!r}; it must be a number, at least 1.")
+    gpus = torch.cuda.device_count() or ranks
+    require(ranks <= gpus, f"ranks is {ranks}, but there are {gpus} GPUs; each rank needs its own.")
+    module = MODULES[launcher]
+    require(
+        find_spec(module) is not None,
+        f"launcher is {launcher!r}, but the package {module} is missing: pip install {module}.",
+    )
+    require(
+        launcher != "python" or ranks == 1,
+        f"ranks is {ranks}, but the launcher python starts one; give --ranks 1 or another launcher.",
+    )
 
 
 def _betas(arm: str) -> tuple[float, ...]:
@@ -239,6 +263,8 @@ def execute(plan: dict[str, Any], out: Path) -> None:
         SettingsError: if a run fails (one that diverges doesn't: that is a result), with its own sentence.
     """
     runs, steps = plan["runs"], plan["steps"]
+    for run in runs:  # none of them may be another run of that name, made before the plan was edited
+        folder.check(parse(Run, ["--out", str(out / run["name"]), *run["arguments"]], "train.pretrain", None))
     finished = [run for run in runs if folder.result(out / run["name"])]
     if finished:
         print(f"{len(finished)} of {len(runs)} runs are finished already.", flush=True)

@@ -104,7 +104,7 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase) -> Path:
         "format": FORMAT,
         "source": source.description,
         "text_field": settings.text_field,
-        "tokenizer": [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())],
+        "tokenizer": _whole(tokenizer),
         "validation_fraction": settings.validation_fraction,
     }
     fingerprint = blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -122,6 +122,13 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase) -> Path:
             (aside / "about.json").write_text(json.dumps({"source": source.description, **counts}, indent=1))
             aside.rename(folder)
     return folder
+
+
+def _whole(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Everything that decides which tokens it makes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # of the fast ones: normalizer, merges, vocabulary
+    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return [type(tokenizer).__name__, content, tokenizer.eos_token_id, str(tokenizer.special_tokens_map)]
 
 
 def open_blocks(folder: Path, length: int) -> tuple[Blocks, Blocks]:

@@ -48,6 +48,7 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     """
     path = run.parallelism.ds_config
     config = load(path)
+    require("bfloat16" not in config, f"ds_config {path} has 'bfloat16'; write 'bf16', its newer name.")
     optimizer, zero, bf16, fp16 = (
         _section(config, n, path) for n in ("optimizer", "zero_optimization", "bf16", "fp16")
     )
@@ -120,9 +121,10 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
         not (in_fp16 and stage == 0),
         f"ds_config {path} has fp16 at stage 0, where DeepSpeed never scales the loss; use bf16, or stage 1, 2 or 3.",
     )
+    offload = zero.get("offload_optimizer")
     require(
-        stage >= 2 or not zero.get("offload_optimizer"),
-        f"ds_config {path} has zero_optimization.offload_optimizer at stage {stage}; DeepSpeed offloads at stages 2 and 3.",
+        stage > 0 or not isinstance(offload, dict) or offload.get("device", "none") == "none",
+        f"ds_config {path} has zero_optimization.offload_optimizer at stage 0, where DeepSpeed offloads nothing; take a stage from 1.",
     )
     left = next(_autos(config), None)
     require(
@@ -200,7 +202,7 @@ def _validate(config: dict[str, Any], path: Path) -> None:
         raise SettingsError(f"ds_config {path} has {where} = {first['input']!r}: {first['msg']}.") from None
     except Exception as error:  # DeepSpeed raises whatever a wrong value runs into
         raise SettingsError(f"ds_config {path} is refused by DeepSpeed: {first_line(error)}") from None
-    unknown = min(set(config) - config.asked, default="")
+    unknown = min((key for key in set(config) - config.asked if not key.startswith("_")), default="")  # _comment is one
     close = difflib.get_close_matches(unknown, config.asked, 1)
     require(
         not unknown,

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from train.settings import Run, SettingsError, first_line, require
 
-OURS_EARLY = (".lock", "log.txt")  # what may lie there before run.json
+OURS_EARLY = (".lock", "log.txt", "monitor")  # what may lie there before run.json
 PACKAGES = ("balanced-adam", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
 
 

@@ -20,7 +20,7 @@ import torch
 from train import checkpoints, data, deepspeed_config, folder, model
 from train.progress import Progress
 from train.ranks import Ranks, leave, prepare_environment, start
-from train.settings import Run, Schedule, SettingsError, parse, require
+from train.settings import RankError, Run, Schedule, SettingsError, parse, require
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -320,11 +320,13 @@ def pretrain(run: Run) -> None:
             if ranks.first:
                 folder.describe(run, trainer.tokens, ds_config)
         trainer.step = checkpoints.resume(trainer.engine, ranks, run.out / "checkpoints")
-        metrics = folder.Metrics(run.out, trainer.step) if ranks.first else None
+        with ranks.together():
+            metrics = folder.Metrics(run.out, trainer.step) if ranks.first else None
         with Progress(run.schedule.steps, trainer.step, run.out.name, enabled=ranks.first) as progress:
             ended = trainer.fit(metrics, progress)
-        if metrics:
-            folder.write_json(run.out / "result.json", {**ended, "seconds": metrics.seconds})
+        with ranks.together():
+            if metrics:
+                folder.write_json(run.out / "result.json", {**ended, "seconds": metrics.seconds})
     _tell(run, ended)
 
 
@@ -363,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
         prepare_environment()
         pretrain(parse(Run, sys.argv[1:] if arguments is None else arguments, "train.pretrain", __doc__))
     except (SettingsError, KeyboardInterrupt) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             stopped = "\nStopped. The same command goes on from the newest checkpoint."
             print(f"error: {error}" if isinstance(error, SettingsError) else stopped, file=sys.stderr, flush=True)
         return 2 if isinstance(error, SettingsError) else 130

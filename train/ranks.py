@@ -10,9 +10,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any, NoReturn
 
 import torch
@@ -69,13 +69,22 @@ class Ranks:
         Raises:
             SettingsError: on every rank, if it failed on any.
         """
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(work) if work else None
-            while self.sum([float(future is not None and not future.done())])[0]:
-                time.sleep(0.2)
+        errors: list[Exception] = []
+
+        def job() -> None:
+            try:
+                if work:
+                    work()
+            except Exception as error:
+                errors.append(error)
+
+        thread = Thread(target=job, daemon=True)  # so that a Ctrl-C need not wait for it
+        thread.start()
+        while self.sum([float(thread.is_alive())])[0]:
+            time.sleep(0.2)
         with self.together():
-            if future:
-                future.result()
+            if errors:
+                raise errors[0]
 
     def sum(self, values: list[float]) -> list[float]:
         """The sums of some numbers over all ranks, in float64."""
@@ -161,9 +170,10 @@ def start() -> Ranks:
         # DeepSpeed would compile an op (20 to 80 s, once) that only its inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
-    accelerator.set_device(local_rank)
+    index = local_rank if accelerator.device_count() > 1 else 0  # srun --gpus-per-task shows each rank one GPU
+    accelerator.set_device(index)
     deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
-    device = torch.device(accelerator.device_name(local_rank))
+    device = torch.device(accelerator.device_name(index))
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 

@@ -27,6 +27,10 @@ class SettingsError(ValueError):
     """A bad input, in one sentence for the person who gave it. The process ends with exit code 2."""
 
 
+class RankError(SettingsError):
+    """One that this rank alone has met, and has to say itself."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise :class:`SettingsError` unless ``condition`` holds."""
     if not condition:

@@ -70,7 +70,8 @@ DS_CONFIGS = [
     ('{"fp16": {"enabled": true}}', "has fp16 at stage 0"),
     ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage = 7"),
     ('{"zero_optimization": {"stage": "3"}}', 'zero_optimization.stage = "3"; it must be 0, 1, 2 or 3'),
-    ('{"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}', "offload_optimizer at stage 1"),
+    ('{"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}', "offload_optimizer at stage 0"),
+    ('{"bfloat16": {"enabled": true}}', "has 'bfloat16'; write 'bf16'"),
     ('{"zero_optimization": true}', "has zero_optimization = true; it must be an object"),
     ('{"zero_optimization": {"stage": 1, "reduce_buket_size": 5}}', "reduce_buket_size"),
     ('{"zero_optimisation": {"stage": 3}}', "has 'zero_optimisation', .* did you mean 'zero_optimization'"),
@@ -327,15 +328,30 @@ def test_a_plan_that_somebody_has_edited_is_run_or_refused(tmp_path: Path, capsy
     out, file = tmp_path / "out", tmp_path / "plan.json"
     compare.main(["--arms", "0.9", "0.8,0.9", "--seeds", "0", "--steps", "7", "--plan-only", "--out", str(tmp_path)])
     plan = json.loads((tmp_path / "manifest.json").read_text())
-    plan["runs"][0]["arguments"] += ["--clip", "0.5"]
+    for run in plan["runs"]:
+        run["arguments"] += ["--clip", "0.5"]
     file.write_text(json.dumps(plan))
     compare.main(["--manifest", str(file), "--plan-only", "--out", str(out)])
     assert json.loads((out / "manifest.json").read_text())["runs"] == plan["runs"]
     for path, value, sentence in (
         (("runs", 0, "lr"), 0.5, "has lr = 0.5 for 'beta-0.9_lr-0.001_seed-0', but its arguments say 0.001"),
-        (("runs", 0, "name"), "../x", "has the run '../x'; names are folders"),
+        (("runs", 0, "name"), "../x", "has the run '../x'; a name is a folder's"),
+        (("runs", 0, "name"), "beta-0.8-0.9_lr-0.001_seed-0", "two of one name"),
+        (
+            ("runs", 0, "arguments", 1),
+            "0.7",
+            "has arm = '0.9' for 'beta-0.9_lr-0.001_seed-0', but its arguments say '0.7'",
+        ),
+        (
+            ("runs", 1, "arguments"),
+            [*plan["runs"][1]["arguments"], "--batch", "8"],
+            "differ in more than betas, lr and seed",
+        ),
+        (("launcher",), "mpirun", "launcher is 'mpirun'; it must be one of"),
+        (("launcher",), "python", "the launcher python starts one"),
+        (("runs",), [], "has no run"),
         (("runs", 1, "arguments"), ["--clip", "-1"], "clip is -1.0; it must be at least 0"),
-        (("runs", 1), {}, "which is no plan: KeyError 'name'"),
+        (("runs", 1), {}, "which is no plan: KeyError"),
         (("runs",), 3, "which is no plan: TypeError"),
     ):
         edited = json.loads(file.read_text())

@@ -67,3 +67,18 @@ def test_the_default_corpus_is_the_standard_library(tmp_path: Path) -> None:
     source = data._Source.of(Data(data_cache=tmp_path))
     assert any(file.name == "argparse.py" for file in source.files)
     assert not any("site-packages" in file.parts for file in source.files)
+
+
+def test_tokenizers_that_differ_in_anything_do_not_share_tokens(make: Make) -> None:
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "word": 1, "</s>": 2}
+    folders = set()
+    for normalizer in (normalizers.Lowercase(), normalizers.NFC()):
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        backend.normalizer = normalizer
+        for end in ("</s>", "word"):
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, unk_token="<unk>")
+            folders.add(data.prepare(make().data, tokenizer))
+    assert len(folders) == 4
