@@ -85,7 +85,7 @@ def save(engine: Any, ranks: Ranks, folder: Path, step: int, keep: int, paramete
             write_json(target / MARKER, about)
             for old in [
                 *_whole(folder)[:-keep],
-                *(p for p in _all(folder) if int(p.name[5:]) < step and not _is_whole(p)),
+                *(p for p in _all(folder) if _step(p) < step and not _is_whole(p)),
             ]:
                 (old / MARKER).unlink(missing_ok=True)  # first, so that a half-removed one isn't whole
                 shutil.rmtree(old)
@@ -129,9 +129,13 @@ def resume(engine: Any, ranks: Ranks, folder: Path) -> int:
     return int(state["step"])
 
 
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def _all(folder: Path) -> list[Path]:
     ours = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{7,}", path.name)]
-    return sorted(ours, key=lambda path: int(path.name[5:]))
+    return sorted(ours, key=_step)
 
 
 def _whole(folder: Path) -> list[Path]:

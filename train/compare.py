@@ -28,7 +28,7 @@ import tyro
 from train import folder, report
 from train.progress import Progress
 from train.ranks import free_port
-from train.settings import REPOSITORY, Run, SettingsError, parse, require
+from train.settings import ARM, REPOSITORY, Run, SettingsError, parse, require
 
 POLL_SECONDS = 0.5
 # What a comparison decides for each of its runs.
@@ -114,10 +114,9 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
         arguments += ["--warmup", str(steps // 10), "--save-every", often, "--validate-every", often]
         arguments += [*(["--allow-unbalanced"] if len(betas) == 2 else []), *comparison.rest]
         name = f"beta-{arm.replace(',', '-')}_lr-{lr!r}_seed-{seed}"
-        settings = parse(Run, ["--out", name, *arguments], "train.pretrain", None)
-        settings.check()
-        settings.parallelism.micro_batch_on(ranks)
-        runs.append({"name": name, "arm": arm, "lr": lr, "seed": seed, "arguments": arguments})
+        run = {"name": name, "arm": arm, "lr": lr, "seed": seed, "arguments": arguments}
+        _checked(run, ranks)
+        runs.append(run)
     return {"steps": steps, "ranks": ranks, "launcher": launcher, "runs": runs}
 
 
@@ -139,9 +138,7 @@ def read_manifest(file: Path) -> dict[str, Any]:
                 re.fullmatch(r"\w[\w.,-]*", name) is not None,
                 f"{file} has the run {name!r}; a name is a folder's: letters, digits and . , - _.",
             )
-            settings = parse(Run, ["--out", name, *run["arguments"]], "train.pretrain", None)
-            settings.check()
-            settings.parallelism.micro_batch_on(plan["ranks"])
+            settings = _checked(run, plan["ranks"])
             told = {
                 "lr": settings.optimizer.lr,
                 "seed": settings.seed,
@@ -156,8 +153,8 @@ def read_manifest(file: Path) -> dict[str, Any]:
                     f"{file} has {key} = {have!r} for {name!r}, but its arguments say {value!r}.",
                 )
             identity = settings.identity()
-            for part, key in (("optimizer", "lr"), ("optimizer", "betas"), ("optimizer", "allow_unbalanced")):
-                del identity[part][key]
+            for key in ARM:
+                del identity["optimizer"][key]
             shared.append({**identity, "seed": None, "dry_run": settings.dry_run})
         require(
             all(each == {**shared[0], "dry_run": False} for each in shared),
@@ -168,6 +165,18 @@ def read_manifest(file: Path) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"manifest is {file}, which is no plan: {type(error).__name__} {error}.") from None
     return {key: plan[key] for key in ("steps", "ranks", "launcher", "runs")}
+
+
+def _settings(run: dict[str, Any], out: Path = Path()) -> Run:
+    """What train.pretrain will make of a run's arguments."""
+    return parse(Run, ["--out", str(out / run["name"]), *run["arguments"]], "train.pretrain", None)
+
+
+def _checked(run: dict[str, Any], ranks: int) -> Run:
+    settings = _settings(run)
+    settings.check()
+    settings.parallelism.micro_batch_on(ranks)
+    return settings
 
 
 def _check_launch(launcher: Any, ranks: Any) -> None:
@@ -264,7 +273,7 @@ def execute(plan: dict[str, Any], out: Path) -> None:
     """
     runs, steps = plan["runs"], plan["steps"]
     for run in runs:  # none of them may be another run of that name, made before the plan was edited
-        folder.check(parse(Run, ["--out", str(out / run["name"]), *run["arguments"]], "train.pretrain", None))
+        folder.check(_settings(run, out))
     finished = [run for run in runs if folder.result(out / run["name"])]
     if finished:
         print(f"{len(finished)} of {len(runs)} runs are finished already.", flush=True)

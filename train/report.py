@@ -22,7 +22,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from train import folder
-from train.settings import SettingsError, parse, require
+from train.settings import ARM, SettingsError, parse, require
 
 LEVEL = 0.05
 
@@ -197,8 +197,7 @@ def markdown(summary: pd.DataFrame, notes: list[str]) -> str:
 def common_settings(out: Path, run: str) -> str:
     """What all runs share, from the run.json of one of them, as one line."""
     identity = folder.read_json(out / run / "run.json", "identity")["identity"]
-    differs = {"lr", "betas", "allow_unbalanced"}
-    values = {k: v for part in identity.values() if isinstance(part, dict) for k, v in part.items() if k not in differs}
+    values = {k: v for part in identity.values() if isinstance(part, dict) for k, v in part.items() if k not in ARM}
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
 
 

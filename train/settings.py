@@ -20,6 +20,7 @@ import tyro
 from balanced_adam import BalancedAdam
 
 Settings = TypeVar("Settings")
+ARM = ("lr", "betas", "allow_unbalanced")  # the settings of the optimizer that the arms of a comparison may differ in
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -10,6 +10,7 @@ import torch
 
 from tests.harness.conftest import Make
 from train import model, ranks
+from train.compare import RANK_VARIABLES
 from train.folder import read_metrics
 from train.pretrain import learning_rate, peak_flops, pretrain
 from train.settings import Model, Run, Schedule, SettingsError
@@ -114,7 +115,7 @@ SRUN = {
 
 @pytest.fixture
 def under_srun(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in RANK_VARIABLES:
         monkeypatch.setenv(name, "")  # so that the test's end restores what prepare_environment sets
         monkeypatch.delenv(name)
     for name, value in SRUN.items():

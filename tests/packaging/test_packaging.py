@@ -6,9 +6,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-import balanced_adam
+from train.settings import REPOSITORY
 
-REPOSITORY = Path(balanced_adam.__file__).parents[1]
 WITHOUT_DEEPSPEED = """
 import sys
 sys.modules["deepspeed"] = None  # as where it isn't installed

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.parity.compare import differences
-from tests.parity.control import Absent, Clip, State, train
+from tests.parity.control import TENSORS, Absent, Clip, State, train
 from tests.parity.model import EPS, GROUPS, MICRO, TRAINED, AwkwardModel, share
 from tests.parity.mutants import MUTANTS, wrong
 from tests.parity.worker import device, once, spawn
@@ -141,7 +141,7 @@ def read(engine: Any) -> State:
     whole = [p for _, p in named] if hasattr(named[0][1], "ds_id") else []
     with deepspeed.zero.GatheredParameters(whole, enabled=bool(whole)):
         state: State = {"model": {name: p.detach().cpu().clone() for name, p in named}}
-    for key in ("weights", "exp_avg", "exp_avg_sq"):
+    for key in TENSORS:
         state[key] = {name: _full(engine, p, key).detach().cpu().clone() for name, p in named}
     return state
 

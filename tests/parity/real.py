@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from balanced_adam import rule
 from tests.parity.cases import Case, read
-from tests.parity.control import State
+from tests.parity.control import TENSORS, State
 from tests.parity.mutants import wrong
-from tests.parity.worker import ROOT, once, spawn
+from tests.parity.worker import once, spawn
+from train.settings import REPOSITORY
 
 STEPS, WARMUP, PEAK = 20, 4, 4e-3
 MICRO, SEQUENCES, LENGTH = 2, 12, 32  # micro-batches a step, sequences in each (of all ranks), tokens in each
@@ -35,7 +36,7 @@ def lr(step: int) -> float:
 
 def tokens(step: int, micro: int) -> Tensor:
     """One micro-batch of all ranks, [SEQUENCES, LENGTH]: bytes of the licence."""
-    text = torch.frombuffer(bytearray((ROOT / "LICENSE").read_bytes()), dtype=torch.uint8).long()
+    text = torch.frombuffer(bytearray((REPOSITORY / "LICENSE").read_bytes()), dtype=torch.uint8).long()
     first = torch.arange(SEQUENCES)[:, None] + SEQUENCES * (MICRO * step + micro)
     return text[(first * 61 + torch.arange(LENGTH)) % len(text)]
 
@@ -166,6 +167,6 @@ def plain_run() -> Trace:
             p.grad = None
     named = list(model.named_parameters())
     state: State = {"weights": {n: p.detach().clone() for n, p in named}}
-    for number, key in enumerate(("exp_avg", "exp_avg_sq")):
+    for number, key in enumerate(TENSORS[1:]):
         state[key] = {n: moments[p][number] for n, p in named}
     return Trace(losses, norms, state)

@@ -15,7 +15,8 @@ from tests.parity.cases import Case, advance, read, start
 from tests.parity.compare import EXACT, differences
 from tests.parity.control import State, train
 from tests.parity.mutants import wrong
-from tests.parity.worker import ROOT, device, environment, once, spawn
+from tests.parity.worker import device, environment, once, spawn
+from train.settings import REPOSITORY
 
 pytestmark = pytest.mark.ranks
 
@@ -95,7 +96,7 @@ class Checkpoints:
             done = subprocess.run(
                 [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *arguments],
                 env=environment(1, self.folder),
-                cwd=ROOT,
+                cwd=REPOSITORY,
                 capture_output=True,
                 text=True,
                 timeout=60,

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from train.ranks import free_port, leave
+from train.settings import REPOSITORY
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 240.0  # below pytest's own time-out, so that the ranks' own errors are seen
 
 
@@ -48,7 +48,7 @@ def environment(world: int, folder: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "TORCH_EXTENSIONS_DIR": f"{folder}/extensions",
         "DS_ACCELERATOR": device(world),
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
         "TRANSFORMERS_VERBOSITY": "error",
     }
     return {**os.environ, **extra}
