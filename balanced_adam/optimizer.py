@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -11,10 +12,12 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from balanced_adam import rule
+from balanced_adam import kernels, rule
 
 Betas = float | tuple[float, float]
 MOMENTS = ("exp_avg", "exp_avg_sq")
+OWN = ("allow_unbalanced", "fused", "capturable", "fused_zero")
+"""Settings of the optimizer, not of its groups; no checkpoint holds them."""
 
 
 class UpdateSize(NamedTuple):
@@ -29,6 +32,19 @@ class UpdateSize(NamedTuple):
     """Sum of (update / lr)^2 over the elements."""
     numel: int
     """Number of elements."""
+
+
+class HandOver(NamedTuple):
+    """A gradient that a caller keeps in its own form for the next step, instead of a ``param.grad``."""
+
+    pieces: list[Tensor]
+    """Dense tensors of one dtype of ``kernels.DTYPES`` on the parameter's device; they tile the parameter in order."""
+    factor: Tensor | None
+    """One float32 on the same device; multiplies the gradient. Read when the step is taken."""
+    copy: Tensor | None
+    """Dense, on the same device, as many elements as the parameter; receives the new weights in its own dtype."""
+    keep: bool
+    """Store factor * gradient in place of the gradient (float32 only)."""
 
 
 class BalancedAdam(torch.optim.Optimizer):
@@ -50,13 +66,22 @@ class BalancedAdam(torch.optim.Optimizer):
         maximize: ascend along the gradient.
         allow_unbalanced: accept pairs of unequal betas, in any group. This is how plain AdamW is run through the same
             code, as the baseline of a comparison. No checkpoint holds it, so that none can bring it along.
+        fused: take the step in one pass over memory, through the kernels of :mod:`balanced_adam.kernels`. None does so
+            for every parameter that they take (float32, bfloat16, float16 on CPU or CUDA, without gaps in memory), and
+            warns once if there ought to be a kernel and is none; True raises instead; False is plain torch. All three
+            have the same bits and the same state, so that a run may change between them.
+        capturable: keep the step count on the GPU, and read an ``lr`` that is a tensor there, so that a CUDA graph may
+            capture :meth:`step` (after one step outside of it). Needs the kernels.
+        fused_zero: under DeepSpeed ZeRO, let the same pass unscale and clip the gradients and write the 16-bit weights
+            (:mod:`balanced_adam.zero.one_pass`).
 
     State per parameter: ``step`` (0-dim float32 tensor), ``exp_avg`` and ``exp_avg_sq`` (the parameter's shape; float32,
     or float64 for float64 parameters). The names are those of ``torch.optim.AdamW``, whose state loads here, and back.
 
     Raises:
         ValueError: on a value out of range, on unequal betas without ``allow_unbalanced``, on complex parameters.
-        RuntimeError: from :meth:`step`, on a sparse gradient.
+        RuntimeError: from :meth:`step`, on a sparse gradient; with ``fused=True`` or ``capturable=True``, from the
+            constructor and from :meth:`step`, on a parameter that no kernel takes.
     """
 
     def __init__(
@@ -69,6 +94,9 @@ class BalancedAdam(torch.optim.Optimizer):
         *,
         maximize: bool = False,
         allow_unbalanced: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
+        fused_zero: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -77,14 +105,21 @@ class BalancedAdam(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "allow_unbalanced": allow_unbalanced,
+            "fused": fused,
+            "capturable": capturable,
+            "fused_zero": fused_zero,
         }
         _check(defaults, allow_unbalanced)  # even where each group brings its own values
+        _check_flags(defaults)
+        self.handed: dict[Tensor, HandOver] = {}
+        """What :meth:`hand_over` took for the next step."""
         self._moved: dict[Tensor, tuple[int, rule.Betas, float]] = {}  # for update_size
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a state dict."""
         super().__setstate__(state)
+        self.handed = {}
         self._moved = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -95,14 +130,17 @@ class BalancedAdam(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group.pop("allow_unbalanced")  # of the optimizer, not of a group; torch copies all defaults
+        for field in OWN:
+            group.pop(field)  # torch copies all defaults
         try:
             _check(group, self.defaults["allow_unbalanced"])
             if any(torch.is_complex(p) for p in group["params"]):
                 raise ValueError(
                     "BalancedAdam does not take complex parameters; give torch.view_as_real of them instead."
                 )
-        except ValueError:
+            for param in group["params"]:
+                self._fuses(param)
+        except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
 
@@ -136,42 +174,122 @@ class BalancedAdam(torch.optim.Optimizer):
                 raise RuntimeError(
                     "BalancedAdam does not take sparse gradients; build the embedding with sparse=False."
                 )
+        updates: list[kernels.Update] = []
         for group in self.param_groups:
-            lr = float(group["lr"])
             for param in group["params"]:
-                if param.grad is not None:
-                    self._step_parameter(param, group, lr)
+                if param in self.handed or param.grad is not None:
+                    self._step_parameter(param, group, updates)
+        kernels.step(updates)
         return loss
 
-    def _step_parameter(self, param: Tensor, group: dict[str, Any], lr: float) -> None:
+    def hand_over(
+        self,
+        param: Tensor,
+        pieces: list[Tensor],
+        factor: Tensor | None = None,
+        copy: Tensor | None = None,
+        keep: bool = False,
+    ) -> bool:
+        """Give ``param`` a gradient for the next :meth:`step`, in a form that saves passes over memory; see HandOver.
+
+        Returns:
+            Whether it was taken. It is not where plain torch steps this parameter, or a dtype or device doesn't suit.
+        """
+        suits = all(
+            piece.dtype in kernels.DTYPES and piece.device == param.device and piece.is_contiguous()
+            for piece in (*pieces, *([] if copy is None else [copy]))
+        )
+        whole = sum(piece.numel() for piece in pieces) == param.numel()
+        if not (suits and whole and param.dtype == torch.float32 and param.is_contiguous() and self._fuses(param)):
+            return False
+        if self.defaults["capturable"]:
+            return False
+        self.handed[param] = HandOver(pieces, factor, copy, keep)
+        return True
+
+    def take_back(self, param: Tensor) -> None:
+        """Forget what was handed over for ``param``, if it is still there."""
+        self.handed.pop(param, None)
+
+    def _fuses(self, param: Tensor) -> bool:
+        """Whether a kernel steps this parameter.
+
+        Raises:
+            RuntimeError: if none does, and ``fused`` or ``capturable`` insists.
+        """
+        fused, capturable = self.defaults["fused"], self.defaults["capturable"]
+        if fused is False:
+            return False
+        obstacle = None
+        if type(param) not in (Tensor, torch.nn.Parameter):
+            obstacle = f"it is a {type(param).__name__}"
+        elif param.dtype not in kernels.DTYPES:
+            obstacle = f"its dtype is {param.dtype}"
+        elif param.device.type not in ("cpu", "cuda"):
+            obstacle = f"it is on {param.device.type}"
+        elif not _dense(param):
+            obstacle = "it has gaps in memory"
+        elif capturable and param.device.type != "cuda":
+            obstacle = f"only CUDA has graphs, and it is on {param.device.type}"
+        elif (reason := kernels.why_not(param.device)) is not None:
+            obstacle = reason
+            if not fused and not capturable:
+                _warn_once(f"BalancedAdam steps parameters on {param.device} in plain torch, which is slower: {reason}")
+        if obstacle is not None and (fused or capturable):
+            setting = "fused" if fused else "capturable"
+            raise RuntimeError(
+                f"{setting} is True, and a parameter of shape {tuple(param.shape)} can't be: {obstacle}."
+            )
+        return obstacle is None
+
+    def _step_parameter(self, param: Tensor, group: dict[str, Any], updates: list[kernels.Update]) -> None:
+        """Take the step, or append what a kernel shall do."""
+        fused = self._fuses(param)
+        handed = self.handed.pop(param, None)
         state = self.state[param]
         if "exp_avg" not in state:
             dtype = rule.moments_dtype(param.dtype)
             state["step"] = torch.zeros((), dtype=torch.float32)
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        # An int or a 0-dim tensor; never in place, since a universal checkpoint of DeepSpeed loaded at stage 3 gives all
-        # parameters one and the same tensor (runtime/zero/stage3.py:3681).
-        state["step"] = state["step"] + 1
-        step = int(state["step"])
         betas, eps = group["betas"], group["eps"]
-        assert param.grad is not None
-        new = rule.update(
-            param,
-            param.grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            step=step,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-        )
-        # In place: DeepSpeed keeps views of the weights and of the moments.
-        for old, value in zip((param, state["exp_avg"], state["exp_avg_sq"]), new, strict=True):
-            old.copy_(value)
-        self._moved[param] = (step, betas, eps)
+        settings = {name: group[name] for name in ("betas", "eps", "weight_decay", "maximize")}
+        scalars: bytes | kernels.Recipe
+        if self.defaults["capturable"]:
+            lr = group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"])
+            # A tensor of its own, whatever a checkpoint has made of it: the kernel counts in place.
+            if not isinstance(state["step"], Tensor) or state["step"].device != param.device:
+                state["step"] = torch.tensor(float(state["step"]), device=param.device)
+            scalars = kernels.Recipe(state["step"], lr, **settings)
+        else:
+            # An int or a 0-dim tensor; never in place, since a universal checkpoint of DeepSpeed loaded at stage 3 gives
+            # all parameters one and the same tensor (runtime/zero/stage3.py:3681).
+            state["step"] = state["step"] + 1
+            step, lr = int(state["step"]), float(group["lr"])
+            self._moved[param] = (step, betas, eps)
+            if not fused:
+                assert param.grad is not None
+                new = rule.update(
+                    param, param.grad, state["exp_avg"], state["exp_avg_sq"], step=step, lr=lr, **settings
+                )
+                # In place: DeepSpeed keeps views of the weights and of the moments.
+                for old, value in zip((param, state["exp_avg"], state["exp_avg_sq"]), new, strict=True):
+                    old.copy_(value)
+                return
+            scalars = kernels.scalars(step, lr, **settings)
+        for moment in MOMENTS:
+            state[moment] = _laid_out_as(param, state[moment])
+        update = kernels.Update(param, param, state["exp_avg"], state["exp_avg_sq"], scalars)
+        if handed is None:
+            assert param.grad is not None
+            updates.append(update._replace(grad=_laid_out_as(param, param.grad)))
+            return
+        offset = 0
+        for piece in _joined(handed.pieces):
+            updates.append(
+                update._replace(grad=piece, offset=offset, copy=handed.copy, factor=handed.factor, keep=handed.keep)
+            )
+            offset += piece.numel()
 
     @torch.no_grad()
     def update_size(self) -> UpdateSize:
@@ -254,6 +372,56 @@ class BalancedAdam(torch.optim.Optimizer):
                     "A step may exceed lr until the old averages have faded.",
                     stacklevel=2,
                 )
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    """Warn once per process, and of all ranks on the first alone."""
+    if message not in _warned and os.environ.get("RANK", "0") == "0":
+        warnings.warn(message, stacklevel=2)
+    _warned.add(message)
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, in any of the usual orders."""
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+
+
+def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor``, in the parameter's order in memory; a copy if it isn't yet."""
+    if tensor.stride() == param.stride():
+        return tensor
+    return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
+
+
+def _joined(pieces: list[Tensor]) -> list[Tensor]:
+    """The same elements in as few pieces as possible: neighbours in one storage become one."""
+    joined: list[Tensor] = []
+    for piece in filter(Tensor.numel, pieces):
+        if joined:
+            last = joined[-1]
+            together = last.untyped_storage().data_ptr() == piece.untyped_storage().data_ptr()
+            if together and last.storage_offset() + last.numel() == piece.storage_offset():
+                joined[-1] = last.as_strided((last.numel() + piece.numel(),), (1,))
+                continue
+        joined.append(piece)
+    return joined
+
+
+def _check_flags(defaults: dict[str, Any]) -> None:
+    """Check the settings that are switches.
+
+    Raises:
+        ValueError: naming the field, the value and what would be right.
+    """
+    for field in OWN:
+        allowed = (True, False, None) if field == "fused" else (True, False)
+        if not any(defaults[field] is value for value in allowed):
+            raise ValueError(f"{field} is {defaults[field]!r}; it must be one of {', '.join(map(str, allowed))}.")
+    if defaults["capturable"] and defaults["fused"] is False:
+        raise ValueError("capturable is True and fused is False; only the kernels can be captured in a CUDA graph.")
 
 
 def _check(group: dict[str, Any], allow_unbalanced: bool) -> None:

@@ -51,13 +51,24 @@ class BiasCorrection(NamedTuple):
     """eps * sqrt(c2)."""
 
 
+def power(base: float, exponent: int) -> float:
+    """``base ** exponent`` for exponents from 0, by squaring: multiplications alone, so that a GPU has the same bits."""
+    result = 1.0
+    while exponent > 0:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
 def bias_correction(step: int, betas: Betas, eps: float) -> BiasCorrection:
     """The scalars of step number ``step`` (the first step is 1), in double precision."""
     beta1, beta2 = betas
-    c2 = 1.0 - beta2**step
+    c2 = 1.0 - power(beta2, step)
     if beta1 == beta2:
         return BiasCorrection(1.0 / math.sqrt(c2), eps * math.sqrt(c2))
-    c1 = 1.0 - beta1**step
+    c1 = 1.0 - power(beta1, step)
     return BiasCorrection(math.sqrt(c2) / c1, eps * math.sqrt(c2))
 
 

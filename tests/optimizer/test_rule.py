@@ -1,6 +1,7 @@
 """The rule against independent oracles: float64 AdamW written out, torch.optim.AdamW, and exact arithmetic."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -101,7 +102,14 @@ def test_bias_correction_is_one_scalar_when_balanced_and_the_usual_two_otherwise
     assert scale == pytest.approx(math.sqrt(c2) / c1, rel=1e-14)
     assert eps == pytest.approx(1e-3 * math.sqrt(c2), rel=1e-14)
     if betas[0] == betas[1]:
-        assert scale == 1 / math.sqrt(c1)
+        assert scale == 1 / math.sqrt(1 - rule.power(betas[0], step))
+
+
+@pytest.mark.parametrize("base", [0.5, 0.9, 0.95, 0.999, 0.999999])
+@pytest.mark.parametrize("exponent", [0, 1, 2, 3, 1000, 99_999])
+def test_a_power_is_that_of_exact_arithmetic_to_a_few_roundings(base, exponent):
+    exact = Fraction(base) ** min(exponent, 1000) * Fraction(base ** (exponent - min(exponent, 1000)))
+    assert rule.power(base, exponent) == pytest.approx(float(exact), rel=1e-11)
 
 
 @settings(deadline=None, max_examples=50)

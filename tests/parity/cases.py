@@ -21,6 +21,14 @@ SUB_GROUPS = (("matrix",), ("one", "few"), ("long",), ("sometimes", "last"))
 """How stage 3 cuts the parameter groups: a sub-group ends where it has SUB_GROUP_SIZE elements, over all ranks."""
 
 
+PATHS: dict[str, dict[str, bool]] = {
+    "one_pass": {"fused": True},
+    "fused": {"fused": True, "fused_zero": False},
+    "torch": {"fused": False},
+}
+"""How the step is taken: settings of the optimizer. Stage 0 has no passes of ZeRO's to save."""
+
+
 class Case(NamedTuple):
     """One cell of the matrix, but for the world size."""
 
@@ -29,11 +37,13 @@ class Case(NamedTuple):
     offload: bool = False
     grad_accum: str | None = None
     clip: float = 0.0
+    path: str = "one_pass"
     mutant: str | None = None
 
     def __str__(self) -> str:
         accum = f"-accum_{self.grad_accum}" if self.grad_accum else ""
-        return f"stage{self.stage}-{self.dtype}{accum}" + "-offload" * self.offload + "-clip" * bool(self.clip)
+        options = "-offload" * self.offload + "-clip" * bool(self.clip)
+        return f"stage{self.stage}-{self.dtype}{accum}{options}-{self.path}"
 
     def config(self, world: int) -> dict[str, Any]:
         """The ds_config: the optimizer by name and no permission asked for anything."""
@@ -49,7 +59,10 @@ class Case(NamedTuple):
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": MICRO,
             # Each group has its own lr and betas.
-            "optimizer": {"type": "BalancedAdam", "params": {"lr": 0.5, "eps": EPS, "allow_unbalanced": True}},
+            "optimizer": {
+                "type": "BalancedAdam",
+                "params": {"lr": 0.5, "eps": EPS, "allow_unbalanced": True, **PATHS[self.path]},
+            },
             "gradient_clipping": self.clip,  # DeepSpeed's default is 1 (runtime/constants.py)
             "zero_optimization": zero,
             "bf16": {"enabled": self.dtype == "bf16"},
@@ -96,13 +109,14 @@ class Case(NamedTuple):
 def matrix() -> Iterator[Case]:
     """Every case of one world size."""
     for stage in range(4):
-        for offload in (False, True) if stage >= 2 else (False,):
-            for clip in (0.0, 1.0):
-                yield Case(stage, "fp32", offload, None, clip)
-                # grad_accum_dtype fp32 is another code path: BF16_Optimizer at stage 1, other buffers at 2 and 3.
-                # Stage 0 refuses it (runtime/engine.py:2323).
-                for grad_accum in (None, "fp32") if stage else (None,):
-                    yield Case(stage, "bf16", offload, grad_accum, clip)
+        for path in list(PATHS) if stage else ("fused", "torch"):
+            for offload in (False, True) if stage >= 2 else (False,):
+                for clip in (0.0, 1.0):
+                    yield Case(stage, "fp32", offload, None, clip, path)
+                    # grad_accum_dtype fp32 is another code path: BF16_Optimizer at stage 1, other buffers at 2 and 3.
+                    # Stage 0 refuses it (runtime/engine.py:2323).
+                    for grad_accum in (None, "fp32") if stage else (None,):
+                        yield Case(stage, "bf16", offload, grad_accum, clip, path)
 
 
 def start(case: Case, **more: Any) -> Any:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from balanced_adam.optimizer import BalancedAdam
+from balanced_adam.zero import one_pass
 
 NAME = "BalancedAdam"
 TESTED_DEEPSPEED = "0.19.8"
@@ -54,10 +55,10 @@ def register() -> None:
         from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-        mends = (
+        mends: list[one_pass.Override] = [
             (FP16_UnfusedOptimizer, "initialize_optimizer_states", _no_phantom_step),
             (DeepSpeedZeroOptimizer_Stage3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", _settings_per_group),
-        )
+        ]
         for cls, method, _ in mends:
             getattr(cls, method)
         known = hasattr(torch.optim, NAME)
@@ -75,11 +76,11 @@ def register() -> None:
         ) from error
     if BalancedAdam not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(BalancedAdam)
-    for mend in mends:
-        _wrap(*mend)
+    for override in (*mends, *one_pass.overrides()):
+        _wrap(*override)
 
 
-def _wrap(cls: type, name: str, wrapper: Callable[..., None]) -> None:
+def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
     """Replace method ``name`` by ``wrapper(original, self, ...)`` for wrappers of BalancedAdam; once, however often called."""
     original = getattr(cls, name)
     if getattr(original, "mended", False):

@@ -1,0 +1,48 @@
+"""Fused kernels of the update rule: for CPUs built at install, for CUDA compiled at run time; both from ``rule.h``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from balanced_adam.kernels import cpu, cuda
+from balanced_adam.kernels.table import DTYPES, KernelUnavailable, Recipe, Update, Variant, scalars
+
+__all__ = ["DTYPES", "KernelUnavailable", "Recipe", "Update", "scalars", "step", "sums_of_squares", "why_not"]
+
+
+@cache
+def why_not(device: torch.device) -> str | None:
+    """Why there are no kernels for this device, in a sentence; None if there are."""
+    try:
+        if device.type == "cpu":
+            cpu.library()
+        elif device.type == "cuda" and torch.version.hip is None:
+            cuda.module(Variant(DTYPES[torch.float32], DTYPES[torch.float32], 0, False), device.index)
+        else:
+            return f"there are no fused kernels for {'ROCm' if device.type == 'cuda' else device.type} devices"
+    except KernelUnavailable as error:
+        return str(error)
+    return None
+
+
+def step(updates: Sequence[Update]) -> None:
+    """Carry out all updates, each on its own device."""
+    on_cpu = [update for update in updates if update.param.device.type == "cpu"]
+    on_cuda = [update for update in updates if update.param.device.type == "cuda"]
+    if on_cpu:
+        cpu.library().step(on_cpu)
+    if on_cuda:
+        cuda.step(on_cuda)
+
+
+def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of squares of each tensor in double, shape (len(tensors),), in one pass over memory.
+
+    The tensors, one or more, are dense, and of one dtype of ``DTYPES`` and one device. A sum is infinite or NaN if and
+    only if one of its tensor's elements is. It doesn't depend on the number of threads, nor on the instruction set.
+    """
+    return cpu.library().sums_of_squares(tensors) if tensors[0].device.type == "cpu" else cuda.sums_of_squares(tensors)

@@ -1,0 +1,253 @@
+// The CPU kernels: plain loops around rule.h behind a plain C ABI (kernels/cpu.py loads it with ctypes).
+//
+// One library serves every processor of an architecture: the loops are compiled for several instruction sets and chosen at
+// run time. They have the same bits (rule.h). Threads come from torch's own OpenMP runtime, handed in at load time, so that
+// this library needs none and no second one appears in the process.
+#include <stdlib.h>
+
+#include "rule.h"
+
+using namespace balanced_adam;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+// ---- The loops. always_inline, so that each instruction set below compiles its own.
+
+template <int PARAM, int GRAD, int COPY, bool KEEP>
+INLINE void step_range(const Row& row, i64 begin, i64 end) {
+  typedef typename Element<PARAM>::Stored Param;
+  typedef typename Element<GRAD>::Stored Grad;
+  typedef typename Element<COPY == NONE ? FLOAT32 : COPY>::Stored Copy;
+  const Scalars s = row.scalars;
+  const float factor = row.factor ? *row.factor : 1.0f;
+  Param* __restrict param = (Param*)row.param;
+  Grad* __restrict grad = (Grad*)row.grad;
+  Copy* __restrict copy = (Copy*)row.copy;
+  Float32State::Word* __restrict exp_avg = (Float32State::Word*)row.exp_avg;
+  Float32State::Word* __restrict exp_avg_sq = (Float32State::Word*)row.exp_avg_sq;
+// The arrays are distinct; __restrict on local pointers does not tell GCC so.
+#pragma GCC ivdep
+  for (i64 i = begin; i < end; i++) {
+    float p = Element<PARAM>::load(param[i]), g = Element<GRAD>::load(grad[i]) * factor, m, v;
+    if (KEEP) grad[i] = Element<GRAD>::store(g);
+    Float32State::decode(exp_avg[i], exp_avg_sq[i], m, v);
+    update(s, p, g * s.sign, m, v);
+    Float32State::encode(m, v, exp_avg[i], exp_avg_sq[i]);
+    param[i] = Element<PARAM>::store(p);
+    if (COPY != NONE) copy[i] = (Copy)Element<COPY == NONE ? FLOAT32 : COPY>::store(p);
+  }
+}
+
+template <int GRAD>
+INLINE void master_range(int copy, bool keep, const Row& row, i64 begin, i64 end) {
+  if (copy == NONE && !keep) step_range<FLOAT32, GRAD, NONE, false>(row, begin, end);
+  if (copy == FLOAT32 && !keep) step_range<FLOAT32, GRAD, FLOAT32, false>(row, begin, end);
+  if (copy == BFLOAT16 && !keep) step_range<FLOAT32, GRAD, BFLOAT16, false>(row, begin, end);
+  if (copy == FLOAT16 && !keep) step_range<FLOAT32, GRAD, FLOAT16, false>(row, begin, end);
+  if (GRAD != FLOAT32) return;  // only CPU offload keeps the scaled gradient, and its gradients are fp32
+  if (copy == NONE && keep) step_range<FLOAT32, FLOAT32, NONE, true>(row, begin, end);
+  if (copy == FLOAT32 && keep) step_range<FLOAT32, FLOAT32, FLOAT32, true>(row, begin, end);
+  if (copy == BFLOAT16 && keep) step_range<FLOAT32, FLOAT32, BFLOAT16, true>(row, begin, end);
+  if (copy == FLOAT16 && keep) step_range<FLOAT32, FLOAT32, FLOAT16, true>(row, begin, end);
+}
+
+struct Variant {
+  int param, grad, copy, keep;
+};
+
+INLINE void any_range(const Variant& v, const Row& row, i64 begin, i64 end) {
+  if (v.param == BFLOAT16) return step_range<BFLOAT16, BFLOAT16, NONE, false>(row, begin, end);
+  if (v.param == FLOAT16) return step_range<FLOAT16, FLOAT16, NONE, false>(row, begin, end);
+  if (v.grad == FLOAT32) return master_range<FLOAT32>(v.copy, v.keep, row, begin, end);
+  if (v.grad == BFLOAT16) return master_range<BFLOAT16>(v.copy, v.keep, row, begin, end);
+  if (v.grad == FLOAT16) return master_range<FLOAT16>(v.copy, v.keep, row, begin, end);
+}
+
+// Sum of squares in double, in an order that depends on nothing but the length: element i goes to lane i % LANES.
+// Squares of floats are exact in double. 16-bit data is converted in stages, since GCC vectorises either loop alone.
+constexpr int LANES = 16, STAGE = 512;
+
+template <int D>
+INLINE double squares_range(const void* data, i64 begin, i64 end) {
+  typedef typename Element<D>::Stored Stored;
+  double lanes[LANES] = {};
+  float buffer[STAGE];
+  for (i64 at = begin; at < end; at += STAGE) {
+    const Stored* x = (const Stored*)data + at;
+    int count = end - at < STAGE ? (int)(end - at) : STAGE, whole = count / LANES * LANES;
+    for (int i = 0; D != FLOAT32 && i < count; i++) buffer[i] = Element<D>::load(x[i]);
+    const float* values = D == FLOAT32 ? (const float*)x : buffer;
+    for (int i = 0; i < whole; i += LANES)
+      for (int lane = 0; lane < LANES; lane++) lanes[lane] += (double)values[i + lane] * values[i + lane];
+    for (int i = whole; i < count; i++) lanes[i - whole] += (double)values[i] * values[i];
+  }
+  double sum = 0.0;
+  for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
+  return sum;
+}
+
+INLINE double any_squares(int dtype, const void* data, i64 begin, i64 end) {
+  return dtype == FLOAT32    ? squares_range<FLOAT32>(data, begin, end)
+         : dtype == BFLOAT16 ? squares_range<BFLOAT16>(data, begin, end)
+                             : squares_range<FLOAT16>(data, begin, end);
+}
+
+// ---- One copy of the loops for each instruction set.
+
+struct Loops {
+  void (*step)(const Variant&, const Row&, i64, i64);
+  double (*squares)(int, const void*, i64, i64);
+};
+
+#define FOR(NAME, TARGET)                                                                           \
+  __attribute__((noinline)) TARGET void step_##NAME(const Variant& v, const Row& r, i64 b, i64 e) { \
+    any_range(v, r, b, e);                                                                          \
+  }                                                                                                 \
+  __attribute__((noinline)) TARGET double squares_##NAME(int d, const void* x, i64 b, i64 e) {      \
+    return any_squares(d, x, b, e);                                                                 \
+  }
+
+FOR(baseline, )
+#ifdef __x86_64__
+FOR(avx2, __attribute__((target("avx2"))))
+FOR(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
+
+const Loops LOOPS[] = {
+    {step_baseline, squares_baseline}, {step_avx2, squares_avx2}, {step_avx512, squares_avx512}};
+#else
+const Loops LOOPS[] = {{step_baseline, squares_baseline}};
+#endif
+
+// ---- The floating point environment: callers may flush denormals (torch.set_flush_denormal), which would change bits.
+
+class DefaultEnvironment {
+#ifdef __x86_64__
+  unsigned saved = __builtin_ia32_stmxcsr();
+
+ public:
+  DefaultEnvironment() { __builtin_ia32_ldmxcsr(0x1f80); }
+  ~DefaultEnvironment() { __builtin_ia32_ldmxcsr(saved); }
+#elif defined(__aarch64__)
+  u64 saved;
+
+ public:
+  DefaultEnvironment() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved));
+    __asm__ volatile("msr fpcr, %0" ::"r"((u64)0));
+  }
+  ~DefaultEnvironment() { __asm__ volatile("msr fpcr, %0" ::"r"(saved)); }
+#endif
+};
+
+// ---- Threads.
+
+constexpr i64 SERIAL = 32768;  // fewer elements aren't worth waking threads for
+constexpr i64 BLOCK = 16384;   // of a sum of squares; part of its definition, since it fixes the order
+
+void (*omp_parallel)(void (*)(void*), void*, unsigned, unsigned);
+int (*omp_thread)();
+int (*omp_threads)();
+
+template <class Job>
+void run(Job& job, i64 elements, int threads) {
+  if (threads <= 1 || elements < SERIAL || !omp_parallel) {
+    DefaultEnvironment environment;
+    job.part(0, 1);
+    return;
+  }
+  omp_parallel(
+      [](void* data) {
+        DefaultEnvironment environment;
+        ((Job*)data)->part(omp_thread(), omp_threads());
+      },
+      &job, threads, 0);
+}
+
+struct StepJob {
+  const Row* rows;
+  i64 count, total;
+  Variant variant;
+  const Loops& loops;
+
+  // This thread's share of all elements, cut at multiples of 64 so that threads share few cache lines.
+  void part(int thread, int threads) const {
+    i64 share = (total + threads - 1) / threads, begin = ((share * thread) + 63) / 64 * 64;
+    i64 end = (share * (thread + 1) + 63) / 64 * 64, offset = 0;
+    for (const Row* row = rows; row < rows + count && offset < end; offset += row++->size) {
+      i64 from = begin > offset ? begin - offset : 0, to = end - offset < row->size ? end - offset : row->size;
+      if (from < to) loops.step(variant, *row, from, to);
+    }
+  }
+};
+
+struct SquaresJob {
+  const void* const* data;
+  const i64* sizes;
+  i64 count, blocks;
+  int dtype;
+  double* sums;  // one per block
+  const Loops& loops;
+
+  void part(int thread, int threads) const {
+    i64 begin = blocks * thread / threads, end = blocks * (thread + 1) / threads, block = 0;
+    for (i64 k = 0; k < count; k++)
+      for (i64 from = 0; from < sizes[k]; from += BLOCK, block++)
+        if (begin <= block && block < end)
+          sums[block] = loops.squares(dtype, data[k], from, from + BLOCK < sizes[k] ? from + BLOCK : sizes[k]);
+  }
+};
+
+}  // namespace
+
+// Size of Row, so that the caller can check that it packs the same.
+EXPORT int balanced_adam_row_size() { return sizeof(Row); }
+
+// The greatest instruction set that this processor has; 0 is the baseline of its architecture.
+EXPORT int balanced_adam_best_isa() {
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return 2;
+  if (__builtin_cpu_supports("avx2")) return 1;
+#endif
+  return 0;
+}
+
+// GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that torch uses.
+EXPORT void balanced_adam_use_openmp(void* parallel, void* thread, void* threads) {
+  omp_parallel = (void (*)(void (*)(void*), void*, unsigned, unsigned))parallel;
+  omp_thread = (int (*)())thread;
+  omp_threads = (int (*)())threads;
+}
+
+// One step of every row. Dtypes are rule.h's; keep stores factor * grad in place of grad.
+EXPORT void balanced_adam_step(const Row* rows, i64 count, int param, int grad, int copy, int keep, int isa, int threads) {
+  StepJob job{rows, count, 0, {param, grad, copy, keep}, LOOPS[isa]};
+  for (i64 k = 0; k < count; k++) job.total += rows[k].size;
+  run(job, job.total, threads);
+}
+
+// result[k] = sum of squares of array k. Returns 0, or 1 if there was no memory.
+EXPORT int balanced_adam_squares(const void* const* data, const i64* sizes, i64 count, int dtype, double* result, int isa,
+                                 int threads) {
+  SquaresJob job{data, sizes, count, 0, dtype, nullptr, LOOPS[isa]};
+  i64 total = 0;
+  for (i64 k = 0; k < count; k++) total += sizes[k], job.blocks += (sizes[k] + BLOCK - 1) / BLOCK;
+  job.sums = (double*)malloc(sizeof(double) * (job.blocks ? job.blocks : 1));
+  if (!job.sums) return 1;
+  run(job, total, threads);
+  const double* block = job.sums;
+  for (i64 k = 0; k < count; k++) {
+    result[k] = 0.0;
+    for (i64 from = 0; from < sizes[k]; from += BLOCK) result[k] += *block++;
+  }
+  free(job.sums);
+  return 0;
+}
+
+// rule.h's prepare, so that a test can hold it to the oracle without a GPU.
+EXPORT void balanced_adam_prepare(const Recipe* recipe, Scalars* scalars) { *scalars = prepare(*recipe); }

@@ -1,0 +1,129 @@
+"""The CPU kernels: finds the library that was built when the package was installed, and calls it."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Sequence
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from balanced_adam import rule
+from balanced_adam.kernels.table import DTYPES, ROW_SIZE, KernelUnavailable, Update, scalars
+
+ISA = ("baseline", "AVX2", "AVX-512")
+"""Names of the instruction sets on x86-64, by number; other architectures have the baseline alone."""
+
+
+class Library:
+    """The kernels of one shared library.
+
+    Args:
+        path: the shared library.
+        isa: number of the instruction set; None for the best that this processor has.
+
+    Raises:
+        KernelUnavailable: if it can't be loaded, or its results are not those of :mod:`balanced_adam.rule`.
+    """
+
+    def __init__(self, path: Path, isa: int | None = None) -> None:
+        try:
+            self._library = ctypes.CDLL(str(path))
+            if self._library.balanced_adam_row_size() != ROW_SIZE:
+                raise KernelUnavailable(f"{path} was built from other sources; install balanced_adam again.")
+        except (OSError, AttributeError) as error:
+            raise KernelUnavailable(f"{path} can't be loaded: {error}") from error
+        self.best_isa: int = self._library.balanced_adam_best_isa()
+        self.isa = self.best_isa if isa is None else isa
+        self.openmp = _openmp()
+        if self.openmp is not None:
+            runtime = ctypes.CDLL(self.openmp)  # already in the process: this only looks it up
+            functions = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+            addresses = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in functions]
+            self._library.balanced_adam_use_openmp(*addresses)
+        self.check()
+
+    def step(self, updates: Sequence[Update]) -> None:
+        """Carry out all updates; those of one variant together, over all of torch's threads."""
+        for variant, group in groupby(sorted(updates, key=_variant), key=_variant):
+            rows = [update.row() for update in group]
+            count = ctypes.c_longlong(len(rows))
+            self._library.balanced_adam_step(
+                b"".join(rows), count, *map(int, variant), self.isa, torch.get_num_threads()
+            )
+
+    def sums_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The sum of squares of each tensor, shape (len(tensors),), float64; the tensors are dense and of one dtype.
+
+        Each depends on its own tensor alone: not on the number of threads, and not on the instruction set.
+        """
+        count = len(tensors)
+        result = torch.zeros(count, dtype=torch.float64)
+        if count:
+            pointers = (ctypes.c_void_p * count)(*(t.data_ptr() for t in tensors))
+            sizes = (ctypes.c_longlong * count)(*(t.numel() for t in tensors))
+            failed = self._library.balanced_adam_squares(
+                pointers,
+                sizes,
+                ctypes.c_longlong(count),
+                DTYPES[tensors[0].dtype],
+                ctypes.c_void_p(result.data_ptr()),
+                self.isa,
+                torch.get_num_threads(),
+            )
+            if failed:
+                raise MemoryError("no memory for a sum of squares")
+        return result
+
+    def check(self) -> None:
+        """Hold a vector of numbers to the rule, bit for bit: a library built with other flags is found here.
+
+        Raises:
+            KernelUnavailable: if a bit differs.
+        """
+        generator = torch.Generator().manual_seed(0)
+        param, grad, exp_avg, exp_avg_sq = torch.randn(4, 1003, generator=generator)
+        step, lr, betas, eps, decay = 3, 0.1, (0.9, 0.95), 1e-8, 0.1
+        expected = rule.update(
+            param, grad, exp_avg, exp_avg_sq.square_(), step=step, lr=lr, betas=betas, eps=eps, weight_decay=decay
+        )
+        self.step([Update(param, grad, exp_avg, exp_avg_sq, scalars(step, lr, betas, eps, decay, False))])
+        if not all(torch.equal(a, b) for a, b in zip((param, exp_avg, exp_avg_sq), expected, strict=True)):
+            raise KernelUnavailable(
+                f"the CPU kernel's bits are not those of the update rule ({ISA[self.isa]}); was it built with "
+                "-ffast-math or the like in CFLAGS?"
+            )
+
+
+@cache
+def library() -> Library:
+    """The library that was built with this package.
+
+    Raises:
+        KernelUnavailable: if there is none, which is so when no C++ compiler was at hand, or if it can't be used.
+    """
+    found = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    if not found:
+        raise KernelUnavailable(
+            "the CPU kernel was not built when balanced_adam was installed; install it again where there is a C++ compiler"
+        )
+    return Library(found[0])
+
+
+def _variant(update: Update) -> tuple[int, int, int, bool]:
+    return update.variant
+
+
+def _openmp() -> str | None:
+    """The OpenMP runtime in this process, torch's own if there are several; None where there is none to be seen."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    found = dict.fromkeys(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)[-\w]*\.so\S*", maps))
+    own = str(Path(torch.__file__).parent.parent)  # wheels keep it in torch/lib or torch.libs
+    return min(found, key=lambda path: not path.startswith(own), default=None)

@@ -1,0 +1,181 @@
+// The CUDA kernels around rule.h. NVRTC compiles them at run time (kernels/cuda.py) for one device and one combination of
+//   PARAM, GRAD, COPY: dtypes as in rule.h (COPY may be NONE).
+// No includes but rule.h, and no shared memory: tests run this very file on the CPU.
+#include "rule.h"
+
+// Of a pointer read from memory: without this every access through it would be a generic one.
+#ifdef __CUDA_ARCH__
+#define ASSUME_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
+#else
+#define ASSUME_GLOBAL(pointer) (void)(pointer)
+#endif
+
+namespace balanced_adam {
+
+// Four elements at a time: 16 bytes of fp32, 8 bytes of 16-bit data, so that one head count can align every array.
+constexpr int WIDTH = 4;
+
+template <class T>
+struct alignas(sizeof(T) * WIDTH) Vector {
+  T x[WIDTH];
+};
+
+typedef Element<PARAM> Param;
+typedef Element<GRAD> Grad;
+typedef Element<COPY == NONE ? FLOAT32 : COPY> Copy;
+typedef Float32State State;
+
+// A row's arrays with their types, and the scalars in registers.
+struct Arrays {
+  Param::Stored* param;
+  const Grad::Stored* grad;
+  Copy::Stored* copy;
+  State::Word* exp_avg;
+  State::Word* exp_avg_sq;
+  float factor;  // -1 times it to maximize
+  Scalars scalars;
+};
+
+// From element `begin` on.
+__device__ __forceinline__ Arrays arrays_of(const Row& row, i64 begin) {
+  Arrays a;
+  a.param = (Param::Stored*)row.param + begin;
+  a.grad = (const Grad::Stored*)row.grad + begin;
+  a.copy = (Copy::Stored*)row.copy + begin;
+  a.exp_avg = (State::Word*)row.exp_avg + begin;
+  a.exp_avg_sq = (State::Word*)row.exp_avg_sq + begin;
+  a.scalars = row.scalars;
+  a.factor = row.factor ? *row.factor * row.scalars.sign : row.scalars.sign;
+  ASSUME_GLOBAL(a.param);
+  ASSUME_GLOBAL(a.grad);
+  ASSUME_GLOBAL(a.exp_avg);
+  ASSUME_GLOBAL(a.exp_avg_sq);
+  if (COPY != NONE) ASSUME_GLOBAL(a.copy);
+  return a;
+}
+
+__device__ __forceinline__ void step_one(const Arrays& a, int i) {
+  float p = Param::load(a.param[i]), g = Grad::load(a.grad[i]) * a.factor, m, v;
+  State::decode(a.exp_avg[i], a.exp_avg_sq[i], m, v);
+  update(a.scalars, p, g, m, v);
+  State::encode(m, v, a.exp_avg[i], a.exp_avg_sq[i]);
+  a.param[i] = Param::store(p);
+  if (COPY != NONE) a.copy[i] = Copy::store(p);
+}
+
+template <class T>
+__device__ __forceinline__ Vector<T>& four(T* array, i64 i) {
+  return *(Vector<T>*)(array + i);
+}
+
+template <class T>
+__device__ __forceinline__ const Vector<T>& four(const T* array, i64 i) {
+  return *(const Vector<T>*)(array + i);
+}
+
+__device__ __forceinline__ void step_four(const Arrays& a, int i) {
+  Vector<Param::Stored> param = four(a.param, i);
+  Vector<Grad::Stored> grad = four(a.grad, i);
+  Vector<State::Word> exp_avg = four(a.exp_avg, i), exp_avg_sq = four(a.exp_avg_sq, i);
+  Vector<Copy::Stored> copy;
+#pragma unroll
+  for (int k = 0; k < WIDTH; k++) {
+    float p = Param::load(param.x[k]), g = Grad::load(grad.x[k]) * a.factor, m, v;
+    State::decode(exp_avg.x[k], exp_avg_sq.x[k], m, v);
+    update(a.scalars, p, g, m, v);
+    State::encode(m, v, exp_avg.x[k], exp_avg_sq.x[k]);
+    param.x[k] = Param::store(p);
+    copy.x[k] = Copy::store(p);
+  }
+  four(a.param, i) = param;
+  four(a.exp_avg, i) = exp_avg;
+  four(a.exp_avg_sq, i) = exp_avg_sq;
+  if (COPY != NONE) four(a.copy, i) = copy;
+}
+
+// Elements before the first whole vector of this array.
+template <class T>
+__device__ __forceinline__ int head_of(const T* array) {
+  int past = (int)((u64)array & (sizeof(T) * WIDTH - 1)) / (int)sizeof(T);
+  return past ? WIDTH - past : 0;
+}
+
+// The same for all arrays, or -1 if they don't agree (then everything goes one by one).
+__device__ __forceinline__ int head_of(const Arrays& a) {
+  int head = head_of(a.param);
+  bool agree = head == head_of(a.grad) && head == head_of(a.exp_avg) && head == head_of(a.exp_avg_sq);
+  if (COPY != NONE) agree = agree && head == head_of(a.copy);
+  return agree ? head : -1;
+}
+
+// One chunk of a row, by the threads of one block. chunk_size is a multiple of WIDTH, so that all chunks have one head.
+// Not unrolled, and with 32-bit indices: both save registers.
+__device__ __forceinline__ void step_chunk(const Row& row, i64 chunk, i64 chunk_size) {
+  i64 begin = chunk * chunk_size, rest = row.size - begin;
+  const Arrays a = arrays_of(row, begin);
+  int size = (int)(rest < chunk_size ? rest : chunk_size), head = head_of(a);
+  int first = head < 0 || head > size ? size : head;  // of the vectors
+  int last = first + (size - first) / WIDTH * WIDTH;
+#pragma unroll 1
+  for (int i = first + threadIdx.x * WIDTH; i < last; i += blockDim.x * WIDTH) step_four(a, i);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < first; i += blockDim.x) step_one(a, i);
+#pragma unroll 1
+  for (int i = last + threadIdx.x; i < size; i += blockDim.x) step_one(a, i);
+}
+
+// The row whose chunks include this one. first_chunk ascends.
+__device__ __forceinline__ i64 row_of(const Row* rows, i64 count, i64 chunk) {
+  i64 low = 0, high = count - 1;
+  while (low < high) {
+    i64 middle = (low + high + 1) / 2;
+    if (rows[middle].first_chunk <= chunk)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+}  // namespace balanced_adam
+
+using namespace balanced_adam;
+
+// One long array, whose row comes by value: block b takes chunk b.
+extern "C" __global__ void __launch_bounds__(256) balanced_adam_flat(Row row, i64 chunk_size) {
+  step_chunk(row, blockIdx.x, chunk_size);
+}
+
+// Many arrays: a block takes one chunk of one row of a table in device memory.
+extern "C" __global__ void __launch_bounds__(256) balanced_adam_multi(const Row* rows, i64 count, i64 chunk_size) {
+  const Row& row = rows[row_of(rows, count, blockIdx.x)];
+  step_chunk(row, blockIdx.x - row.first_chunk, chunk_size);
+}
+
+// Writes each row's scalars from a step count and a learning rate that live on the device.
+extern "C" __global__ void balanced_adam_prepare(const Recipe* recipes, Row* rows, i64 count) {
+  i64 k = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (k < count) rows[k].scalars = prepare(recipes[k]);
+}
+
+// Sums of squares of many gradients (of dtype GRAD), in double: one for every thread of every chunk. Squares of floats are
+// exact in double, and the order depends on nothing but the sizes.
+extern "C" __global__ void __launch_bounds__(256)
+    balanced_adam_squares(const Row* rows, i64 count, i64 chunk_size, double* sums) {
+  const Row& row = rows[row_of(rows, count, blockIdx.x)];
+  i64 begin = (blockIdx.x - row.first_chunk) * chunk_size, rest = row.size - begin;
+  const Grad::Stored* grad = (const Grad::Stored*)row.grad + begin;
+  ASSUME_GLOBAL(grad);
+  int size = (int)(rest < chunk_size ? rest : chunk_size), head = head_of(grad);
+  int first = head < size ? head : size, last = first + (size - first) / WIDTH * WIDTH;
+  double sum = 0.0;
+#pragma unroll 1
+  for (int i = first + threadIdx.x * WIDTH; i < last; i += blockDim.x * WIDTH) {
+    Vector<Grad::Stored> vector = four(grad, i);
+#pragma unroll
+    for (int k = 0; k < WIDTH; k++) sum += (double)Grad::load(vector.x[k]) * Grad::load(vector.x[k]);
+  }
+  for (int i = threadIdx.x; i < first; i += blockDim.x) sum += (double)Grad::load(grad[i]) * Grad::load(grad[i]);
+  for (int i = last + threadIdx.x; i < size; i += blockDim.x) sum += (double)Grad::load(grad[i]) * Grad::load(grad[i]);
+  sums[(i64)blockIdx.x * blockDim.x + threadIdx.x] = sum;
+}

@@ -1,0 +1,193 @@
+// The update rule of balanced_adam/rule.py for one element, for every compiler: g++ and clang (cpu.cpp), NVRTC (cuda.cu).
+//
+// No includes: NVRTC comes without headers. Everything is IEEE single precision, one rounding per operation and in the
+// oracle's order; compile with contraction off (-ffp-contract=off, --fmad=false), or the bits differ from the oracle's.
+#pragma once
+
+#if defined(__CUDACC_RTC__) || defined(__CUDACC__)
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace balanced_adam {
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned long long u64;
+
+HOST_DEVICE u32 bits(float x) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(x);
+#else
+  u32 u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+#endif
+}
+
+HOST_DEVICE float number(u32 u) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(u);
+#else
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+#endif
+}
+
+HOST_DEVICE float root(float x) {
+#ifdef __CUDA_ARCH__
+  return __fsqrt_rn(x);
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+
+HOST_DEVICE double root(double x) {
+#ifdef __CUDA_ARCH__
+  return __dsqrt_rn(x);
+#else
+  return __builtin_sqrt(x);
+#endif
+}
+
+HOST_DEVICE float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
+// ---- Elements as they lie in memory. Conversions by hand (NVRTC has no cuda_bf16.h), without branches, round to nearest
+// even, as torch's. The numbers are those of kernels/table.py.
+
+enum Dtype { NONE = 0, FLOAT32 = 1, BFLOAT16 = 2, FLOAT16 = 3 };
+
+template <int D>
+struct Element;
+
+template <>
+struct Element<FLOAT32> {
+  typedef float Stored;
+  static HOST_DEVICE float load(float x) { return x; }
+  static HOST_DEVICE float store(float x) { return x; }
+};
+
+template <>
+struct Element<BFLOAT16> {
+  typedef u16 Stored;
+  static HOST_DEVICE float load(u16 x) { return number((u32)x << 16); }
+  static HOST_DEVICE u16 store(float x) {
+    u32 u = bits(x);
+    u32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return (u16)((u & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : rounded);  // NaN stays NaN
+  }
+};
+
+template <>
+struct Element<FLOAT16> {
+  typedef u16 Stored;
+  static HOST_DEVICE float load(u16 x) {
+    u32 sign = (u32)(x & 0x8000u) << 16, rest = x & 0x7fffu;
+    u32 normal = (rest << 13) + 0x38000000u;        // the exponent's bias: 15 becomes 127
+    u32 infinite = (rest << 13) | 0x7f800000u;      // infinities and NaN
+    u32 denormal = bits(number(0x38800000u | (rest << 13)) - number(0x38800000u));  // 2^-14 (1 + f) - 2^-14, exact
+    u32 u = rest >= 0x7c00u ? infinite : normal;
+    return number((rest < 0x0400u ? denormal : u) | sign);
+  }
+  static HOST_DEVICE u16 store(float x) {
+    u32 u = bits(x), sign = u & 0x80000000u, size = u ^ sign;
+    u32 normal = (size + 0xc8000fffu + ((size >> 13) & 1u)) >> 13;
+    u32 denormal = bits(number(size) + 0.5f) - 0x3f000000u;  // 0.5 has fp16's smallest step as its last bit
+    u32 h = size < 0x38800000u ? denormal : normal;
+    h = size >= 0x47800000u ? 0x7c00u : h;                   // 65536 and more; 65520 and more have rounded up to it
+    h = size > 0x7f800000u ? 0x7fffu : h;
+    return (u16)(h | (sign >> 16));
+  }
+};
+
+// ---- The moments as they lie in memory: one or two arrays of words, decoded before the update and encoded after it.
+
+struct Float32State {
+  typedef float Word;  // arrays: exp_avg, exp_avg_sq
+  static HOST_DEVICE void decode(Word a, Word b, float& m, float& v) { m = a, v = b; }
+  static HOST_DEVICE void encode(float m, float v, Word& a, Word& b) { a = m, b = v; }
+};
+
+// ---- The scalars of one step, rounded once from double; kernels/table.py packs them.
+
+struct Scalars {
+  float beta1, rest1;  // rest = 1 - beta
+  float beta2, rest2;
+  float eps;     // eps sqrt(c2), at least the smallest normal number
+  float rate;    // lr sqrt(c2) / c1
+  float shrink;  // 1 - lr weight_decay
+  float sign;    // -1 to maximize
+  float spent;   // m becomes 0 where v <= spent: 0 for equal betas, -1 (nowhere) otherwise
+};
+
+// One tensor, or a piece of one. CUDA reads a table of these from device memory.
+struct Row {
+  void* param;
+  void* grad;  // written only where the scaled gradient is to be kept
+  void* copy;  // 16-bit (or other) copy of the new weights, or null
+  void* exp_avg;
+  void* exp_avg_sq;
+  const float* factor;  // multiplies the gradient (unscaling, clipping), or null for 1
+  i64 size;             // elements
+  i64 first_chunk;      // of the rows before this one (CUDA, several tensors)
+  Scalars scalars;
+};
+
+constexpr float SMALLEST_NORMAL = 1.17549435e-38f;
+
+// Denormals become zero; NaN stays NaN.
+HOST_DEVICE float flush(float x) { return (bits(x) & 0x7fffffffu) < 0x00800000u ? 0.0f : x; }
+
+// equation by equation, balanced_adam.rule.update
+HOST_DEVICE void update(const Scalars& s, float& param, float grad, float& m, float& v) {
+  m = flush(m * s.beta1 + grad * s.rest1);
+  v = flush(v * s.beta2 + (grad * grad) * s.rest2);
+  m = v <= s.spent ? 0.0f : m;
+  float direction = quotient(m, root(v) + s.eps);
+  param = param * s.shrink - direction * s.rate;
+}
+
+// ---- What balanced_adam.rule.bias_correction does, where the step count and lr live on the device (CUDA graphs).
+
+struct Recipe {
+  float* step;      // of this tensor, counted from 0; advanced here
+  const float* lr;  // or null: lr_value
+  double lr_value, beta1, beta2, eps, weight_decay;
+  double sign;
+};
+
+HOST_DEVICE double power(double base, i64 exponent) {  // as balanced_adam.rule.power: the same bits everywhere
+  double result = 1.0;
+  for (; exponent > 0; exponent >>= 1) {
+    if (exponent & 1) result = result * base;
+    base = base * base;
+  }
+  return result;
+}
+
+HOST_DEVICE Scalars prepare(const Recipe& r) {
+  *r.step += 1.0f;
+  i64 step = (i64)*r.step;
+  double lr = r.lr ? (double)*r.lr : r.lr_value;
+  double c2 = 1.0 - power(r.beta2, step), root2 = root(c2), eps = r.eps * root2;
+  bool tied = r.beta1 == r.beta2;
+  double scale = tied ? 1.0 / root2 : root2 / (1.0 - power(r.beta1, step));
+  Scalars s;
+  s.beta1 = (float)r.beta1, s.rest1 = (float)(1.0 - r.beta1);
+  s.beta2 = (float)r.beta2, s.rest2 = (float)(1.0 - r.beta2);
+  s.eps = eps > SMALLEST_NORMAL ? (float)eps : SMALLEST_NORMAL;
+  s.rate = (float)(lr * scale), s.shrink = (float)(1.0 - lr * r.weight_decay);
+  s.sign = (float)r.sign, s.spent = tied ? 0.0f : -1.0f;
+  return s;
+}
+
+}  // namespace balanced_adam

@@ -1,0 +1,119 @@
+"""What a kernel is told: one :class:`Update` per tensor (or piece of one), packed as ``Row`` of ``rule.h``."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from balanced_adam import rule
+
+DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+"""The dtypes that kernels take, with their numbers in ``rule.h``."""
+NO_DTYPE = 0
+
+_POINTERS = struct.Struct("@6P2q")  # param, grad, copy, exp_avg, exp_avg_sq, factor, size, first_chunk
+_SCALARS = struct.Struct("@9f4x")
+_RECIPE = struct.Struct("@2P6d")
+ROW_SIZE = _POINTERS.size + _SCALARS.size
+
+
+class KernelUnavailable(RuntimeError):
+    """There is no kernel for this device; the message says why."""
+
+
+class Variant(NamedTuple):
+    """What a kernel is compiled for: dtypes by their numbers, and whether the scaled gradient is kept."""
+
+    param: int
+    grad: int
+    copy: int
+    keep: bool
+
+
+class Recipe(NamedTuple):
+    """What the scalars of a step are made from on the device itself, so that a CUDA graph can be replayed."""
+
+    step: Tensor
+    """The step count, one float32 on the device, before this step. The kernel advances it."""
+    lr: float | Tensor
+    """A number, or one float32 on the device."""
+    betas: rule.Betas
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+    def pack(self) -> bytes:
+        """``Recipe`` of ``rule.h``."""
+        on_device = isinstance(self.lr, Tensor)
+        return _RECIPE.pack(
+            self.step.data_ptr(),
+            self.lr.data_ptr() if isinstance(self.lr, Tensor) else 0,
+            0.0 if on_device else self.lr,
+            *self.betas,
+            self.eps,
+            self.weight_decay,
+            -1.0 if self.maximize else 1.0,
+        )
+
+
+class Update(NamedTuple):
+    """One step of a tensor, or of a piece of one. All tensors are dense, on one device, and in the same memory order."""
+
+    param: Tensor
+    """The weights: float32, or bfloat16 or float16 with a gradient of the same dtype."""
+    grad: Tensor
+    """The gradient of ``param``'s elements ``offset`` to ``offset + grad.numel()``, in memory order."""
+    exp_avg: Tensor
+    """float32, like ``param``."""
+    exp_avg_sq: Tensor
+    """float32, like ``param``."""
+    scalars: bytes | Recipe
+    """From :func:`scalars`; or a recipe, on CUDA and for whole tensors only."""
+    offset: int = 0
+    copy: Tensor | None = None
+    """Where the new weights go a second time, in this tensor's dtype; as many elements as ``param``."""
+    factor: Tensor | None = None
+    """One float32 on the same device; multiplies the gradient."""
+    keep: bool = False
+    """Store factor * gradient in place of the gradient (float32 only)."""
+
+    @property
+    def variant(self) -> Variant:
+        """What its kernel has to be compiled for."""
+        copy = NO_DTYPE if self.copy is None else DTYPES[self.copy.dtype]
+        return Variant(DTYPES[self.param.dtype], DTYPES[self.grad.dtype], copy, self.keep)
+
+    def row(self, first_chunk: int = 0) -> bytes:
+        """``Row`` of ``rule.h``."""
+        at = self.offset
+        copy, factor = self.copy, self.factor
+        return _POINTERS.pack(
+            self.param.data_ptr() + at * self.param.element_size(),
+            self.grad.data_ptr(),
+            0 if copy is None else copy.data_ptr() + at * copy.element_size(),
+            self.exp_avg.data_ptr() + at * self.exp_avg.element_size(),
+            self.exp_avg_sq.data_ptr() + at * self.exp_avg_sq.element_size(),
+            0 if factor is None else factor.data_ptr(),
+            self.grad.numel(),
+            first_chunk,
+        ) + (self.scalars if isinstance(self.scalars, bytes) else bytes(_SCALARS.size))
+
+
+def scalars(step: int, lr: float, betas: rule.Betas, eps: float, weight_decay: float, maximize: bool) -> bytes:
+    """``Scalars`` of ``rule.h`` for step number ``step``: worked out in double, rounded once."""
+    beta1, beta2 = betas
+    correction = rule.bias_correction(step, betas, eps)
+    return _SCALARS.pack(
+        beta1,
+        1.0 - beta1,
+        beta2,
+        1.0 - beta2,
+        max(correction.eps, torch.finfo(torch.float32).tiny),
+        lr * correction.scale,
+        1.0 - lr * weight_decay,
+        -1.0 if maximize else 1.0,
+        0.0 if beta1 == beta2 else -1.0,
+    )
