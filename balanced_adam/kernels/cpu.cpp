@@ -203,10 +203,10 @@ struct SquaresJob {
 }  // namespace
 
 // Size of Row, so that the caller can check that it packs the same.
-EXPORT int balanced_adam_row_size() { return sizeof(Row); }
+EXPORT int balanced_adam_cpu_row_size() { return sizeof(Row); }
 
 // The greatest instruction set that this processor has; 0 is the baseline of its architecture.
-EXPORT int balanced_adam_best_isa() {
+EXPORT int balanced_adam_cpu_best_isa() {
 #ifdef __x86_64__
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -218,21 +218,21 @@ EXPORT int balanced_adam_best_isa() {
 }
 
 // GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that torch uses.
-EXPORT void balanced_adam_use_openmp(void* parallel, void* thread, void* threads) {
+EXPORT void balanced_adam_cpu_use_openmp(void* parallel, void* thread, void* threads) {
   omp_parallel = (void (*)(void (*)(void*), void*, unsigned, unsigned))parallel;
   omp_thread = (int (*)())thread;
   omp_threads = (int (*)())threads;
 }
 
 // One step of every row. Dtypes are rule.h's; keep stores factor * grad in place of grad.
-EXPORT void balanced_adam_step(const Row* rows, i64 count, int param, int grad, int copy, int keep, int isa, int threads) {
+EXPORT void balanced_adam_cpu_step(const Row* rows, i64 count, int param, int grad, int copy, int keep, int isa, int threads) {
   StepJob job{rows, count, 0, {param, grad, copy, keep}, LOOPS[isa]};
   for (i64 k = 0; k < count; k++) job.total += rows[k].size;
   run(job, job.total, threads);
 }
 
 // result[k] = sum of squares of array k. Returns 0, or 1 if there was no memory.
-EXPORT int balanced_adam_squares(const void* const* data, const i64* sizes, i64 count, int dtype, double* result, int isa,
+EXPORT int balanced_adam_cpu_squares(const void* const* data, const i64* sizes, i64 count, int dtype, double* result, int isa,
                                  int threads) {
   SquaresJob job{data, sizes, count, 0, dtype, nullptr, LOOPS[isa]};
   i64 total = 0;
@@ -250,4 +250,4 @@ EXPORT int balanced_adam_squares(const void* const* data, const i64* sizes, i64 
 }
 
 // rule.h's prepare, so that a test can hold it to the oracle without a GPU.
-EXPORT void balanced_adam_prepare(const Recipe* recipe, Scalars* scalars) { *scalars = prepare(*recipe); }
+EXPORT void balanced_adam_cpu_prepare(const Recipe* recipe, Scalars* scalars) { *scalars = prepare(*recipe); }

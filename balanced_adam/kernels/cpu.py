@@ -33,18 +33,18 @@ class Library:
     def __init__(self, path: Path, isa: int | None = None) -> None:
         try:
             self._library = ctypes.CDLL(str(path))
-            if self._library.balanced_adam_row_size() != ROW_SIZE:
+            if self._library.balanced_adam_cpu_row_size() != ROW_SIZE:
                 raise KernelUnavailable(f"{path} was built from other sources; install balanced_adam again.")
         except (OSError, AttributeError) as error:
             raise KernelUnavailable(f"{path} can't be loaded: {error}") from error
-        self.best_isa: int = self._library.balanced_adam_best_isa()
+        self.best_isa: int = self._library.balanced_adam_cpu_best_isa()
         self.isa = self.best_isa if isa is None else isa
         self.openmp = _openmp()
         if self.openmp is not None:
             runtime = ctypes.CDLL(self.openmp)  # already in the process: this only looks it up
             functions = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
             addresses = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in functions]
-            self._library.balanced_adam_use_openmp(*addresses)
+            self._library.balanced_adam_cpu_use_openmp(*addresses)
         self.check()
 
     def step(self, updates: Sequence[Update]) -> None:
@@ -52,7 +52,7 @@ class Library:
         for variant, group in groupby(sorted(updates, key=_variant), key=_variant):
             rows = [update.row() for update in group]
             count = ctypes.c_longlong(len(rows))
-            self._library.balanced_adam_step(
+            self._library.balanced_adam_cpu_step(
                 b"".join(rows), count, *map(int, variant), self.isa, torch.get_num_threads()
             )
 
@@ -66,7 +66,7 @@ class Library:
         if count:
             pointers = (ctypes.c_void_p * count)(*(t.data_ptr() for t in tensors))
             sizes = (ctypes.c_longlong * count)(*(t.numel() for t in tensors))
-            failed = self._library.balanced_adam_squares(
+            failed = self._library.balanced_adam_cpu_squares(
                 pointers,
                 sizes,
                 ctypes.c_longlong(count),

@@ -1,5 +1,6 @@
 // The CUDA kernels around rule.h. NVRTC compiles them at run time (kernels/cuda.py) for one device and one combination of
 //   PARAM, GRAD, COPY: dtypes as in rule.h (COPY may be NONE).
+// THREADS is the size of a block. Chunks and rows are counted in 32 bits, elements in 64.
 // No includes but rule.h, and no shared memory: tests run this very file on the CPU.
 #include "rule.h"
 
@@ -109,15 +110,16 @@ __device__ __forceinline__ int head_of(const Arrays& a) {
 }
 
 // One chunk of a row, by the threads of one block. chunk_size is a multiple of WIDTH, so that all chunks have one head.
-// Not unrolled, and with 32-bit indices: both save registers.
-__device__ __forceinline__ void step_chunk(const Row& row, i64 chunk, i64 chunk_size) {
-  i64 begin = chunk * chunk_size, rest = row.size - begin;
+// Not unrolled, and with 32-bit indices: both save registers. (So does blockDim, where speed does not matter: with THREADS
+// one variant spills on sm_80.)
+__device__ __forceinline__ void step_chunk(const Row& row, int chunk, int chunk_size) {
+  i64 begin = (i64)chunk * chunk_size, rest = row.size - begin;
   const Arrays a = arrays_of(row, begin);
   int size = (int)(rest < chunk_size ? rest : chunk_size), head = head_of(a);
   int first = head < 0 || head > size ? size : head;  // of the vectors
   int last = first + (size - first) / WIDTH * WIDTH;
 #pragma unroll 1
-  for (int i = first + threadIdx.x * WIDTH; i < last; i += blockDim.x * WIDTH) step_four(a, i);
+  for (int i = first + threadIdx.x * WIDTH; i < last; i += THREADS * WIDTH) step_four(a, i);
 #pragma unroll 1
   for (int i = threadIdx.x; i < first; i += blockDim.x) step_one(a, i);
 #pragma unroll 1
@@ -125,10 +127,10 @@ __device__ __forceinline__ void step_chunk(const Row& row, i64 chunk, i64 chunk_
 }
 
 // The row whose chunks include this one. first_chunk ascends.
-__device__ __forceinline__ i64 row_of(const Row* rows, i64 count, i64 chunk) {
-  i64 low = 0, high = count - 1;
+__device__ __forceinline__ int row_of(const Row* rows, int count, int chunk) {
+  int low = 0, high = count - 1;
   while (low < high) {
-    i64 middle = (low + high + 1) / 2;
+    int middle = (low + high + 1) / 2;
     if (rows[middle].first_chunk <= chunk)
       low = middle;
     else
@@ -142,14 +144,14 @@ __device__ __forceinline__ i64 row_of(const Row* rows, i64 count, i64 chunk) {
 using namespace balanced_adam;
 
 // One long array, whose row comes by value: block b takes chunk b.
-extern "C" __global__ void __launch_bounds__(256) balanced_adam_flat(Row row, i64 chunk_size) {
-  step_chunk(row, blockIdx.x, chunk_size);
+extern "C" __global__ void __launch_bounds__(THREADS) balanced_adam_flat(Row row, i64 chunk_size) {
+  step_chunk(row, (int)blockIdx.x, (int)chunk_size);
 }
 
 // Many arrays: a block takes one chunk of one row of a table in device memory.
-extern "C" __global__ void __launch_bounds__(256) balanced_adam_multi(const Row* rows, i64 count, i64 chunk_size) {
-  const Row& row = rows[row_of(rows, count, blockIdx.x)];
-  step_chunk(row, blockIdx.x - row.first_chunk, chunk_size);
+extern "C" __global__ void __launch_bounds__(THREADS) balanced_adam_multi(const Row* rows, i64 count, i64 chunk_size) {
+  const Row& row = rows[row_of(rows, (int)count, (int)blockIdx.x)];
+  step_chunk(row, (int)(blockIdx.x - row.first_chunk), (int)chunk_size);
 }
 
 // Writes each row's scalars from a step count and a learning rate that live on the device.
@@ -160,9 +162,9 @@ extern "C" __global__ void balanced_adam_prepare(const Recipe* recipes, Row* row
 
 // Sums of squares of many gradients (of dtype GRAD), in double: one for every thread of every chunk. Squares of floats are
 // exact in double, and the order depends on nothing but the sizes.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(THREADS)
     balanced_adam_squares(const Row* rows, i64 count, i64 chunk_size, double* sums) {
-  const Row& row = rows[row_of(rows, count, blockIdx.x)];
+  const Row& row = rows[row_of(rows, (int)count, (int)blockIdx.x)];
   i64 begin = (blockIdx.x - row.first_chunk) * chunk_size, rest = row.size - begin;
   const Grad::Stored* grad = (const Grad::Stored*)row.grad + begin;
   ASSUME_GLOBAL(grad);
@@ -170,12 +172,12 @@ extern "C" __global__ void __launch_bounds__(256)
   int first = head < size ? head : size, last = first + (size - first) / WIDTH * WIDTH;
   double sum = 0.0;
 #pragma unroll 1
-  for (int i = first + threadIdx.x * WIDTH; i < last; i += blockDim.x * WIDTH) {
+  for (int i = first + threadIdx.x * WIDTH; i < last; i += THREADS * WIDTH) {
     Vector<Grad::Stored> vector = four(grad, i);
 #pragma unroll
     for (int k = 0; k < WIDTH; k++) sum += (double)Grad::load(vector.x[k]) * Grad::load(vector.x[k]);
   }
   for (int i = threadIdx.x; i < first; i += blockDim.x) sum += (double)Grad::load(grad[i]) * Grad::load(grad[i]);
   for (int i = last + threadIdx.x; i < size; i += blockDim.x) sum += (double)Grad::load(grad[i]) * Grad::load(grad[i]);
-  sums[(i64)blockIdx.x * blockDim.x + threadIdx.x] = sum;
+  sums[(i64)blockIdx.x * THREADS + threadIdx.x] = sum;
 }

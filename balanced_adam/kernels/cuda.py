@@ -37,6 +37,7 @@ def options(variant: Variant, architecture: str) -> list[str]:
         f"-DPARAM={variant.param}",
         f"-DGRAD={variant.grad}",
         f"-DCOPY={variant.copy}",
+        f"-DTHREADS={THREADS}",
     ]
 
 

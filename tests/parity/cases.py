@@ -206,4 +206,4 @@ def mutant_cases() -> Iterator[Case]:
             yield Case(stage, "bf16", mutant=mutant)
 
 
-PHANTOM = Case(0, "bf16", mutant="phantom_step")
+PHANTOM = Case(0, "bf16", path="fused", mutant="phantom_step")

@@ -1,0 +1,85 @@
+"""What NVRTC makes of the CUDA source; ``python -m tests.kernels.compiled`` prints it as a table. Needs no GPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+from collections import Counter
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from balanced_adam.kernels import cuda
+from balanced_adam.kernels.table import Variant
+from tests.kernels.bits import VARIANTS
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+KERNELS = ("flat", "multi", "squares", "prepare")
+
+
+class Resources(NamedTuple):
+    """Of one kernel, as ptxas tells them."""
+
+    registers: int
+    stack: int
+    spilled: int
+    """Bytes stored and loaded because registers ran out."""
+
+
+@cache
+def compiled(variant: Variant, architecture: str) -> tuple[bytes, dict[str, Resources]]:
+    """Machine code, and what each kernel takes."""
+    image, log = cuda.compile(variant, architecture, ["--ptxas-options=-v"])
+    pattern = (
+        r"Function properties for balanced_adam_(\w+)\D+(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads[\s\S]*?Used (\d+) registers"
+    )
+    found = {
+        name: Resources(int(registers), int(stack), int(stores) + int(loads))
+        for name, stack, stores, loads, registers in re.findall(pattern, log)
+    }
+    return image, found
+
+
+@cache
+def machine_code(variant: Variant, architecture: str) -> dict[str, list[str]]:
+    """Kernel -> its instructions, as cuobjdump shows them."""
+    tools = Path(next(iter(find_spec("nvidia").submodule_search_locations))) / "cu13" / "bin"  # type: ignore
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "kernels.cubin"
+        file.write_bytes(compiled(variant, architecture)[0])
+        command = [tools / "cuobjdump", "-sass", file]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={"PATH": f"{tools}:/usr/bin:/bin"}, check=True
+        )
+    functions = re.split(r"Function : balanced_adam_", done.stdout)[1:]
+    return {f.split()[0]: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", f) for f in functions}
+
+
+def accesses(instructions: list[str]) -> Counter[str]:
+    """Kinds of memory access: LDG.128, STG.64, LD (generic), LDL (spilled), ..."""
+    kinds: Counter[str] = Counter()
+    for instruction in instructions:
+        opcode, *flags = instruction.split()[0].split(".")
+        if opcode in ("LDG", "STG", "LD", "ST", "LDL", "STL"):
+            kinds[".".join([opcode, *(f for f in flags if f in ("128", "64", "U16"))])] += 1
+    return kinds
+
+
+def main() -> None:
+    versions = {p: importlib.metadata.version(p) for p in ("nvidia-cuda-nvrtc", "cuda-bindings")}
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    print("\nRegisters of a thread (flat / multi / squares), greatest over the variants; nothing is spilled:\n")
+    print("| architecture | flat | multi | squares |\n|---|---|---|---|")
+    for architecture in ARCHITECTURES:
+        found = [compiled(variant, architecture)[1] for variant in VARIANTS]
+        assert not any(resources.spilled for kernels in found for resources in kernels.values())
+        greatest = [max(kernels[k].registers for kernels in found) for k in KERNELS[:3]]
+        print(f"| {architecture} | " + " | ".join(map(str, greatest)) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The CPU kernels in every instruction set, and the CUDA source run on the CPU, have the bits of the torch rule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from balanced_adam.kernels import cpu
+from balanced_adam.kernels.cpu import ISA, Library, library
+from balanced_adam.kernels.table import Recipe, Variant, scalars
+from tests.kernels.bits import (
+    BETAS,
+    KEEP,
+    SIZES,
+    VARIANTS,
+    Run,
+    Setting,
+    State,
+    emulated_flat,
+    emulated_multi,
+    expected,
+    first,
+    runs,
+    same,
+    update,
+)
+from tests.kernels.build import cpu_library, needs_compiler
+
+pytestmark = needs_compiler
+
+
+def on_cpu(isa: int) -> Run:
+    kernels = Library(cpu_library(), isa)
+    return lambda update: kernels.step([update])
+
+
+RUNS = {
+    **{name: lambda number=number: on_cpu(number) for number, name in enumerate(ISA)},
+    "CUDA flat": lambda: emulated_flat,
+    "CUDA multi": lambda: emulated_multi,
+}
+
+
+def run_of(name: str) -> Run:
+    if name in ISA and ISA.index(name) > library().best_isa:
+        pytest.skip(f"this processor has no {name}")
+    return RUNS[name]()
+
+
+def name_of(variant: Variant) -> str:
+    dtypes = ("none", "fp32", "bf16", "fp16")
+    keep = "-kept" * variant.keep
+    return f"param_{dtypes[variant.param]}-grad_{dtypes[variant.grad]}-copy_{dtypes[variant.copy]}{keep}"
+
+
+CASES = [(name, v) for name in RUNS for v in VARIANTS + (KEEP if name in ISA else [])]
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES, ids=[f"{name}-{name_of(v)}" for name, v in CASES])
+def test_every_size_and_alignment_has_the_bits_of_the_rule(name: str, variant: Variant) -> None:
+    run = run_of(name)
+    for number, size in enumerate(SIZES):
+        for shift in range(4):
+            setting = Setting(betas=BETAS[number % 2], maximize=shift == 1, eps=0.0 if shift == 2 else 1e-8)
+            state = first(variant, size, seed=number).clone(shift)
+            if shift == 3:  # arrays that disagree about where a vector begins
+                state = state._replace(exp_avg=state.clone(1).exp_avg)
+            assert all(runs(state, setting, 3, variant, size, run, seed=number)), (size, shift)
+
+
+@pytest.mark.parametrize("betas", BETAS, ids=str)
+@pytest.mark.parametrize("name", RUNS)
+def test_a_hundred_steps_have_the_bits_of_the_rule(name: str, betas: tuple[float, float]) -> None:
+    variant = Variant(1, 1, 2, False)
+    state = first(variant, 257, seed=0).clone()
+    assert all(runs(state, Setting(betas=betas), 100, variant, 257, run_of(name), seed=0))
+    assert state.param.isfinite().all()
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    words=st.lists(st.tuples(*[st.integers(0, 2**32 - 1)] * 4), min_size=1, max_size=40),
+    step=st.integers(1, 100_000),
+    lr=st.floats(0, 1e3),
+    betas=st.tuples(st.floats(0, 0.999999), st.floats(0, 0.999999)) | st.floats(0, 0.999999).map(lambda b: (b, b)),
+    eps=st.just(0.0) | st.floats(1e-12, 1e3),
+    weight_decay=st.floats(0, 10),
+    factor=st.none() | st.floats(width=32, allow_nan=False, allow_infinity=False),
+)
+def test_any_bits_at_all_have_the_bits_of_the_rule(words, step, lr, betas, eps, weight_decay, factor) -> None:
+    param, grad, exp_avg, exp_avg_sq = torch.tensor(words, dtype=torch.int64).int().view(torch.float32).T.contiguous()
+    exp_avg_sq.abs_()
+    scale = None if factor is None else torch.tensor([factor])
+    state = State(param, grad, exp_avg, exp_avg_sq, torch.zeros(len(param), dtype=torch.bfloat16), scale)
+    setting = Setting(lr, betas, eps, weight_decay)
+    control = expected(state, setting, step)
+    for name in RUNS:
+        if name not in ISA or ISA.index(name) <= library().best_isa:
+            ours = state.clone()
+            RUNS[name]()(update(ours, setting, step))
+            assert same(ours, control), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_gradient_is_read_as_torch_reads_it(dtype: torch.dtype) -> None:
+    """With beta = 0 the first moment is the gradient."""
+    words = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    variant = Variant(1, {torch.bfloat16: 2, torch.float16: 3}[dtype], 0, False)
+    for name in RUNS:
+        if name in ISA and ISA.index(name) > library().best_isa:
+            continue
+        state = first(variant, len(words), 0, None)._replace(grad=words.clone())
+        RUNS[name]()(update(state, Setting(betas=(0.0, 0.5)), 1))
+        flushed = torch.where(words.float().abs() < torch.finfo(torch.float32).tiny, 0.0, words.float())
+        assert torch.equal(state.exp_avg.nan_to_num(nan=7.0), flushed.nan_to_num(nan=7.0)), name
+
+
+@pytest.mark.parametrize("copy", [2, 3], ids=["bf16", "fp16"])
+def test_weights_of_every_exponent_are_rounded_to_16_bits_as_torch_rounds_them(copy: int) -> None:
+    """lr = 0: the copy is the weight itself. A step of 4099 through all bit patterns meets every exponent and many ties."""
+    words = torch.arange(-(2**31), 2**31, 4099 * 16, dtype=torch.int64).int()
+    ties = (words & ~0x1FFF) | torch.tensor([0x1000, 0x8000, 0])[torch.arange(len(words)) % 3].int()
+    param = torch.cat([words, ties]).view(torch.float32)
+    state = first(Variant(1, 1, copy, False), len(param), 0, None, tame=True)._replace(param=param.clone())
+    control = expected(state, Setting(lr=0.0, weight_decay=0.0), 1)
+    for name in RUNS:
+        if name not in ISA or ISA.index(name) <= library().best_isa:
+            ours = state.clone()
+            RUNS[name]()(update(ours, Setting(lr=0.0, weight_decay=0.0), 1))
+            assert same(ours, control), name
+
+
+def test_the_callers_denormal_mode_changes_no_bit_and_is_left_as_it_was() -> None:
+    variant = Variant(1, 1, 0, False)
+    state, setting = first(variant, 1027, 1), Setting()
+    state.exp_avg.copy_(first(variant, 1027, 5).grad.nan_to_num(0, 0, 0))
+    control = expected(state, setting, 2)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        library().step([update(state, setting, 2)])
+        assert not torch.tensor([1e-45]).mul(1.0).any()  # still flushing
+    finally:
+        torch.set_flush_denormal(False)
+    assert same(state, control)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    variant, before = Variant(1, 2, 2, False), torch.get_num_threads()
+    states = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            state = first(variant, 100_003, 2).clone()
+            parts = [update(state, Setting(), 1)._replace(grad=state.grad[a:b], offset=a) for a, b in
+                     ((0, 40_001), (40_001, 40_001), (40_001, 40_004), (40_004, 100_003))]  # fmt: skip
+            library().step(parts)
+            states.append(state)
+    finally:
+        torch.set_num_threads(before)
+    control = expected(first(variant, 100_003, 2), Setting(), 1)
+    assert all(same(state, control) for state in states)
+
+
+def test_torchs_own_openmp_runtime_is_used_and_no_other_is_loaded() -> None:
+    loaded = cpu._openmp()
+    assert loaded is not None
+    assert loaded == library().openmp
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("isa", range(len(ISA)), ids=ISA)
+def test_sums_of_squares_are_those_of_exact_arithmetic_for_any_isa_and_threads(isa: int, dtype: torch.dtype) -> None:
+    run_of(ISA[isa])
+    generator = torch.Generator().manual_seed(3)
+    tensors = [torch.randn(n, generator=generator).to(dtype) for n in (1, 15, 16, 17, 511, 513, 16_384, 50_001)]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            sums = Library(cpu_library(), isa).sums_of_squares(tensors)
+            exact = [math.fsum(x * x for x in tensor.double().tolist()) for tensor in tensors]
+            assert sums.tolist() == pytest.approx(exact, rel=1e-14)
+            assert torch.equal(sums, library().sums_of_squares(tensors))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_sum_of_squares_is_finite_exactly_when_all_elements_are(value: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        largest = torch.full((40_000,), torch.finfo(dtype).max, dtype=dtype)
+        assert library().sums_of_squares([largest]).isfinite().all()
+        for at in (0, 17, 39_999):
+            spoilt = largest.clone()
+            spoilt[at] = value
+            assert not library().sums_of_squares([spoilt]).isfinite().any()
+
+
+@pytest.mark.parametrize("betas", [(0.95, 0.95), (0.9, 0.999), (0.0, 0.0), (0.999, 0.9)], ids=str)
+def test_scalars_made_on_a_device_are_those_made_on_the_host(betas: tuple[float, float]) -> None:
+    import ctypes
+
+    prepare = ctypes.CDLL(str(cpu_library())).balanced_adam_cpu_prepare
+    for step in (1, 2, 3, 10, 999, 1000, 123_456):
+        for lr, eps in ((1e-3, 1e-8), (0.5, 0.0), (3e-4, 1e-3)):
+            count = torch.tensor(float(step - 1))
+            for rate in (lr, torch.tensor(lr)):
+                count.fill_(step - 1)
+                made = ctypes.create_string_buffer(40)
+                prepare(Recipe(count, rate, betas, eps, 0.1, step % 2 == 0).pack(), made)
+                assert made.raw[:36] == scalars(step, float(rate), betas, eps, 0.1, step % 2 == 0)[:36]
+                assert int(count) == step

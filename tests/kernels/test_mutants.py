@@ -1,0 +1,138 @@
+"""The net has teeth: wrong flags, wrong arithmetic and wrong addresses are found."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from balanced_adam.kernels.cpu import KernelUnavailable, Library, library
+from balanced_adam.kernels.table import Variant
+from tests.kernels.bits import IN_PLACE, Run, Setting, first, runs
+from tests.kernels.build import HERE, SHARED, SOURCES, compiled, cpu_library, definitions, mutated, needs_compiler
+
+pytestmark = needs_compiler
+
+WRONG_ARITHMETIC = {
+    "denormals_kept": ("rule.h", "(bits(x) & 0x7fffffffu) < 0x00800000u ? 0.0f : x;", "x;"),
+    "squares_in_another_order": ("rule.h", "(grad * grad) * s.rest2", "(grad * s.rest2) * grad"),
+    "decay_after_the_move": (
+        "rule.h",
+        "param * s.shrink - direction * s.rate",
+        "(param - direction * s.rate) * s.shrink",
+    ),
+    "m_outlives_v": ("rule.h", "v <= s.spent ? 0.0f : m", "m"),
+    "bf16_truncated": ("rule.h", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16"),
+    "ties_away_from_even": ("rule.h", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "(u + 0x8000u) >> 16"),
+    "fp16_denormals_lost": ("rule.h", "rest < 0x0400u ? denormal : u", "rest < 0x0400u ? 0u : u"),
+}
+KERNEL = {
+    "cpu.cpp": {
+        "factor_forgotten": ("cpu.cpp", "Element<GRAD>::load(grad[i]) * factor", "Element<GRAD>::load(grad[i])"),
+        "sign_forgotten": ("cpu.cpp", "g * s.sign", "g"),
+    },
+    "cuda.cu": {
+        "tail_forgotten": ("cuda.cu", "for (int i = last + threadIdx.x; i < size; i += blockDim.x) step_one", "if (0) for (int i = 0; ;) step_one"),
+        "head_done_twice": ("cuda.cu", "i < first; i += blockDim.x) step_one", "i < first + 1 && i < size; i += THREADS) step_one"),
+        "factor_forgotten": ("cuda.cu", "*row.factor * row.scalars.sign", "row.scalars.sign"),
+    },
+}  # fmt: skip
+MUTANTS = [(kernel, name) for kernel in KERNEL for name in {**WRONG_ARITHMETIC, **KERNEL[kernel]}]
+
+
+def has_the_bits(run: Run) -> bool:
+    """A short form of test_bits; numbers from odd seeds are awkward ones."""
+    for variant in (Variant(1, 2, 2, False), Variant(1, 3, 3, False), Variant(1, 1, 0, False), *IN_PLACE[:1]):
+        for seed in (4, 5):
+            state = first(variant, 131, seed).clone(seed % 2)
+            for setting in (Setting(maximize=seed == 4), Setting(betas=(0.9, 0.99)), Setting(lr=0.0, weight_decay=0.0)):
+                state.param.copy_(torch.arange(256, 387) / 512)  # every other one is a tie in bf16
+                if not all(runs(state, setting, 8, variant, 131, run, seed)):
+                    return False
+    return True
+
+
+class Unchecked(Library):
+    def check(self) -> None:
+        pass
+
+
+def runner(kernel: str, sources: Path, *extra: str) -> Run:
+    if kernel == "cpu.cpp":
+        name = f"{sources.name}{len(extra)}-cpu.so"
+        kernels = Unchecked(compiled(name, sources / kernel, [*SHARED, *extra], sources))
+        return lambda update: kernels.step([update])
+
+    @cache
+    def emulated(variant: Variant) -> ctypes.CDLL:
+        name = "{}{}-{}{}{}.so".format(sources.name, len(extra), *variant)
+        flags = [*SHARED, *definitions(variant), *extra]
+        return ctypes.CDLL(str(compiled(name, HERE / "emulator.cpp", flags, sources)))
+
+    return lambda update: emulated(update.variant).emulate_flat(update.row(), ctypes.c_longlong(64))
+
+
+@pytest.mark.parametrize("kernel", KERNEL)
+def test_the_sources_as_they_are_pass(kernel: str) -> None:
+    assert has_the_bits(runner(kernel, SOURCES, "-O1"))
+
+
+@pytest.mark.parametrize(("kernel", "name"), MUTANTS, ids=[f"{k}-{n}" for k, n in MUTANTS])
+def test_wrong_arithmetic_is_found(kernel: str, name: str) -> None:
+    sources = mutated(f"{kernel}-{name}", *{**WRONG_ARITHMETIC, **KERNEL[kernel]}[name])
+    assert not has_the_bits(runner(kernel, sources, "-O1"))
+
+
+@pytest.mark.parametrize("flag", ["-ffp-contract=fast", "-ffast-math"])
+@pytest.mark.parametrize("kernel", KERNEL)
+def test_contraction_and_fast_math_are_found(kernel: str, flag: str) -> None:
+    if library().best_isa == 0:
+        pytest.skip("this processor has no fused multiply-add to contract to")
+    extra = [flag, "-mfma"] + (["-mavx2"] if kernel == "cuda.cu" else [])
+    assert not has_the_bits(runner(kernel, SOURCES, *extra))
+
+
+@pytest.mark.parametrize("flag", ["-ffp-contract=fast", "-ffast-math"])
+def test_a_library_built_with_such_flags_refuses_to_load(flag: str) -> None:
+    if library().best_isa == 0:
+        pytest.skip("this processor has no fused multiply-add to contract to")
+    for isa in range(library().best_isa + 1):
+        with pytest.raises(KernelUnavailable, match="bits are not those of the update rule"):
+            Library(cpu_library(flag, "-mfma"), isa)
+
+
+SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-static-libasan"]
+WRONG_ADDRESSES = {
+    "alignment_ignored": ("cuda.cu", "return agree ? head : -1;", "return agree ? head : 0;"),
+    "head_ignored": ("cuda.cu", "return past ? WIDTH - past : 0;", "return 0;"),
+    "one_element_too_far": ("cuda.cu", "i = last + threadIdx.x; i < size; i += blockDim.x) step_one", "i = last + threadIdx.x; i <= size; i += THREADS) step_one"),
+    "a_row_too_long": ("cuda.cu", "int size = (int)(rest < chunk_size ? rest : chunk_size), head = head_of(a);", "int size = (int)chunk_size, head = head_of(a);"),
+    "squares_one_too_far": ("cuda.cu", "i < size; i += blockDim.x) sum +=", "i <= size; i += THREADS) sum +="),
+    "cpu_one_too_far": ("cpu.cpp", "for (i64 i = begin; i < end; i++) {", "for (i64 i = begin; i <= end; i++) {"),
+    "cpu_squares_past_the_end": ("cpu.cpp", "whole = count / LANES * LANES", "whole = (count + LANES - 1) / LANES * LANES"),
+}  # fmt: skip
+
+
+def sanitized(sources: Path, variant: Variant) -> subprocess.CompletedProcess[str]:
+    name = "{}-{}{}{}-sanitized".format(sources.name, *variant)
+    *dtypes, threads = definitions(variant)
+    macros = [*(definition.replace("-D", "-DSANITIZED_") for definition in dtypes), threads]
+    program = compiled(name, HERE / "sanitized.cpp", [*SANITIZERS, *macros], sources)
+    return subprocess.run([program], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("variant", [Variant(1, 1, 0, False), Variant(1, 2, 2, False), *IN_PLACE[:1]], ids=str)
+def test_no_kernel_reads_or_writes_a_byte_outside_its_arrays(variant: Variant) -> None:
+    done = sanitized(SOURCES, variant)
+    assert (done.returncode, done.stdout) == (0, "clean\n"), done.stderr
+
+
+@pytest.mark.parametrize("name", WRONG_ADDRESSES)
+def test_a_wrong_address_is_found(name: str) -> None:
+    done = sanitized(mutated(name, *WRONG_ADDRESSES[name]), Variant(1, 1, 2, False))
+    assert done.returncode != 0
+    assert "runtime error" in done.stderr or "AddressSanitizer" in done.stderr
