@@ -16,6 +16,21 @@ namespace {
 
 // ---- The loops. always_inline, so that each instruction set below compiles its own.
 
+// Memory is asked for this many elements ahead, BLOCK by BLOCK: the hardware's own prefetching stops at the end of a page,
+// and a step reads four arrays at once. Measured: 1.1 times as fast as without, on a machine where 640 and 256 were best.
+constexpr i64 AHEAD = 640, BLOCK = 256, LINE = 64;
+
+template <class T>
+INLINE void prefetch(const T* array, i64 index, bool for_writing) {
+  const char* bytes = (const char*)(array + index);
+  for (i64 k = 0; k < BLOCK * (i64)sizeof(T); k += LINE) {
+    if (for_writing)
+      __builtin_prefetch(bytes + k, 1);
+    else
+      __builtin_prefetch(bytes + k, 0);
+  }
+}
+
 template <int PARAM, int GRAD, int COPY, bool KEEP>
 INLINE void step_range(const Row& row, i64 begin, i64 end) {
   typedef typename Element<PARAM>::Stored Param;
@@ -28,16 +43,23 @@ INLINE void step_range(const Row& row, i64 begin, i64 end) {
   Copy* __restrict copy = (Copy*)row.copy;
   Float32State::Word* __restrict exp_avg = (Float32State::Word*)row.exp_avg;
   Float32State::Word* __restrict exp_avg_sq = (Float32State::Word*)row.exp_avg_sq;
-// The arrays are distinct; __restrict on local pointers does not tell GCC so.
+  for (i64 at = begin; at < end; at += BLOCK) {
+    prefetch(param, at + AHEAD, true);
+    prefetch(grad, at + AHEAD, KEEP);
+    prefetch(exp_avg, at + AHEAD, true);
+    prefetch(exp_avg_sq, at + AHEAD, true);
+    const i64 stop = at + BLOCK < end ? at + BLOCK : end;
+    // The arrays are distinct; __restrict on local pointers does not tell GCC so.
 #pragma GCC ivdep
-  for (i64 i = begin; i < end; i++) {
-    float p = Element<PARAM>::load(param[i]), g = Element<GRAD>::load(grad[i]) * factor, m, v;
-    if (KEEP) grad[i] = Element<GRAD>::store(g);
-    Float32State::decode(exp_avg[i], exp_avg_sq[i], m, v);
-    update(s, p, g * s.sign, m, v);
-    Float32State::encode(m, v, exp_avg[i], exp_avg_sq[i]);
-    param[i] = Element<PARAM>::store(p);
-    if (COPY != NONE) copy[i] = (Copy)Element<COPY == NONE ? FLOAT32 : COPY>::store(p);
+    for (i64 i = at; i < stop; i++) {
+      float p = Element<PARAM>::load(param[i]), g = Element<GRAD>::load(grad[i]) * factor, m, v;
+      if (KEEP) grad[i] = Element<GRAD>::store(g);
+      Float32State::decode(exp_avg[i], exp_avg_sq[i], m, v);
+      update(s, p, g * s.sign, m, v);
+      Float32State::encode(m, v, exp_avg[i], exp_avg_sq[i]);
+      param[i] = Element<PARAM>::store(p);
+      if (COPY != NONE) copy[i] = (Copy)Element<COPY == NONE ? FLOAT32 : COPY>::store(p);
+    }
   }
 }
 
@@ -145,7 +167,7 @@ class DefaultEnvironment {
 // ---- Threads.
 
 constexpr i64 SERIAL = 32768;  // fewer elements aren't worth waking threads for
-constexpr i64 BLOCK = 16384;   // of a sum of squares; part of its definition, since it fixes the order
+constexpr i64 SUMMED = 16384;  // elements summed on their own in a sum of squares; fixes its order, so don't tune it
 
 void (*omp_parallel)(void (*)(void*), void*, unsigned, unsigned);
 int (*omp_thread)();
@@ -194,9 +216,9 @@ struct SquaresJob {
   void part(int thread, int threads) const {
     i64 begin = blocks * thread / threads, end = blocks * (thread + 1) / threads, block = 0;
     for (i64 k = 0; k < count; k++)
-      for (i64 from = 0; from < sizes[k]; from += BLOCK, block++)
+      for (i64 from = 0; from < sizes[k]; from += SUMMED, block++)
         if (begin <= block && block < end)
-          sums[block] = loops.squares(dtype, data[k], from, from + BLOCK < sizes[k] ? from + BLOCK : sizes[k]);
+          sums[block] = loops.squares(dtype, data[k], from, from + SUMMED < sizes[k] ? from + SUMMED : sizes[k]);
   }
 };
 
@@ -236,14 +258,14 @@ EXPORT int balanced_adam_cpu_squares(const void* const* data, const i64* sizes, 
                                  int threads) {
   SquaresJob job{data, sizes, count, 0, dtype, nullptr, LOOPS[isa]};
   i64 total = 0;
-  for (i64 k = 0; k < count; k++) total += sizes[k], job.blocks += (sizes[k] + BLOCK - 1) / BLOCK;
+  for (i64 k = 0; k < count; k++) total += sizes[k], job.blocks += (sizes[k] + SUMMED - 1) / SUMMED;
   job.sums = (double*)malloc(sizeof(double) * (job.blocks ? job.blocks : 1));
   if (!job.sums) return 1;
   run(job, total, threads);
   const double* block = job.sums;
   for (i64 k = 0; k < count; k++) {
     result[k] = 0.0;
-    for (i64 from = 0; from < sizes[k]; from += BLOCK) result[k] += *block++;
+    for (i64 from = 0; from < sizes[k]; from += SUMMED) result[k] += *block++;
   }
   free(job.sums);
   return 0;

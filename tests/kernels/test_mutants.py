@@ -112,7 +112,7 @@ WRONG_ADDRESSES = {
     "one_element_too_far": ("cuda.cu", "i = last + threadIdx.x; i < size; i += blockDim.x) step_one", "i = last + threadIdx.x; i <= size; i += THREADS) step_one"),
     "a_row_too_long": ("cuda.cu", "int size = (int)(rest < chunk_size ? rest : chunk_size), head = head_of(a);", "int size = (int)chunk_size, head = head_of(a);"),
     "squares_one_too_far": ("cuda.cu", "i < size; i += blockDim.x) sum +=", "i <= size; i += THREADS) sum +="),
-    "cpu_one_too_far": ("cpu.cpp", "for (i64 i = begin; i < end; i++) {", "for (i64 i = begin; i <= end; i++) {"),
+    "cpu_one_too_far": ("cpu.cpp", "for (i64 i = at; i < stop; i++) {", "for (i64 i = at; i <= stop; i++) {"),
     "cpu_squares_past_the_end": ("cpu.cpp", "whole = count / LANES * LANES", "whole = (count + LANES - 1) / LANES * LANES"),
 }  # fmt: skip
 
