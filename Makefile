@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help install compare test lint clean
+.PHONY: help install compare test bench lint clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: $(INSTALLED) ## make .venv with the tested versions
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt balanced_adam/kernels/cpu.cpp balanced_adam/kernels/rule.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[train,test]'
 	touch $@
@@ -22,9 +22,12 @@ compare: $(INSTALLED) ## compare beta settings on a small language model; write 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest
 
+bench: $(INSTALLED) ## time the step against its peers (quarter of an hour; DeepSpeed compiles its own first)
+	$(BIN)/python -m tests.perf
+
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean: ## remove .venv and caches (not runs/)
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info balanced_adam/kernels/*.so

@@ -228,6 +228,8 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
     """
     import deepspeed
 
+    from balanced_adam.zero import describe
+
     with ranks.together():
         tokenizer = data.load_tokenizer(run.data.tokenizer)
         config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
@@ -256,6 +258,8 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         config=ds_config,
         lr_scheduler=learning_rate(run.schedule, run.optimizer.lr),
     )
+    if ranks.first:
+        print(f"BalancedAdam: {describe(engine.optimizer)}", file=sys.stderr, flush=True)
     return Trainer(run, ranks, train, validation, engine, tokens.name)
 
 

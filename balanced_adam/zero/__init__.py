@@ -1,5 +1,6 @@
 """Everything that knows DeepSpeed: registration by name, mends of its defects on our paths, ZeRO's step in one pass."""
 
+from balanced_adam.zero.one_pass import describe
 from balanced_adam.zero.registration import NAME, TESTED_DEEPSPEED, register
 
-__all__ = ["NAME", "TESTED_DEEPSPEED", "register"]
+__all__ = ["NAME", "TESTED_DEEPSPEED", "describe", "register"]

@@ -139,7 +139,7 @@ def _classes() -> tuple[type, type, type]:
 
 
 @functools.cache
-def _unrecognised(name: str) -> str | None:
+def unrecognised(name: str) -> str | None:
     """The first method of the class of this name whose source is not the one that this was written for."""
     (cls,) = (cls for cls in _classes() if cls.__name__ == name)
     try:
@@ -159,7 +159,7 @@ def _obstacle(zero: Any) -> str | None:
         return "capturable is true"
     if type(zero) not in _classes():
         return f"{type(zero).__name__} is not known"
-    if (name := _unrecognised(type(zero).__name__)) is not None:
+    if (name := unrecognised(type(zero).__name__)) is not None:
         return f"{type(zero).__name__}.{name} of DeepSpeed {deepspeed.__version__} is not as it was in the version this was written for"
     options = {
         "zenflow": "ZenFlow",
@@ -186,6 +186,24 @@ def _masters(zero: Any) -> list[Tensor]:
         if hasattr(zero, attribute):
             return list(getattr(zero, attribute))
     return []
+
+
+def describe(zero: Any) -> str:
+    """How the optimizer behind an engine takes its step, such as ``CUDA fused, ZeRO-1 one pass``.
+
+    Args:
+        zero: ``engine.optimizer``.
+    """
+    optimizer = getattr(zero, "optimizer", zero)
+    params = [*_masters(zero)] or [p for group in optimizer.param_groups for p in group["params"]]
+    device = params[0].device
+    fused = optimizer.defaults["fused"] is not False and kernels.why_not(device) is None
+    path = f"{device.type.upper()} {'fused' if fused else 'in plain torch'}"
+    names = dict(zip(_classes(), ("ZeRO", "ZeRO-3", "ZeRO-1"), strict=True))
+    if type(zero) in names:
+        stage = names[type(zero)] if names[type(zero)] != "ZeRO" else f"ZeRO-{2 if zero.partition_gradients else 1}"
+        path += f", {stage} {'one pass' if obstacle(zero) is None else 'in several passes'}"
+    return path
 
 
 class _State:

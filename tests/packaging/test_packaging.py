@@ -1,11 +1,15 @@
 """What is installed, and what an import does."""
 
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
+from tests.kernels.build import COMPILER
 from train.settings import REPOSITORY
 
 WITHOUT_DEEPSPEED = """
@@ -62,19 +66,85 @@ def test_with_deepspeed_importing_registers() -> None:
     assert python(WITH_DEEPSPEED) == "True"
 
 
-def test_the_wheel_ships_the_optimizer_and_nothing_else(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(
-        REPOSITORY / "balanced_adam", source / "balanced_adam", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    shutil.copytree(REPOSITORY / "train", source / "train")
+def wheel(folder: Path, **environment: str) -> Path:
+    """The wheel that pip makes of a copy of the sources."""
+    source = folder / "source"
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(REPOSITORY / "balanced_adam", source / "balanced_adam", ignore=ignore)
+    shutil.copytree(REPOSITORY / "train", source / "train", ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
-    done = subprocess.run(build, cwd=source, capture_output=True, text=True, timeout=120)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
+    done = subprocess.run(build, cwd=source, env=os.environ | environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    code = {name for name in names if ".dist-info/" not in name}
-    assert code == {f"balanced_adam/{f.name}" for f in (REPOSITORY / "balanced_adam").iterdir() if f.is_file()}
-    assert "balanced_adam/py.typed" in code
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def contents(wheel: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
+def sources() -> set[str]:
+    """What is installed: all of the package but the compiler's leavings."""
+    files = {f.relative_to(REPOSITORY) for f in (REPOSITORY / "balanced_adam").rglob("*") if f.is_file()}
+    return {str(f) for f in files if f.suffix not in (".so", ".pyc")}
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_the_wheel_ships_the_optimizer_and_its_kernels_and_nothing_else(tmp_path: Path) -> None:
+    found = wheel(tmp_path)
+    library = {name for name in contents(found) if name.endswith(".so")}
+    assert contents(found) - library == sources()
+    assert library == {"balanced_adam/kernels/_cpu.abi3.so"}
+    assert "-cp310-abi3-" in found.name  # one wheel for every Python
+
+
+WITHOUT_KERNEL = """
+import sys, warnings
+sys.path.insert(0, sys.argv[1])
+sys.modules["deepspeed"] = None
+import torch, balanced_adam
+assert balanced_adam.__file__.startswith(sys.argv[1])
+weights = [torch.ones(3, requires_grad=True) for _ in range(2)]
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    optimizer = balanced_adam.BalancedAdam(weights, lr=0.5, weight_decay=0.0)
+    balanced_adam.BalancedAdam(weights)
+for weight in weights:
+    weight.sum().backward()
+optimizer.step()
+assert torch.equal(weights[0].detach(), torch.full((3,), 0.5))
+try:
+    balanced_adam.BalancedAdam(weights, fused=True)
+except RuntimeError as error:
+    print(len(said), said[0].message, "|", error)
+"""
+
+
+def test_without_a_compiler_it_installs_and_runs_in_plain_torch_with_one_warning(tmp_path: Path) -> None:
+    found = wheel(tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++")
+    assert contents(found) == sources()
+    zipfile.ZipFile(found).extractall(tmp_path / "installed")
+    command = [sys.executable, "-c", WITHOUT_KERNEL, str(tmp_path / "installed")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    reason = (
+        "the CPU kernel was not built when balanced_adam was installed; install it again where there is a C++ compiler"
+    )
+    assert done.stdout == (
+        f"1 BalancedAdam steps parameters on cpu in plain torch, which is slower: {reason} | "
+        f"fused is True, and a parameter of shape (3,) can't be: {reason}.\n"
+    )
+
+
+def test_the_doctor_finds_every_path_of_this_machine_right() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "balanced_adam"], capture_output=True, text=True, timeout=120, cwd=REPOSITORY
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("DeepSpeed: 0.19.8 (the version tested); ZeRO's step: one pass") for line in lines)
+    if COMPILER is not None:
+        assert any(line.startswith("cpu: fused, ") for line in lines)
+        assert sum("the bits of the rule" in line for line in lines) >= 3

@@ -46,7 +46,7 @@ def environment(world: int, folder: str) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
-        "TORCH_EXTENSIONS_DIR": f"{folder}/extensions",
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", f"{folder}/extensions"),
         "DS_ACCELERATOR": device(world),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
         "TRANSFORMERS_VERBOSITY": "error",

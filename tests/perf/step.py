@@ -1,4 +1,4 @@
-"""The optimizer's step alone, on the CPU; ``python -m tests.perf.step``."""
+"""The optimizer's step alone, on the CPU; ``python -m tests.perf step``."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def in_place(size: int) -> Callable[[], object]:
 def report(title: str, found: dict[str, Callable[[], object]], rounds: int) -> str:
     times = interleaved(found, rounds)
     ours = times["BalancedAdam"].seconds
-    rows = [{"step": name, "ms": str(t), "× BalancedAdam's time": ratio(t.seconds, ours)} for name, t in times.items()]
+    rows = [{"step": name, "ms": str(t), "ratio to BalancedAdam": ratio(t.seconds, ours)} for name, t in times.items()]
     return f"{title}, median of {rounds} [min .. max]:\n\n{table(rows)}\n"
 
 
@@ -93,7 +93,3 @@ def main(rounds: int = 11) -> None:
     print(report("One tensor of 40 M elements, fp32", flat, rounds))
     del flat
     print(report("GPT-2 small: 148 tensors, 124 M elements, fp32", contenders(gpt2_small()), rounds))
-
-
-if __name__ == "__main__":
-    main()

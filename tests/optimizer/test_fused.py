@@ -1,0 +1,166 @@
+"""The fused step as users meet it: the same numbers in every mode, a run that changes modes, refusals in one sentence."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from balanced_adam import BalancedAdam, kernels
+from tests.kernels.build import needs_compiler
+
+pytestmark = needs_compiler
+
+CPU = torch.device("cpu")
+
+
+def parameters() -> list[nn.Parameter]:
+    """Of every dtype, in every order in memory, with and without elements."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(33, 5), (1,), (), (0,), (7,), (1000,)]
+    params = [torch.randn(s, generator=generator).to(d) for s in shapes for d in (torch.float32, torch.bfloat16)]
+    params += [torch.randn(9, generator=generator).half(), torch.randn(9, generator=generator).double()]
+    params += [torch.randn(2, 3, 4, 5, generator=generator).to(memory_format=torch.channels_last)]
+    params += [torch.randn(6, 4, generator=generator).T, torch.randn(5, 4, generator=generator)[:, ::2]]
+    return [nn.Parameter(param) for param in params]
+
+
+def set_gradients(params: list[nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for number, param in enumerate(params):
+        # Contiguous whatever the parameter's order, and in one step left out.
+        grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        param.grad = None if (step + number) % 5 == 0 else grad
+
+
+def groups(params: list[nn.Parameter]) -> list[dict]:
+    first = {"params": params[::2], "lr": 0.1, "betas": 0.9}
+    return [first, {"params": params[1::2], "weight_decay": 0.3, "maximize": True}]
+
+
+def run(modes: list[bool | None]) -> tuple[list[nn.Parameter], dict]:
+    """A step in each mode; a change of mode goes through a state dict."""
+    params = parameters()
+    optimizer = BalancedAdam(groups(params), fused=modes[0])
+    for step, mode in enumerate(modes):
+        if step and mode is not modes[step - 1]:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = BalancedAdam(groups(params), fused=mode)
+            optimizer.load_state_dict(state)
+        set_gradients(params, step)
+        optimizer.step()
+    return params, optimizer.state_dict()
+
+
+def assert_same(ours: tuple[list[nn.Parameter], dict], other: tuple[list[nn.Parameter], dict]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(ours[0], other[0], strict=True))
+    assert ours[1]["param_groups"] == other[1]["param_groups"]
+    assert ours[1]["state"].keys() == other[1]["state"].keys()
+    for mine, theirs in zip(ours[1]["state"].values(), other[1]["state"].values(), strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[k], theirs[k]) and mine[k].dtype == theirs[k].dtype for k in mine)
+
+
+def test_the_kernels_choose_for_themselves_and_have_the_bits_of_plain_torch() -> None:
+    assert kernels.why_not(CPU) is None
+    assert_same(run([None] * 12), run([False] * 12))
+
+
+def test_a_run_changes_modes_in_the_middle_and_no_bit_changes() -> None:
+    assert_same(run([None, None, False, False, None, False, None]), run([False] * 7))
+
+
+def test_a_fused_step_follows_torch_adamw() -> None:
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 257)) for _ in range(2))
+    settings = {"lr": 1e-2, "betas": (0.95, 0.95), "weight_decay": 0.1}
+    pair = [(ours, BalancedAdam([ours], fused=True, **settings)), (theirs, torch.optim.AdamW([theirs], **settings))]
+    for step in range(50):
+        for param, optimizer in pair:
+            param.grad = torch.randn(257, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("param", "obstacle"),
+    [
+        (torch.zeros(3, dtype=torch.float64), "its dtype is torch.float64"),
+        (torch.zeros(4, 6)[:, ::2], "it has gaps in memory"),
+        (torch.zeros(3, device="meta"), "it is on meta"),
+    ],
+    ids=["float64", "gaps", "meta"],
+)
+def test_insisting_on_what_cannot_be_is_refused_at_once(param: torch.Tensor, obstacle: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"^fused is True, and a parameter of shape .* can't be: {obstacle}\.$"):
+        BalancedAdam([nn.Parameter(param)], fused=True)
+    BalancedAdam([nn.Parameter(param)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fused": "yes"}, r"^fused is 'yes'; it must be one of True, False, None\.$"),
+        ({"fused": 1}, r"^fused is 1; it must be one of True, False, None\.$"),
+        ({"capturable": None}, r"^capturable is None; it must be one of True, False\.$"),
+        ({"fused_zero": "false"}, r"^fused_zero is 'false'; it must be one of True, False\.$"),
+        ({"capturable": True, "fused": False}, r"^capturable is True and fused is False; only the kernels can"),
+    ],
+)
+def test_bad_switches_are_named_in_one_sentence(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BalancedAdam([nn.Parameter(torch.zeros(1))], **settings)
+
+
+def test_capturing_on_a_cpu_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="only CUDA has graphs, and it is on cpu"):
+        BalancedAdam([nn.Parameter(torch.zeros(1))], capturable=True)
+
+
+def test_the_switches_are_in_no_group_and_no_checkpoint() -> None:
+    optimizer = BalancedAdam([nn.Parameter(torch.zeros(1))], fused=True, fused_zero=False)
+    assert not {"fused", "capturable", "fused_zero"} & {*optimizer.param_groups[0], *optimizer.state_dict()}
+
+
+def test_a_gradient_handed_over_in_pieces_is_the_same_step_with_a_factor_and_a_copy() -> None:
+    weight = torch.linspace(-1, 1, 100)
+    grad = torch.randn(100, generator=torch.Generator().manual_seed(1)).bfloat16()
+    ours, control, out = nn.Parameter(weight.clone()), nn.Parameter(weight.clone()), torch.zeros(100).bfloat16()
+    optimizer, plain = BalancedAdam([ours], lr=0.1), BalancedAdam([control], lr=0.1, fused=False)
+    for _ in range(3):
+        storage = grad.clone()
+        pieces = [storage[:33], storage[33:34], storage[34:].clone()]
+        assert optimizer.hand_over(ours, pieces, torch.tensor([0.3]), out)
+        optimizer.step()
+        control.grad = grad.float() * torch.tensor(0.3)
+        plain.step()
+        assert torch.equal(ours, control) and torch.equal(out, control.detach().bfloat16())
+    assert not optimizer.handed
+
+
+def test_a_gradient_that_does_not_suit_is_not_taken() -> None:
+    param = nn.Parameter(torch.zeros(4))
+    for optimizer, pieces in (
+        (BalancedAdam([param]), [torch.zeros(3)]),  # too short
+        (BalancedAdam([param]), [torch.zeros(4, dtype=torch.float64)]),
+        (BalancedAdam([param]), [torch.zeros(8)[::2]]),
+        (BalancedAdam([param], fused=False), [torch.zeros(4)]),
+    ):
+        assert not optimizer.hand_over(param, pieces)
+        assert not optimizer.handed
+
+
+def test_a_machine_without_kernels_warns_once_on_the_first_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("balanced_adam.optimizer.kernels.why_not", lambda device: "no reason at all")
+    monkeypatch.setattr("balanced_adam.optimizer._warned", set())
+    params = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    with pytest.warns(UserWarning, match="plain torch, which is slower: no reason at all") as said:
+        BalancedAdam(params)
+    assert len(said) == 1
+    monkeypatch.setattr("balanced_adam.optimizer._warned", set())
+    monkeypatch.setenv("RANK", "3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BalancedAdam(params)

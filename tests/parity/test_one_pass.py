@@ -1,0 +1,207 @@
+"""ZeRO's step in one pass against DeepSpeed's own passes: the same bits, in everything that a user can see."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.parity.cases import STEPS as EXACT_STEPS
+from tests.parity.cases import Case, advance, read, start
+from tests.parity.compare import EXACT, differences
+from tests.parity.control import train
+from tests.parity.model import SHAPES, TRAINED
+from tests.parity.worker import once, spawn
+
+pytestmark = pytest.mark.ranks
+
+WORLD, STEPS, MICRO = 2, 10, 2
+OVERFLOW_IN, ABSENT_IN = 4, 6
+FP16 = bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()) or torch.cuda.is_available()
+
+
+class Observed(NamedTuple):
+    """One engine after its steps."""
+
+    state: dict[str, dict[str, Tensor]]
+    norms: list[float]
+    scales: list[float]
+    skipped: int
+    gradients: dict[str, Tensor]
+    """What safe_get_full_grad showed before the last step."""
+    taken: int
+    """Gradients that the optimizer was handed instead of given."""
+
+
+def dtypes() -> list[str]:
+    return ["fp32", "bf16", *(["fp16"] if FP16 else [])]
+
+
+def cases(path: str) -> list[Case]:
+    """Every stage, dtype and accumulation; clipping that sets in now and then, and none."""
+    found = []
+    for stage, dtype, clip in product((1, 2, 3), dtypes(), (0.0, 7.2)):
+        for offload in (False, True) if stage > 1 else (False,):
+            for accum in (None, "fp32") if dtype == "bf16" else (None,):
+                found.append(Case(stage, dtype, offload, accum, clip, path))
+    return found
+
+
+def inputs(step: int, micro: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Any numbers, unlike the exact ones of model.py; in one step an infinity on one rank, in another a parameter left out."""
+    generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
+    values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    if step == OVERFLOW_IN and rank == 1:
+        values["long"][3] = torch.inf
+    if step == ABSENT_IN:
+        del values["sometimes"]
+    return {name: value.to(dtype) for name, value in values.items()}
+
+
+def job(cases: list[Case]) -> dict[Case, Observed]:
+    from balanced_adam import BalancedAdam
+
+    taken = [0]
+    right = BalancedAdam.hand_over
+
+    def counted(*arguments: Any, **more: Any) -> bool:
+        done = right(*arguments, **more)
+        taken[0] += done
+        return done
+
+    BalancedAdam.hand_over = counted  # type: ignore[method-assign]
+    found = {}
+    for case in cases:
+        taken[0] = 0
+        observed = observe(case)
+        found[case] = observed._replace(taken=taken[0])
+    return found
+
+
+def observe(case: Case) -> Observed:
+    from deepspeed.utils import safe_get_full_grad
+
+    more: dict[str, Any] = {}
+    if case.dtype == "fp16":  # the scale grows every second step, and shrinks at the overflow
+        more = {"fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 2, "hysteresis": 1}}
+    engine = start(case, **more)
+    rank = torch.distributed.get_rank()
+    norms, scales, gradients = [], [], {}
+    dtype = next(engine.module.parameters()).dtype
+    for step in range(STEPS):
+        for micro in range(MICRO):
+            engine.backward(engine({k: x.to(engine.device) for k, x in inputs(step, micro, rank, dtype).items()}))
+            if step == STEPS - 1 and micro == MICRO - 1:
+                named = [(n, p) for n, p in engine.module.named_parameters() if n in TRAINED]
+                full = {name: safe_get_full_grad(param) for name, param in named}
+                gradients = {name: grad.detach().cpu().clone() for name, grad in full.items() if grad is not None}
+            engine.step()
+        norms.append(float(engine.get_global_grad_norm()))
+        scales.append(float(getattr(engine.optimizer, "loss_scale", 1.0)))
+    observed = Observed(read(engine), norms, scales, engine.skipped_steps, gradients, 0)
+    engine.destroy()
+    return observed
+
+
+@once
+def observations(path: str) -> dict[Case, Observed]:
+    return spawn(job, WORLD, cases(path))[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("case", cases("one_pass"), ids=str)
+def test_weights_moments_norms_scales_and_gradients_are_those_of_deepspeeds_own_passes(case: Case) -> None:
+    ours, theirs = observations("one_pass")[case], observations("torch")[case._replace(path="torch")]
+    if case.stage == 3 and not case.offload:  # the one norm in double, and sums in another order
+        assert ours.norms == pytest.approx(theirs.norms, rel=4e-16, abs=0.0)
+    else:
+        assert ours.norms == theirs.norms
+    assert ours.scales == theirs.scales
+    assert ours.skipped == theirs.skipped
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    for name, gradient in theirs.gradients.items():
+        assert torch.equal(ours.gradients[name], gradient), name
+    for key, tensors in theirs.state.items():
+        for name, value in tensors.items():
+            assert torch.equal(ours.state[key][name], value), (key, name)
+            assert value.isfinite().all() or case.dtype == "fp32"  # fp32 is not scanned for overflow
+
+
+@pytest.mark.parametrize("case", cases("one_pass"), ids=str)
+def test_every_step_that_is_not_skipped_is_handed_over(case: Case) -> None:
+    ours, theirs = observations("one_pass")[case], observations("torch")[case._replace(path="torch")]
+    assert theirs.taken == 0
+    steps = STEPS - ours.skipped
+    if case.dtype == "bf16" or case.dtype == "fp16":
+        assert ours.skipped >= 1
+    assert ours.taken >= steps * (2 if case.stage < 3 else 4)  # parameter groups, or sub-groups
+
+
+def test_the_runs_clip_and_overflow_as_they_should() -> None:
+    for case in cases("torch"):
+        norms = [norm for norm in observations("torch")[case].norms if norm != float("inf")]
+        assert min(norms) < 7.2 < max(norms)
+    if FP16:
+        scales = observations("torch")[Case(2, "fp16", path="torch")].scales
+        assert len(set(scales)) > 2 and scales[OVERFLOW_IN] < scales[OVERFLOW_IN - 1]
+
+
+def obstacles(configurations: dict[str, tuple[Case, dict[str, Any]]]) -> dict[str, str | None]:
+    """Job: why the step is not taken in one pass."""
+    from balanced_adam.zero import one_pass
+
+    found = {}
+    for name, (case, more) in configurations.items():
+        engine = start(case, **more)
+        found[name] = one_pass.obstacle(engine.optimizer)
+        engine.destroy()
+    return found
+
+
+def test_what_is_not_recognised_takes_deepspeeds_own_passes_and_says_why() -> None:
+    bf16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    configurations = {
+        "as it should be": (Case(2, "bf16"), {}),
+        "turned off": (Case(2, "bf16", path="fused"), {}),
+        "in plain torch": (Case(2, "bf16", path="torch"), {}),
+        "bf16 master weights": (Case(2, "bf16"), {"bf16": bf16}),
+    }
+    (found,) = spawn(obstacles, 1, configurations)
+    assert found == {
+        "as it should be": None,
+        "turned off": "fused or fused_zero is false",
+        "in plain torch": "fused or fused_zero is false",
+        "bf16 master weights": "the master weights are torch.bfloat16",
+    }
+
+
+def changed_deepspeed(case: Case) -> tuple[str | None, bool]:
+    """Job: with a method of DeepSpeed's whose source is another."""
+    from balanced_adam.zero import one_pass
+
+    one_pass.RECOGNISED["DeepSpeedZeroOptimizer"]["step"] = "another"
+    engine = start(case)
+    advance(engine, 0, EXACT_STEPS)
+    exact = differences([read(engine)], train(EXACT_STEPS, case.absent())) == EXACT
+    return one_pass.obstacle(engine.optimizer), exact
+
+
+def test_a_deepspeed_that_has_changed_is_left_alone_and_the_weights_stay_right() -> None:
+    ((obstacle, exact),) = spawn(changed_deepspeed, 1, Case(2, "bf16"))
+    assert obstacle is not None and obstacle.startswith("DeepSpeedZeroOptimizer.step of DeepSpeed ")
+    assert obstacle.endswith("is not as it was in the version this was written for")
+    assert exact
+
+
+def test_every_method_that_is_wrapped_or_relied_on_is_the_one_that_was_read() -> None:
+    from balanced_adam.zero import one_pass
+
+    assert {cls.__name__ for cls in one_pass._classes()} == set(one_pass.RECOGNISED)
+    for cls in one_pass._classes():
+        present = one_pass.digests(cls)
+        for method, digest in one_pass.RECOGNISED[cls.__name__].items():
+            assert present[method] == digest, f"{cls.__name__}.{method}"
+    for cls, method, _ in one_pass.overrides():
+        assert method in one_pass.RECOGNISED[cls.__name__], f"{cls.__name__}.{method} is wrapped but not watched"
