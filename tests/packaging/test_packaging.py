@@ -114,7 +114,7 @@ with warnings.catch_warnings(record=True) as said:
 for weight in weights:
     weight.sum().backward()
 optimizer.step()
-assert torch.equal(weights[0].detach(), torch.full((3,), 0.5))
+assert torch.allclose(weights[0].detach(), torch.full((3,), 0.5))
 try:
     balanced_adam.BalancedAdam(weights, fused=True)
 except RuntimeError as error:
