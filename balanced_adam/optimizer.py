@@ -111,6 +111,7 @@ class BalancedAdam(torch.optim.Optimizer):
         }
         _check(defaults, allow_unbalanced)  # even where each group brings its own values
         _check_flags(defaults)
+        self._counted: set[Tensor] = set()  # capturable: those whose step count is known to be their own
         self.handed: dict[Tensor, HandOver] = {}
         """What :meth:`hand_over` took for the next step."""
         self._moved: dict[Tensor, tuple[int, rule.Betas, float]] = {}  # for update_size
@@ -119,6 +120,7 @@ class BalancedAdam(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a state dict."""
         super().__setstate__(state)
+        self._counted = set()
         self.handed = {}
         self._moved = {}
 
@@ -180,6 +182,10 @@ class BalancedAdam(torch.optim.Optimizer):
                 if param in self.handed or param.grad is not None:
                     self._step_parameter(param, group, updates)
         kernels.step(updates)
+        for update in updates:  # autograd must know that they have changed
+            for tensor in (update.param, update.exp_avg, update.exp_avg_sq, update.copy):
+                if tensor is not None:
+                    torch.autograd.graph.increment_version(tensor)
         return loss
 
     def hand_over(
@@ -195,7 +201,7 @@ class BalancedAdam(torch.optim.Optimizer):
         Returns:
             Whether it was taken. It is not where plain torch steps this parameter, or a dtype or device doesn't suit.
         """
-        suits = all(
+        suits = (not keep or (param.device.type == "cpu" and {p.dtype for p in pieces} == {torch.float32})) and all(
             piece.dtype in kernels.DTYPES and piece.device == param.device and piece.is_contiguous()
             for piece in (*pieces, *([] if copy is None else [copy]))
         )
@@ -246,10 +252,13 @@ class BalancedAdam(torch.optim.Optimizer):
         """Take the step, or append what a kernel shall do."""
         fused = self._fuses(param)
         handed = self.handed.pop(param, None)
+        grad = param.grad
+        if grad is not None and handed is None and grad.dtype != param.dtype and not self.defaults["capturable"]:
+            fused = False  # a gradient of another dtype (Tensor.grad_dtype) is cast by the rule
         state = self.state[param]
         if "exp_avg" not in state:
             dtype = rule.moments_dtype(param.dtype)
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         betas, eps = group["betas"], group["eps"]
@@ -257,9 +266,15 @@ class BalancedAdam(torch.optim.Optimizer):
         scalars: bytes | kernels.Recipe
         if self.defaults["capturable"]:
             lr = group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"])
+            if isinstance(lr, Tensor) and (lr.device != param.device or lr.dtype != torch.float32):
+                raise ValueError(
+                    f"lr is a {lr.dtype} tensor on {lr.device}; with capturable=True it must be a number or a float32 tensor on "
+                    f"{param.device}."
+                )
             # A tensor of its own, whatever a checkpoint has made of it: the kernel counts in place.
-            if not isinstance(state["step"], Tensor) or state["step"].device != param.device:
-                state["step"] = torch.tensor(float(state["step"]), device=param.device)
+            if param not in self._counted:
+                state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=param.device)
+                self._counted.add(param)
             scalars = kernels.Recipe(state["step"], lr, **settings)
         else:
             # An int or a 0-dim tensor; never in place, since a universal checkpoint of DeepSpeed loaded at stage 3 gives
@@ -277,12 +292,12 @@ class BalancedAdam(torch.optim.Optimizer):
                     old.copy_(value)
                 return
             scalars = kernels.scalars(step, lr, **settings)
-        for moment in MOMENTS:
-            state[moment] = _laid_out_as(param, state[moment])
+        for moment in MOMENTS:  # of the wrong kind only if somebody has changed the model or the state by hand
+            state[moment] = _laid_out_as(param, state[moment].to(param.device, torch.float32))
         update = kernels.Update(param, param, state["exp_avg"], state["exp_avg_sq"], scalars)
         if handed is None:
             assert param.grad is not None
-            updates.append(update._replace(grad=_laid_out_as(param, param.grad)))
+            updates.append(update._replace(grad=_laid_out_as(param, param.grad.resolve_neg())))
             return
         offset = 0
         for piece in _joined(handed.pieces):

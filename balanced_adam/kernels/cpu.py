@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -39,12 +40,17 @@ class Library:
             raise KernelUnavailable(f"{path} can't be loaded: {error}") from error
         self.best_isa: int = self._library.balanced_adam_cpu_best_isa()
         self.isa = self.best_isa if isa is None else isa
-        self.openmp = _openmp()
-        if self.openmp is not None:
-            runtime = ctypes.CDLL(self.openmp)  # already in the process: this only looks it up
-            functions = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-            addresses = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in functions]
+        self.openmp: str | None = None
+        for path_of_runtime in _openmp():
+            try:
+                runtime = ctypes.CDLL(path_of_runtime, os.RTLD_NOLOAD)  # it is in the process: look it up, load nothing
+                functions = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+                addresses = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in functions]
+            except (OSError, AttributeError):
+                continue
             self._library.balanced_adam_cpu_use_openmp(*addresses)
+            self.openmp = path_of_runtime
+            break
         self.check()
 
     def step(self, updates: Sequence[Update]) -> None:
@@ -62,7 +68,7 @@ class Library:
         Each depends on its own tensor alone: not on the number of threads, and not on the instruction set.
         """
         count = len(tensors)
-        result = torch.zeros(count, dtype=torch.float64)
+        result = torch.zeros(count, dtype=torch.float64, device="cpu")
         if count:
             pointers = (ctypes.c_void_p * count)(*(t.data_ptr() for t in tensors))
             sizes = (ctypes.c_longlong * count)(*(t.numel() for t in tensors))
@@ -85,8 +91,10 @@ class Library:
         Raises:
             KernelUnavailable: if a bit differs.
         """
-        generator = torch.Generator().manual_seed(0)
-        param, grad, exp_avg, exp_avg_sq = torch.randn(4, 1003, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(0)
+        # Whatever the caller has made torch's defaults.
+        numbers = torch.randn(4, 1003, generator=generator, dtype=torch.float32, device="cpu")
+        param, grad, exp_avg, exp_avg_sq = numbers
         step, lr, betas, eps, decay = 3, 0.1, (0.9, 0.95), 1e-8, 0.1
         expected = rule.update(
             param, grad, exp_avg, exp_avg_sq.square_(), step=step, lr=lr, betas=betas, eps=eps, weight_decay=decay
@@ -118,12 +126,13 @@ def _variant(update: Update) -> tuple[int, int, int, bool]:
     return update.variant
 
 
-def _openmp() -> str | None:
-    """The OpenMP runtime in this process, torch's own if there are several; None where there is none to be seen."""
+def _openmp() -> list[str]:
+    """The OpenMP runtimes in this process, torch's own first; none where they can't be seen."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
-        return None
-    found = dict.fromkeys(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)[-\w]*\.so\S*", maps))
+        return []
+    paths = [fields[5] for line in maps.splitlines() if len(fields := line.split(maxsplit=5)) == 6]
+    found = [p for p in dict.fromkeys(paths) if re.fullmatch(r"lib(gomp|iomp5|omp)(-\w+)?\.so[.\d]*", Path(p).name)]
     own = str(Path(torch.__file__).parent.parent)  # wheels keep it in torch/lib or torch.libs
-    return min(found, key=lambda path: not path.startswith(own), default=None)
+    return sorted(found, key=lambda path: not path.startswith(own))

@@ -68,7 +68,7 @@ def compile(variant: Variant, architecture: str, extra: Sequence[str] = ()) -> t
     try:
         program = check(nvrtc.nvrtcCreateProgram(source, b"cuda.cu", 1, [rule], [b"rule.h"]))
         (code,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
-        log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program))
+        log = _writable(check(nvrtc.nvrtcGetProgramLogSize(program)))
         check(nvrtc.nvrtcGetProgramLog(program, log))
         text = log.decode(errors="replace").strip("\0 \n")
         if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -76,7 +76,7 @@ def compile(variant: Variant, architecture: str, extra: Sequence[str] = ()) -> t
         machine = architecture.startswith("sm_")
         size = nvrtc.nvrtcGetCUBINSize if machine else nvrtc.nvrtcGetPTXSize
         read = nvrtc.nvrtcGetCUBIN if machine else nvrtc.nvrtcGetPTX
-        image = b" " * check(size(program))
+        image = _writable(check(size(program)))
         check(read(program, image))
         check(nvrtc.nvrtcDestroyProgram(program))
     except (RuntimeError, OSError) as error:  # the bindings' own, where the shared library is missing
@@ -84,6 +84,11 @@ def compile(variant: Variant, architecture: str, extra: Sequence[str] = ()) -> t
             raise
         raise KernelUnavailable(f"NVRTC can't be loaded ({error})") from error
     return image, text
+
+
+def _writable(size: int) -> bytes:
+    """Bytes that the bindings may write into. Python keeps one object for every bytes of length 0 or 1: never those."""
+    return bytes(max(2, size))
 
 
 class Module:
@@ -120,14 +125,27 @@ def _driver(name: str, *arguments: Any) -> Any:
 
 
 @cache
+def _context(device: int) -> Any:
+    torch.cuda.init()
+    return _driver("cuDevicePrimaryCtxRetain", _driver("cuDeviceGet", device))
+
+
+def _make_context_current(device: int) -> None:
+    """The driver needs a context in this thread, which torch makes current only when it needs one itself."""
+    _driver("cuCtxSetCurrent", _context(device))
+
+
+@cache
 def module(variant: Variant, device: int) -> Module:
     """The kernels of a variant on a device; compiled once per process. Load them before capturing a CUDA graph.
 
     Raises:
         KernelUnavailable: as :func:`compile` and :class:`Module`.
     """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("BalancedAdam: take a step with these parameters before capturing one in a CUDA graph.")
     with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # makes the device's context current in this thread
+        _make_context_current(device)
         major, minor = torch.cuda.get_device_capability(device)
         return Module(compile(variant, f"sm_{major}{minor}")[0])
 
@@ -137,6 +155,7 @@ def step(updates: Sequence[Update]) -> None:
     for (device, variant, _), group in groupby(sorted(updates, key=_place), key=_place):
         members = list(group)
         with torch.cuda.device(device):
+            _make_context_current(device)
             stream = torch.cuda.current_stream().cuda_stream
             kernels = module(variant, device)
             if isinstance(members[0].scalars, Recipe):
@@ -153,22 +172,23 @@ def step(updates: Sequence[Update]) -> None:
 
 
 def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of squares of each tensor, shape (len(tensors),), float64, on their device; dense and of one dtype.
-
-    Each depends on its own tensor alone.
-    """
+    """The sum of squares of each tensor, shape (len(tensors),), float64, on their device; dense and of one dtype."""
     device = tensors[0].device
     pieces = [Update(t, t, t, t, b"") for t in tensors]  # only the gradient's pointer and size are read
     variant = Variant(1, pieces[0].variant.grad, NO_DTYPE, False)
     with torch.cuda.device(device):
+        _make_context_current(device.index)
         table, chunks = rows(pieces)
         parts = torch.empty(chunks, THREADS, dtype=torch.float64, device=device)
         launch_squares(
             module(variant, device.index), _upload(table, device.index), len(tensors), parts,
             torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
+        while parts.shape[1] > 1:  # a fixed tree; the order of torch's own sum may depend on the number of rows
+            half = parts.shape[1] // 2
+            parts = parts[:, :half] + parts[:, half:]
         lengths = torch.tensor([_chunks(t.numel()) for t in tensors], device=device)
-        return torch.segment_reduce(parts.sum(1), "sum", lengths=lengths)
+        return torch.segment_reduce(parts.squeeze(1), "sum", lengths=lengths, unsafe=True)
 
 
 def rows(updates: Sequence[Update]) -> tuple[bytes, int]:

@@ -1,6 +1,6 @@
-"""Everything that knows DeepSpeed: registration by name, and the mends of DeepSpeed's defects on our paths.
+"""Registration by name with DeepSpeed, and the mends of its defects on our paths.
 
-:func:`register` reaches into DeepSpeed at four points. Two make the name known, since DeepSpeed has no registry for outside
+:func:`register` reaches into DeepSpeed at four points (and at those of :mod:`balanced_adam.zero.one_pass`). Two make the name known, since DeepSpeed has no registry for outside
 optimizers: a name in a ds_config that is not one of its own becomes ``getattr(torch.optim, name)`` (runtime/engine.py,
 ``_configure_basic_optimizer``), and ZeRO then asks for ``type(optimizer) in ZERO_SUPPORTED_OPTIMIZERS``
 (runtime/zero/utils.py).

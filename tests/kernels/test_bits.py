@@ -167,8 +167,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 def test_torchs_own_openmp_runtime_is_used_and_no_other_is_loaded() -> None:
-    loaded = cpu._openmp()
-    assert loaded is not None
+    (loaded,) = cpu._openmp()
     assert loaded == library().openmp
 
 

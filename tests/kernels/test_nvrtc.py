@@ -70,3 +70,9 @@ def test_a_source_that_does_not_compile_is_one_error_with_the_compilers_words() 
 def test_an_architecture_that_nvrtc_does_not_know_is_one_error() -> None:
     with pytest.raises(cuda.KernelUnavailable, match="sm_12345"):
         cuda.compile(Variant(1, 1, 0, False), "sm_12345")
+
+
+def test_compiling_writes_into_no_bytes_of_anybody_elses() -> None:
+    """Python has one object for each bytes of length 1, and an empty log is one byte long."""
+    cuda.compile(Variant(1, 1, 0, False), "sm_90")
+    assert [bytes([k])[0] for k in range(256)] == list(range(256))

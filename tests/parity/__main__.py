@@ -35,12 +35,12 @@ def markdown(rows: list[dict[str, str]]) -> str:
 def exact() -> list[dict[str, str]]:
     rows = [
         where(case, world)
-        | {"clipping": "on" if case.clip else "off"}
+        | {"clipping": "on" if case.clip else "off", "step": case.path.replace("_", " ")}
         | {key: f"{outcomes(world)[case][key]:.0f}" for key in TENSORS}
         for case in matrix()
         for world in WORLDS
     ]
-    return merged(merged(rows, "world"), "clipping")
+    return merged(merged(merged(rows, "world"), "clipping"), "step")
 
 
 def real() -> list[dict[str, str]]:

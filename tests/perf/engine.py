@@ -153,7 +153,7 @@ def report(stage: int, contenders: list[Contender]) -> str:
             "ratio to one pass": ratio(local[name], local[ours]),
             "step, ms": f"{statistics.median(r.step) * 1e3:.1f}",
             "backward + step, ms": f"{statistics.median(whole[name]) * 1e3:.1f}",
-            "ratio to one pass ": ratio(whole[name], whole[ours]),
+            "backward + step, ratio": ratio(whole[name], whole[ours]),
             "memory the step adds, MB": f"{statistics.median(r.extra_memory):.0f}",
         }
         for name, r in runs.items()
