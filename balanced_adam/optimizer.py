@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
 from balanced_adam import kernels, rule
 
@@ -208,7 +210,8 @@ class BalancedAdam(torch.optim.Optimizer):
         whole = sum(piece.numel() for piece in pieces) == param.numel()
         if not (suits and whole and param.dtype == torch.float32 and param.is_contiguous() and self._fuses(param)):
             return False
-        if self.defaults["capturable"]:
+        hooks = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, _global_pre_hooks, _global_post_hooks)
+        if self.defaults["capturable"] or any(hooks):  # a hook would look for param.grad
             return False
         self.handed[param] = HandOver(pieces, factor, copy, keep)
         return True

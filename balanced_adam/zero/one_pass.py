@@ -10,9 +10,11 @@ still decides on overflow, scale and clipping: its factor is what it makes of a 
 number per tensor, that tensor's own norm. What it computes is the same, bit for bit.
 
 (The sums of squares are taken in double in another order than torch's. Where they aren't exact they may differ in the last
-bit of a double, which the norm's rounding to float hides but for about one step in 10^8.)
+bit of a double. Stages 1 and 2 round the norm to float, stage 3 only the factor: so weights could differ in about one step in
+10^8, and at stage 3 ``get_global_grad_norm`` may show that bit.)
 
-Where anything is not as it was in the version this was written for, the original methods run: see :func:`obstacle`.
+Where something isn't known, or one of the methods in RECOGNISED has another source than in the version this was written for,
+the original methods run: see :func:`obstacle`.
 """
 
 from __future__ import annotations
@@ -79,6 +81,7 @@ def overrides() -> list[Override]:
     """The methods of DeepSpeed's to wrap, each with ``wrapper(original, self, *args)``."""
     stage12, stage3, bf16 = _classes()
     wrappers: list[Override] = [
+        *((cls, "step", _tidied) for cls in (stage12, stage3, bf16)),
         (stage12, "_get_preflattened_grad_partition", _keep_gradient),
         (stage12, "unscale_and_clip_grads", _unscale),
         (stage12, "has_overflow_partitioned_grads_serial", _scan),
@@ -89,7 +92,6 @@ def overrides() -> list[Override]:
         (stage3, "has_overflow", _scan_3),
         (stage3, "get_grad_norm_direct", _norm),
         (bf16, "get_grads_for_norm", _keep_gradient_bf16),
-        (bf16, "clear_hp_grads", _clear_bf16),
     ]
     # One that DeepSpeed no longer has is an obstacle of its own: its digest will be missing.
     return [(cls, name, _unless_obstacle(wrapper)) for cls, name, wrapper in wrappers if hasattr(cls, name)]
@@ -152,6 +154,10 @@ def unrecognised(name: str) -> str | None:
 def _obstacle(zero: Any) -> str | None:
     import deepspeed
 
+    from balanced_adam.optimizer import BalancedAdam
+
+    if type(zero.optimizer) is not BalancedAdam:
+        return f"the optimizer is a {type(zero.optimizer).__name__}, whose step() may be another"
     settings = zero.optimizer.defaults
     if settings["fused"] is False or not settings["fused_zero"]:
         return _TURNED_OFF
@@ -174,6 +180,8 @@ def _obstacle(zero: Any) -> str | None:
             return f"{option} is in use"
     if getattr(zero, "offload_optimizer", False) and zero.partial_offload != 1.0:
         return "offload_optimizer.ratio is below 1"
+    if getattr(zero, "grad_acc_dtype", torch.float32) != torch.float32:  # BF16_Optimizer clips in that dtype
+        return f"gradients are accumulated in {zero.grad_acc_dtype}"
     masters = _masters(zero)
     if any(master.dtype != torch.float32 for master in masters):
         return f"the master weights are {masters[0].dtype}"
@@ -278,12 +286,32 @@ def _hand_over_offloaded(zero: Any, master: Tensor, copy: Tensor, clip: Callable
     The buffer has to hold the clipped gradient afterwards, as without us: DeepSpeed steps a parameter that gets no
     gradient next time with what it finds there.
     """
-    assert master.grad is not None
-    if not _hand_over(zero, master, [master.grad], copy):
+    if master.grad is None or not _hand_over(zero, master, [master.grad], copy):
         return False
     factor = zero._balanced_adam_one_pass.factor
     clip(factor)
-    return bool(_hand_over(zero, master, [master.grad], copy, factor=factor, keep=float(factor) != 1.0))
+    if _hand_over(zero, master, [master.grad], copy, factor=factor, keep=float(factor) != 1.0):
+        return True
+    zero.optimizer.take_back(master)
+    return False
+
+
+def _tidied(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A whole step; nothing of it is left afterwards, also where it was skipped or has failed."""
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        state = self._balanced_adam_one_pass
+        state.factor, state.copies, state.sums = None, False, {}
+        for master in _masters(self):
+            self.optimizer.take_back(master)
+        for attribute in ("parallel_partitioned_bit16_groups", "bf16_partitioned_groups"):
+            for weights in getattr(self, attribute, ()):
+                if isinstance(weights, _Weights):
+                    weights.fresh = None
+        buffers = getattr(self, "param_buffer_of_bit16_for_cpu_offload_groups", None)
+        if isinstance(buffers, _Weights):
+            buffers.fresh = None
 
 
 # ---- Stages 1 and 2: DeepSpeedZeroOptimizer
@@ -377,6 +405,9 @@ def _scan_3(original: Callable[..., Any], self: Any, partition_gradients: bool =
     total = _total(self, [self.averaged_gradients[i] for i in range(len(self.fp16_groups))]) if whole else None
     if total is None:
         return bool(original(self, partition_gradients))
+    if total.is_cuda:  # DeepSpeed scans on a stream of its own
+        self.reduce_and_partition_stream.wait_stream(torch.cuda.current_stream(total.device))
+        total.record_stream(self.reduce_and_partition_stream)
     buffer, self.grad_partitions_flat_buffer = self.grad_partitions_flat_buffer, total.view(1)
     try:
         return bool(original(self, partition_gradients))
@@ -399,27 +430,16 @@ def _keep_gradient_bf16(original: Callable[..., Any], self: Any, for_clipping: b
             rank = torch.distributed.get_rank(group=self.real_dp_process_group[group])
             weights, gradient = self.bf16_partitioned_groups, self.fp32_groups_gradient_flat_partition[group]
             if not _hand_over(self, master, [gradient], weights[group][rank], factor=factor):
-                _clear(self)
+                for taken in self.fp32_groups_flat_partition:  # all or none: the factor is one
+                    self.optimizer.take_back(taken)
+                state.factor = None
                 break
             factor = state.factor
-            if state.copies:
-                weights[group] = _Weights(weights[group], rank)
+        else:
+            for group, weights in enumerate(self.bf16_partitioned_groups):
+                rank = torch.distributed.get_rank(group=self.real_dp_process_group[group])
+                self.bf16_partitioned_groups[group] = _Weights(weights, rank)
     return found
-
-
-def _clear_bf16(original: Callable[..., Any], self: Any) -> None:
-    """The step is over, or was skipped."""
-    _clear(self)
-    original(self)
-
-
-def _clear(zero: Any) -> None:
-    """BF16_Optimizer: forget what was handed over and not used."""
-    zero._balanced_adam_one_pass.factor = None
-    for master, weights in zip(zero.fp32_groups_flat_partition, zero.bf16_partitioned_groups, strict=True):
-        zero.optimizer.take_back(master)
-        if isinstance(weights, _Weights):
-            weights.fresh = None
 
 
 # ---- The norm, stages 1 to 3
