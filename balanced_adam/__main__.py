@@ -28,7 +28,7 @@ def kernel(device: torch.device) -> str:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"fused, compiled by NVRTC for sm_{major}{minor} ({torch.cuda.get_device_name(device)})"
-    library = cpu.library()
+    library = cpu.load()
     isa = cpu.ISA[library.isa] if library.best_isa else "the baseline of this architecture"
     threads = (
         f"{torch.get_num_threads()} threads of {library.openmp}" if library.openmp else "one thread: no OpenMP found"

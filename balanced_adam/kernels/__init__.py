@@ -19,7 +19,7 @@ def why_not(device: torch.device) -> str | None:
     """Why there are no kernels for this device, in a sentence; None if there are."""
     try:
         if device.type == "cpu":
-            cpu.library()
+            cpu.load()
         elif device.type == "cuda" and torch.version.hip is None:
             cuda.module(Variant(DTYPES[torch.float32], DTYPES[torch.float32], 0, False), device.index)
         else:
@@ -34,7 +34,7 @@ def step(updates: Sequence[Update]) -> None:
     on_cpu = [update for update in updates if update.param.device.type == "cpu"]
     on_cuda = [update for update in updates if update.param.device.type == "cuda"]
     if on_cpu:
-        cpu.library().step(on_cpu)
+        cpu.load().step(on_cpu)
     if on_cuda:
         cuda.step(on_cuda)
 
@@ -45,4 +45,4 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     The tensors, one or more, are dense, and of one dtype of ``DTYPES`` and one device. A sum is infinite or NaN if and
     only if one of its tensor's elements is. It doesn't depend on the number of threads, nor on the instruction set.
     """
-    return cpu.library().sums_of_squares(tensors) if tensors[0].device.type == "cpu" else cuda.sums_of_squares(tensors)
+    return cpu.load().sums_of_squares(tensors) if tensors[0].device.type == "cpu" else cuda.sums_of_squares(tensors)

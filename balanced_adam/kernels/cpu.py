@@ -108,7 +108,7 @@ class Library:
 
 
 @cache
-def library() -> Library:
+def load() -> Library:
     """The library that was built with this package.
 
     Raises:

@@ -286,14 +286,11 @@ def _hand_over_offloaded(zero: Any, master: Tensor, copy: Tensor, clip: Callable
     The buffer has to hold the clipped gradient afterwards, as without us: DeepSpeed steps a parameter that gets no
     gradient next time with what it finds there.
     """
-    if master.grad is None or not _hand_over(zero, master, [master.grad], copy):
+    if master.grad is None:
         return False
-    factor = zero._balanced_adam_one_pass.factor
+    factor = torch.ones(1, device=master.device)
     clip(factor)
-    if _hand_over(zero, master, [master.grad], copy, factor=factor, keep=float(factor) != 1.0):
-        return True
-    zero.optimizer.take_back(master)
-    return False
+    return _hand_over(zero, master, [master.grad], copy, factor, keep=float(factor) != 1.0)
 
 
 def _tidied(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:

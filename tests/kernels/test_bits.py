@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balanced_adam.kernels import cpu
-from balanced_adam.kernels.cpu import ISA, Library, library
+from balanced_adam.kernels.cpu import ISA, Library, load
 from balanced_adam.kernels.table import Recipe, Variant, scalars
 from tests.kernels.bits import (
     BETAS,
@@ -46,7 +46,7 @@ RUNS = {
 
 
 def run_of(name: str) -> Run:
-    if name in ISA and ISA.index(name) > library().best_isa:
+    if name in ISA and ISA.index(name) > load().best_isa:
         pytest.skip(f"this processor has no {name}")
     return RUNS[name]()
 
@@ -99,7 +99,7 @@ def test_any_bits_at_all_have_the_bits_of_the_rule(words, step, lr, betas, eps, 
     setting = Setting(lr, betas, eps, weight_decay)
     control = expected(state, setting, step)
     for name in RUNS:
-        if name not in ISA or ISA.index(name) <= library().best_isa:
+        if name not in ISA or ISA.index(name) <= load().best_isa:
             ours = state.clone()
             RUNS[name]()(update(ours, setting, step))
             assert same(ours, control), name
@@ -111,7 +111,7 @@ def test_every_16_bit_gradient_is_read_as_torch_reads_it(dtype: torch.dtype) -> 
     words = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     variant = Variant(1, {torch.bfloat16: 2, torch.float16: 3}[dtype], 0, False)
     for name in RUNS:
-        if name in ISA and ISA.index(name) > library().best_isa:
+        if name in ISA and ISA.index(name) > load().best_isa:
             continue
         state = first(variant, len(words), 0, None)._replace(grad=words.clone())
         RUNS[name]()(update(state, Setting(betas=(0.0, 0.5)), 1))
@@ -128,7 +128,7 @@ def test_weights_of_every_exponent_are_rounded_to_16_bits_as_torch_rounds_them(c
     state = first(Variant(1, 1, copy, False), len(param), 0, None, tame=True)._replace(param=param.clone())
     control = expected(state, Setting(lr=0.0, weight_decay=0.0), 1)
     for name in RUNS:
-        if name not in ISA or ISA.index(name) <= library().best_isa:
+        if name not in ISA or ISA.index(name) <= load().best_isa:
             ours = state.clone()
             RUNS[name]()(update(ours, Setting(lr=0.0, weight_decay=0.0), 1))
             assert same(ours, control), name
@@ -142,7 +142,7 @@ def test_the_callers_denormal_mode_changes_no_bit_and_is_left_as_it_was() -> Non
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush denormals")
     try:
-        library().step([update(state, setting, 2)])
+        load().step([update(state, setting, 2)])
         assert not torch.tensor([1e-45]).mul(1.0).any()  # still flushing
     finally:
         torch.set_flush_denormal(False)
@@ -158,7 +158,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
             state = first(variant, 100_003, 2).clone()
             parts = [update(state, Setting(), 1)._replace(grad=state.grad[a:b], offset=a) for a, b in
                      ((0, 40_001), (40_001, 40_001), (40_001, 40_004), (40_004, 100_003))]  # fmt: skip
-            library().step(parts)
+            load().step(parts)
             states.append(state)
     finally:
         torch.set_num_threads(before)
@@ -168,7 +168,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 def test_torchs_own_openmp_runtime_is_used_and_no_other_is_loaded() -> None:
     (loaded,) = cpu._openmp()
-    assert loaded == library().openmp
+    assert loaded == load().openmp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -184,7 +184,7 @@ def test_sums_of_squares_are_those_of_exact_arithmetic_for_any_isa_and_threads(i
             sums = Library(cpu_library(), isa).sums_of_squares(tensors)
             exact = [math.fsum(x * x for x in tensor.double().tolist()) for tensor in tensors]
             assert sums.tolist() == pytest.approx(exact, rel=1e-14)
-            assert torch.equal(sums, library().sums_of_squares(tensors))
+            assert torch.equal(sums, load().sums_of_squares(tensors))
     finally:
         torch.set_num_threads(before)
 
@@ -193,11 +193,11 @@ def test_sums_of_squares_are_those_of_exact_arithmetic_for_any_isa_and_threads(i
 def test_a_sum_of_squares_is_finite_exactly_when_all_elements_are(value: float) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         largest = torch.full((40_000,), torch.finfo(dtype).max, dtype=dtype)
-        assert library().sums_of_squares([largest]).isfinite().all()
+        assert load().sums_of_squares([largest]).isfinite().all()
         for at in (0, 17, 39_999):
             spoilt = largest.clone()
             spoilt[at] = value
-            assert not library().sums_of_squares([spoilt]).isfinite().any()
+            assert not load().sums_of_squares([spoilt]).isfinite().any()
 
 
 @pytest.mark.parametrize("betas", [(0.95, 0.95), (0.9, 0.999), (0.0, 0.0), (0.999, 0.9)], ids=str)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from balanced_adam.kernels.cpu import KernelUnavailable, Library, library
+from balanced_adam.kernels.cpu import KernelUnavailable, Library, load
 from balanced_adam.kernels.table import Variant
 from tests.kernels.bits import IN_PLACE, Run, Setting, first, runs
 from tests.kernels.build import HERE, SHARED, SOURCES, compiled, cpu_library, definitions, mutated, needs_compiler
@@ -97,16 +97,16 @@ RECKLESS = {
 @pytest.mark.parametrize("flags", RECKLESS)
 @pytest.mark.parametrize("kernel", KERNEL)
 def test_contraction_and_fast_math_are_found(kernel: str, flags: str) -> None:
-    if library().best_isa == 0:
+    if load().best_isa == 0:
         pytest.skip("this processor has no fused multiply-add to contract to")
     extra = RECKLESS[flags] + (["-mavx2"] if kernel == "cuda.cu" else [])
     assert not has_the_bits(runner(kernel, SOURCES, *extra))
 
 
 def test_a_library_built_with_contraction_refuses_to_load() -> None:
-    if library().best_isa == 0:
+    if load().best_isa == 0:
         pytest.skip("this processor has no fused multiply-add to contract to")
-    for isa in range(library().best_isa + 1):
+    for isa in range(load().best_isa + 1):
         with pytest.raises(KernelUnavailable, match="bits are not those of the update rule"):
             Library(cpu_library(*RECKLESS["contraction"]), isa)
 

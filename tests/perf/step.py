@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from balanced_adam import BalancedAdam
-from balanced_adam.kernels.cpu import ISA, library
+from balanced_adam.kernels.cpu import ISA, load
 from tests.perf.measure import interleaved, machine, ratio, table
 
 SETTINGS: dict[str, Any] = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.1}
@@ -86,7 +86,7 @@ def report(title: str, found: dict[str, Callable[[], object]], rounds: int) -> s
 
 def main(rounds: int = 11) -> None:
     size = 40_000_000
-    print(f"{machine()}, {ISA[library().isa]}\n")
+    print(f"{machine()}, {ISA[load().isa]}\n")
     flat = contenders([(size,)])
     flat["BalancedAdam, bf16 gradient and bf16 copy"] = sixteen_bits(size)
     flat["(560 MB multiplied by 1 in place)"] = in_place(size)
