@@ -11,6 +11,7 @@ from typing import Any, cast
 from train.settings import Run, SettingsError, first_line, require
 
 OPTIMIZER = "BalancedAdam"
+PATHS = {"fused", "fused_zero"}  # parameters of the optimizer that choose how the step is computed, not what it gives
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
         ),
         (config, "gradient_clipping", run.optimizer.clip, "clip"),
     ]
-    unknown = set(params) - set(run.optimizer.parameters())
+    unknown = set(params) - set(run.optimizer.parameters()) - PATHS
     require(
         not unknown,
         f"ds_config {path} has optimizer.params.{min(unknown, default='')}, which {OPTIMIZER} does not have.",

@@ -104,10 +104,23 @@ def obstacle(zero: Any) -> str | None:
         reason = _obstacle(zero)
         state = zero._balanced_adam_one_pass = _State(reason)
         if reason is not None and reason != _TURNED_OFF:
-            from deepspeed.utils import log_dist
-
-            log_dist(f"BalancedAdam: ZeRO's step is not taken in one pass: {reason}", ranks=[0], level=logging.WARNING)
+            _log(f"ZeRO's step is not taken in one pass: {reason}")
     return state.obstacle
+
+
+def _log(message: str) -> None:
+    from deepspeed.utils import log_dist
+
+    log_dist(f"BalancedAdam: {message}", ranks=[0], level=logging.WARNING)
+
+
+def _refused(zero: Any, reason: str) -> bool:
+    """Say once that a step which was to be one pass isn't. Returns False."""
+    state = zero._balanced_adam_one_pass
+    if not state.refused:
+        state.refused = True
+        _log(f"a step of ZeRO's could not be taken in one pass, and DeepSpeed's own passes take it: {reason}")
+    return False
 
 
 def digests(cls: type) -> dict[str, str]:
@@ -219,6 +232,8 @@ class _State:
 
     def __init__(self, obstacle: str | None) -> None:
         self.obstacle = obstacle
+        self.refused = False
+        """Whether a step could not be taken in one pass although there was no obstacle."""
         self.factor: Tensor | None = None
         """Multiplies the gradient that was handed over last; a 1 until DeepSpeed has unscaled and clipped it."""
         self.copies = False
@@ -274,7 +289,9 @@ def _hand_over(
         copy = None  # the weights are their own master (torch_autocast), or on another device (offload at stage 3)
     factor = torch.ones(1, device=master.device) if factor is None else factor
     if not zero.optimizer.hand_over(master, [piece.reshape(-1) for piece in pieces], factor, copy, keep):
-        return False
+        kinds = sorted({f"{str(piece.dtype).removeprefix('torch.')} on {piece.device}" for piece in pieces})
+        found = f"{sum(piece.numel() for piece in pieces)} elements ({', '.join(kinds)}) of gradient"
+        return _refused(zero, f"{found} for {master.numel()} weights on {master.device}, or the optimizer has step hooks")
     state = zero._balanced_adam_one_pass
     state.factor, state.copies = factor, copy is not None
     return True
@@ -318,7 +335,8 @@ def _keep_gradient(original: Callable[..., Any], self: Any, group: int) -> Tenso
     """The gradient partition stays in its pieces; step() gets a flat fp32 tensor without memory."""
     flat: Tensor | None = original(self, group)
     gradients, master = self.averaged_gradients[group], self.single_partition_of_fp32_groups[group]
-    if hasattr(gradients, "release_grad_buffers"):  # DeepCompile's, gone before the step
+    if hasattr(gradients, "release_grad_buffers"):  # gone before the step
+        _refused(self, "DeepCompile keeps the gradients in buffers of its own")
         return flat
     rank = torch.distributed.get_rank(group=self.real_dp_process_group[group])
     weights = self.parallel_partitioned_bit16_groups

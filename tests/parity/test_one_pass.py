@@ -195,6 +195,30 @@ def test_a_deepspeed_that_has_changed_is_left_alone_and_the_weights_stay_right()
     assert exact
 
 
+def hooked(cases: list[Case]) -> list[tuple[bool, list[str]]]:
+    """Job: with a hook on the optimizer's step, which wants to find gradients where they always are."""
+    from balanced_adam.zero import one_pass
+
+    found = []
+    for case in cases:
+        said: list[str] = []
+        one_pass._log = said.append
+        engine = start(case)
+        engine.optimizer.optimizer.register_step_pre_hook(lambda *_: None)
+        advance(engine, 0, EXACT_STEPS)
+        found.append((differences([read(engine)], train(EXACT_STEPS, case.absent())) == EXACT, said))
+        engine.destroy()
+    return found
+
+
+def test_a_gradient_that_cannot_be_handed_over_takes_deepspeeds_passes_and_the_log_says_so_once() -> None:
+    (found,) = spawn(hooked, 1, [Case(2, "bf16"), Case(3, "bf16")])
+    for exact, said in found:
+        assert exact
+        assert len(said) == 1
+        assert "could not be taken in one pass" in said[0] and "step hooks" in said[0]
+
+
 def test_every_method_that_is_wrapped_or_relied_on_is_the_one_that_was_read() -> None:
     from balanced_adam.zero import one_pass
 
