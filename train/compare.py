@@ -43,7 +43,13 @@ COMPARED = {
     "--sequence-length",
     "--dry-run",
 }
-MODULES = {"deepspeed": "deepspeed", "torchrun": "torch", "accelerate": "accelerate", "python": "torch"}
+MODULES = {
+    "deepspeed": "deepspeed",
+    "torchrun": "torch",
+    "accelerate": "accelerate",
+    "python": "torch",
+    "slurm": "torch",
+}
 # What a surrounding launcher may have set, and the launchers started here set anew.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -70,8 +76,8 @@ class Comparison:
     """Tokens in one sequence."""
     ranks: int = field(default_factory=lambda: min(2, torch.cuda.device_count() or 2))
     """Processes of one run. Default: 2, but 1 where there is a single GPU."""
-    launcher: Literal["deepspeed", "torchrun", "accelerate", "python"] = "deepspeed"
-    """What starts the ranks."""
+    launcher: Literal["deepspeed", "torchrun", "accelerate", "python", "slurm"] = "deepspeed"
+    """What starts the ranks. "slurm" is for slurm/compare.sbatch, which makes a job of each run."""
     plan_only: bool = False
     """Write the manifest and stop."""
     manifest: Path | None = None
@@ -183,6 +189,8 @@ def _check_launch(launcher: Any, ranks: Any) -> None:
     require(launcher in MODULES, f"launcher is {launcher!r}; it must be one of {', '.join(MODULES)}.")
     require(type(ranks) is int and ranks >= 1, f"ranks is {ranks!r}; it must be a number, at least 1.")
     gpus = torch.cuda.device_count() or ranks
+    if launcher == "slurm":  # other machines
+        return
     require(ranks <= gpus, f"ranks is {ranks}, but there are {gpus} GPUs; each rank needs its own.")
     module = MODULES[launcher]
     require(
@@ -302,6 +310,10 @@ def compare(comparison: Comparison) -> None:
     Raises:
         SettingsError: on a bad plan, another plan in the same folder, or a failed run.
     """
+    require(
+        comparison.launcher != "slurm" or comparison.plan_only,
+        "launcher is 'slurm', whose runs are jobs; submit slurm/compare.sbatch with the same options.",
+    )
     plan = read_manifest(comparison.manifest) if comparison.manifest else json.loads(json.dumps(manifest(comparison)))
     file = comparison.out / "manifest.json"
     if file.exists():

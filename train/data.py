@@ -6,6 +6,7 @@ split into micro-batches, so that a resumed run needs no loader state and runs w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ KINDS = {
     ".gz": "json",
     ".parquet": "parquet",
 }
-FORMAT = 2  # of the token files; a change makes new ones
+FORMAT = 3  # of the token files; a change makes new ones
 
 
 @dataclass(frozen=True)
@@ -99,29 +100,77 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase) -> Path:
     Raises:
         SettingsError: if the data can't be read or gives no training or no validation text.
     """
-    source = _Source.of(settings)
-    wanted = {
-        "format": FORMAT,
-        "source": source.description,
-        "text_field": settings.text_field,
-        "tokenizer": _whole(tokenizer),
-        "validation_fraction": settings.validation_fraction,
-    }
-    fingerprint = blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
+    name = f"tokens-{fingerprint(settings, tokenizer)}"
     cache = _expanded(settings.data_cache, "data_cache")
-    folder = cache / f"tokens-{fingerprint}"
+    folder = cache / name
     if folder.exists():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"tokens-{fingerprint}.lock"):
+    with FileLock(cache / f"{name}.lock"):
         if not folder.exists():
-            aside = cache / f".tokens-{fingerprint}"
+            aside = cache / f".{name}"
             shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed; the lock is ours
             aside.mkdir()
+            source = _Source.of(settings)
             counts = _tokenize(source.read(settings), settings, tokenizer, aside)
             (aside / "about.json").write_text(json.dumps({"source": source.description, **counts}, indent=1))
             aside.rename(folder)
     return folder
+
+
+def fingerprint(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Changes with whatever decides the tokens: the text, the tokenizer, what is held out.
+
+    Raises:
+        SettingsError: if there is no such data.
+    """
+    wanted = {
+        "format": FORMAT,
+        "source": _Source.of(settings).description,
+        "text_field": settings.text_field,
+        "tokenizer": _whole(tokenizer),
+        "validation_fraction": settings.validation_fraction,
+    }
+    return blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def verify(folder: Path) -> None:
+    """See whether the token files are as they were written.
+
+    Raises:
+        SettingsError: if one isn't.
+    """
+    for part, expected in _about(folder)["sha256"].items():
+        try:
+            found = _sha256(folder / f"{part}.bin")
+        except OSError as error:
+            found = error.strerror or "unreadable"
+        require(
+            found == expected,
+            f"data_cache holds {folder}, whose {part}.bin has changed since it was written; remove that folder to tokenize anew.",
+        )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**22):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    try:
+        about: dict[str, Any] = json.loads((folder / "about.json").read_text())
+        if not {"dtype", "tokens", "sha256"} <= about.keys():
+            raise ValueError("about.json is not what this program writes")
+    except (OSError, ValueError, AttributeError) as error:
+        raise SettingsError(_damaged(folder, error)) from None
+    return about
+
+
+def _damaged(folder: Path, error: Exception) -> str:
+    return f"data_cache holds {folder}, which is damaged ({first_line(error)}); remove that folder to tokenize anew."
 
 
 def _whole(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
@@ -137,17 +186,15 @@ def open_blocks(folder: Path, length: int) -> tuple[Blocks, Blocks]:
     Raises:
         SettingsError: if the folder has been damaged since it was written.
     """
+    about = _about(folder)
     try:
-        about = json.loads((folder / "about.json").read_text())
         dtype = np.dtype(about["dtype"])
         train, validation = (
             Blocks(np.memmap(folder / f"{part}.bin", dtype, "r", shape=(about["tokens"][part],)), length)
             for part in ("train", "validation")
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SettingsError(
-            f"data_cache holds {folder}, which is damaged ({first_line(error)}); remove that folder to tokenize anew."
-        ) from None
+        raise SettingsError(_damaged(folder, error)) from None
     return train, validation
 
 
@@ -251,7 +298,13 @@ def _tokenize(documents: Dataset, settings: Data, tokenizer: PreTrainedTokenizer
         for file in (train, validation):
             file.flush()
             os.fsync(file.fileno())
-    return {"dtype": dtype.name, "tokens": tokens, "documents": {"train": count - held_out, "validation": held_out}}
+    sums = {part: _sha256(folder / f"{part}.bin") for part in tokens}
+    return {
+        "dtype": dtype.name,
+        "tokens": tokens,
+        "sha256": sums,
+        "documents": {"train": count - held_out, "validation": held_out},
+    }
 
 
 def _texts(documents: Dataset, settings: Data) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """A run's own folder: who may write there, what it says about itself, and its metrics.
 
 run.json        what the run is (settings, command, versions), written when all of it has been found good
+attempts.jsonl  one line for each start and each end of it: when, where, from which step, why it ended
 ds_config.json  what DeepSpeed was given
 metrics.jsonl   one line a step, and one a validation
 checkpoints/    see train.checkpoints
@@ -14,6 +15,7 @@ import math
 import os
 import platform
 import sys
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,37 @@ from filelock import FileLock, Timeout
 
 from train.settings import Run, SettingsError, first_line, require
 
-OURS_EARLY = (".lock", "log.txt", "monitor")  # what may lie there before run.json
+OURS_EARLY = (
+    ".lock",
+    "log.txt",
+    "monitor",
+    "attempts.jsonl",
+    "STOP",
+    ".preflight",
+)  # what may lie there before run.json
+LOCK_SECONDS = 30.0  # that a run which is just ending has to let go of the folder
+JOB = {"job": "SLURM_JOB_ID", "restart": "SLURM_RESTART_COUNT", "nodes": "SLURM_JOB_NODELIST"}
 PACKAGES = ("balanced-adam", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file aside and rename it, so that a reader never sees a part."""
+    """Write a JSON file aside, sync it and rename it, so that nobody ever sees a part, also after a power cut."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    with aside.open("w") as file:
+        file.write(json.dumps(content, indent=1, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     aside.replace(path)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
@@ -104,12 +128,26 @@ def claim(run: Run) -> FileLock:
     try:
         run.out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run.out / ".lock")
-        lock.acquire(timeout=0)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"Another run is at work in {run.out}; waiting {LOCK_SECONDS:.0f} s for it to end.", flush=True)
+            lock.acquire(timeout=LOCK_SECONDS)
     except Timeout:
         raise SettingsError(
             f"out is {run.out}, where another run is at work now; wait for it, or give another folder."
         ) from None
     return lock
+
+
+def note(out: Path, event: str, **values: Any) -> None:
+    """Append a line to attempts.jsonl: what happened, when, on which host and in which job of Slurm's."""
+    job = {key: os.environ[name] for key, name in JOB.items() if name in os.environ}
+    line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "event": event, **values}
+    with (out / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps({**line, "host": platform.node(), **job}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def describe(run: Run, tokens: str, ds_config: dict[str, Any]) -> None:
@@ -162,6 +200,10 @@ class Metrics:
         self._file = path.open("a")
         self.seconds = sum(line.get("step_seconds", 0.0) for line in kept)
         """Time spent in training steps, also before a resume."""
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        os.fsync(self._file.fileno())
 
     def write(self, **values: float | None) -> None:
         """Append one line and hand it to the operating system.

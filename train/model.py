@@ -101,6 +101,14 @@ def build(config: PretrainedConfig, settings: Model, seed: int, ds_config: dict[
     return model
 
 
+def empty(config: PretrainedConfig) -> PreTrainedModel:
+    """The model's shapes without its weights; call it under ``torch.device("meta")``."""
+    from transformers import AutoModelForCausalLM
+
+    network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return network
+
+
 def parameter_count(model: PreTrainedModel) -> int:
     """Number of weights in the whole model, also where ZeRO-3 leaves this rank a part of each."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

@@ -21,6 +21,7 @@ from train import checkpoints, data, deepspeed_config, folder, model
 from train.progress import Progress
 from train.ranks import Ranks, leave, prepare_environment, start
 from train.settings import RankError, Run, Schedule, SettingsError, parse, require
+from train.watch import AGAIN, StopRequest
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -39,6 +40,13 @@ PEAK_FLOPS = {
 }
 
 
+STOP = "STOP"  # a file in the run's folder that asks it to save and end
+
+
+class Stopped(Exception):
+    """A run that was asked to stop has saved and ended; it can go on."""
+
+
 class Trainer:
     """The engine, the data and the loop of one run, on one rank."""
 
@@ -50,6 +58,7 @@ class Trainer:
         validation: data.Blocks,
         engine: DeepSpeedEngine,
         tokens: str,
+        layout: dict[str, Any],
     ) -> None:
         self.run, self.ranks, self.train, self.validation, self.engine = run, ranks, train, validation, engine
         self.tokens = tokens  # the fingerprint of text and tokenizer
@@ -57,6 +66,10 @@ class Trainer:
         self.accumulation = engine.gradient_accumulation_steps()
         self.parameters = model.parameter_count(engine.module)
         self.step = 0  # optimizer steps taken
+        self.layout = layout
+        self.stop = StopRequest(run.out / STOP if ranks.first else None)
+        self.stopping = False
+        """Whether some rank has been asked to stop; the same on all ranks."""
 
     def mine(self, indices: np.ndarray, part: int) -> torch.Tensor:
         """This rank's rows of micro-batch ``part`` of a global batch: [micro_batch, sequence_length]."""
@@ -75,15 +88,14 @@ class Trainer:
         total = torch.zeros((), device=self.ranks.device)
         norm: float | None = None
         for part in range(self.accumulation):
+            self.ranks.alive()
             tokens = self.mine(indices, part)
             loss = engine(input_ids=tokens, labels=tokens).loss
             engine.backward(loss)
             total += loss.detach().float() / self.accumulation
             if part == self.accumulation - 1 and not hasattr(engine.optimizer, "_global_grad_norm"):
                 # Stage 0 in float32 runs BalancedAdam bare, and DeepSpeed clips without telling the norm.
-                norm = float(
-                    torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-                )
+                norm = self.norm_at_stage_0()
             engine.step()
         self.step += 1
         if norm is None:
@@ -91,7 +103,8 @@ class Trainer:
             norm = None if told is None else float(told)
         size = engine.basic_optimizer.update_size()
         loss_sum, squares, count = self.ranks.sum([float(total), size.sum_of_squares, size.numel])
-        (greatest,) = self.ranks.max([size.greatest])
+        greatest, stopping = self.ranks.max([size.greatest, float(bool(self.stop))])
+        self.stopping = stopping > 0.0
         seconds = time.perf_counter() - began
         tokens_per_second = indices.size * self.train.length / seconds
         return {
@@ -108,6 +121,16 @@ class Trainer:
             **self._utilization(tokens_per_second),
         }
 
+    def norm_at_stage_0(self) -> float:
+        """The norm of the gradient. If it isn't finite, the gradient is dropped, as DeepSpeed does in every other case."""
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self.engine.skipped_steps += 1
+            for parameter in self.engine.module.parameters():
+                parameter.grad = None
+        return norm
+
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss on held-out text, the same blocks every time and for every number of ranks."""
@@ -117,6 +140,7 @@ class Trainer:
         self.engine.eval()
         for number in range(batches):
             for part in range(self.accumulation):
+                self.ranks.alive()
                 tokens = self.mine(np.arange(number * batch, (number + 1) * batch), part)
                 total += self.engine(input_ids=tokens, labels=tokens).loss.double()
         self.engine.train()
@@ -124,6 +148,8 @@ class Trainer:
 
     def fit(self, metrics: folder.Metrics | None, progress: Progress) -> dict[str, Any]:
         """Train to the last step; validate and save on the way; return the content of result.json.
+
+        Asked to stop, save and return with the status "stopped".
 
         Raises:
             SettingsError: if a checkpoint can't be written.
@@ -146,10 +172,21 @@ class Trainer:
                 if metrics:
                     metrics.write(step=self.step, validation_loss=validation_loss)
                     self._monitor({"validation_loss": validation_loss})
-            if (last or (every and self.step % every == 0)) and not nonfinite and self.weights_are_finite():
+            due = last or self.stopping or (every and self.step % every == 0)
+            if due and not nonfinite and self.weights_are_finite():
+                if metrics:
+                    metrics.sync()
                 checkpoints.save(
-                    self.engine, self.ranks, run.out / "checkpoints", self.step, run.checkpoints.keep, self.parameters
+                    self.engine,
+                    self.ranks,
+                    run.out / "checkpoints",
+                    self.step,
+                    run.checkpoints.keep,
+                    self.parameters,
+                    self.layout,
                 )
+            if self.stopping and not last:
+                return {"status": "stopped", "step": self.step}
         if not math.isfinite(validation_loss):  # finished before, but cut before result.json was written
             validation_loss = self.validate()
         status = "finished" if math.isfinite(validation_loss) else "diverged"
@@ -234,7 +271,7 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         tokenizer = data.load_tokenizer(run.data.tokenizer)
         config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
     # One rank on each host; the others find it done.
-    ranks.wait_for((lambda: data.prepare(run.data, tokenizer)) if ranks.local_rank == 0 else None)
+    ranks.wait_for((lambda: data.verify(data.prepare(run.data, tokenizer))) if ranks.local_rank == 0 else None)
     with ranks.together():
         tokens = data.prepare(run.data, tokenizer)
         train, validation = data.open_blocks(tokens, run.data.sequence_length)
@@ -260,7 +297,7 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
     )
     if ranks.first:
         print(f"BalancedAdam: {describe(engine.optimizer)}", file=sys.stderr, flush=True)
-    return Trainer(run, ranks, train, validation, engine, tokens.name)
+    return Trainer(run, ranks, train, validation, engine, tokens.name, checkpoints.layout(ds_config, ranks.world))
 
 
 def dry_run(trainer: Trainer) -> None:
@@ -303,34 +340,51 @@ def pretrain(run: Run) -> None:
     run.check()
     gpus = torch.cuda.is_available()
     ds_config = deepspeed_config.resolve(run, int(os.environ["WORLD_SIZE"]), gpus)
-    ranks = start()
-    if run.dry_run:
-        with ranks.together():
-            if ranks.first:
-                folder.check(run)
-        dry_run(initialize(run, ranks, ds_config))
-        return
+    ranks = start(run.timeout)
+    with ranks.watch.guard():
+        if run.dry_run:
+            with ranks.together():
+                if ranks.first:
+                    folder.check(run)
+            dry_run(initialize(run, ranks, ds_config))
+        else:
+            _pretrain(run, ranks, ds_config)
+
+
+def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
     with ExitStack() as held:
         with ranks.together():
             if ranks.first:
                 held.callback(folder.claim(run).release)
+                (run.out / STOP).unlink(missing_ok=True)
         with ranks.together():
             ended = folder.result(run.out)
         if ended is not None:
             _tell(run, ended, "already ")
             return
+        found = checkpoints.find(ranks, run.out / "checkpoints")
+        if found:
+            found = checkpoints.fit(ranks, found, checkpoints.layout(ds_config, ranks.world))
+            ds_config["checkpoint"] = {"load_universal": found.universal}
         trainer = initialize(run, ranks, ds_config)
         with ranks.together():
             if ranks.first:
                 folder.describe(run, trainer.tokens, ds_config)
-        trainer.step = checkpoints.resume(trainer.engine, ranks, run.out / "checkpoints")
+        if found:
+            trainer.step = checkpoints.load(trainer.engine, ranks, found)
         with ranks.together():
             metrics = folder.Metrics(run.out, trainer.step) if ranks.first else None
+            if metrics:
+                folder.note(run.out, "begins", step=trainer.step, ranks=ranks.world)
+        ranks.watch.begin()
         with Progress(run.schedule.steps, trainer.step, run.out.name, enabled=ranks.first) as progress:
             ended = trainer.fit(metrics, progress)
         with ranks.together():
             if metrics:
-                folder.write_json(run.out / "result.json", {**ended, "seconds": metrics.seconds})
+                if ended["status"] != "stopped":
+                    folder.write_json(run.out / "result.json", {**ended, "seconds": metrics.seconds})
+                folder.note(run.out, ended["status"], step=ended["step"])
+        ranks.watch.end()
     _tell(run, ended)
 
 
@@ -338,8 +392,11 @@ def _tell(run: Run, ended: dict[str, Any], already: str = "") -> None:
     """Say how a run has ended.
 
     Raises:
+        Stopped: if it was asked to stop.
         SettingsError: if it diverged, now or earlier.
     """
+    if ended["status"] == "stopped":
+        raise Stopped(f"Stopped at step {ended['step']} and saved, as asked. The same command goes on from there.")
     if ended["status"] == "diverged":
         raise SettingsError(
             f"the run in {run.out} has {already}diverged: the loss or the gradient was not finite for {run.stop_after_nonfinite} "
@@ -364,15 +421,23 @@ def _device_name(device: torch.device) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: ``python -m train.pretrain --help``; the exit code."""
+    """Command line: ``python -m train.pretrain --help``; the exit code.
+
+    0: finished. 2: refused or diverged, which starting it again won't mend. 75: stopped as asked, or a rank was lost; start it
+    again. 130: Ctrl-C. 1: a fault of this program.
+    """
     try:
         prepare_environment()
         pretrain(parse(Run, sys.argv[1:] if arguments is None else arguments, "train.pretrain", __doc__))
-    except (SettingsError, KeyboardInterrupt) as error:
+    except SettingsError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-            stopped = "\nStopped. The same command goes on from the newest checkpoint."
-            print(f"error: {error}" if isinstance(error, SettingsError) else stopped, file=sys.stderr, flush=True)
-        return 2 if isinstance(error, SettingsError) else 130
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except (Stopped, KeyboardInterrupt) as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            sentence = str(stopped) or "\nStopped. The same command goes on from the newest checkpoint."
+            print(sentence, file=sys.stderr, flush=True)
+        return AGAIN if isinstance(stopped, Stopped) else 130
     return 0
 
 

@@ -12,13 +12,17 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from threading import Thread
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from train.settings import SettingsError, first_line, require
+from train.watch import Watch, end_with_parent, is_lost
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Ranks:
     local_rank: int
     world: int
     device: torch.device
+    watch: Watch
 
     @property
     def first(self) -> bool:
@@ -53,9 +58,10 @@ class Ranks:
         except OSError as error:
             mine = f"{error.filename or 'a file'}: {error.strerror or error}."
         except Exception as error:
+            if is_lost(error):
+                raise
             mine, fault = f"{type(error).__name__}: {first_line(error)}", error
-        everybody: list[str] = [""] * self.world
-        dist.all_gather_object(everybody, mine and f"{socket.gethostname()}\n{mine}")
+        everybody = self.gather(mine and f"{socket.gethostname()}\n{mine}")
         if fault is not None:
             raise fault
         for rank, found in enumerate(everybody):
@@ -81,10 +87,27 @@ class Ranks:
         thread = Thread(target=job, daemon=True)  # so that a Ctrl-C need not wait for it
         thread.start()
         while self.sum([float(thread.is_alive())])[0]:
+            self.alive()
             time.sleep(0.2)
         with self.together():
             if errors:
                 raise errors[0]
+
+    def alive(self) -> None:
+        """This rank makes progress; see :class:`Watch`."""
+        self.watch.beat()
+
+    def gather(self, value: Value) -> list[Value]:
+        """What each rank has, on all of them."""
+        everybody: list[Any] = [None] * self.world
+        dist.all_gather_object(everybody, value)
+        return everybody
+
+    def from_first(self, value: Value) -> Value:
+        """What rank 0 has."""
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
 
     def sum(self, values: list[float]) -> list[float]:
         """The sums of some numbers over all ranks, in float64."""
@@ -125,6 +148,8 @@ def prepare_environment() -> None:
         "RANK" not in env or not missing,
         f"RANK is {env.get('RANK')} in the environment, but {', '.join(missing)} is not set; unset RANK, or use a launcher.",
     )
+    if "RANK" in env:
+        end_with_parent()
     if "RANK" not in env:
         env.update(
             RANK="0",
@@ -158,8 +183,12 @@ def free_port() -> int:
         return port
 
 
-def start() -> Ranks:
-    """Join the process group (NCCL on GPUs, gloo on CPU) and say who we are."""
+def start(timeout: float) -> Ranks:
+    """Join the process group (NCCL on GPUs, gloo on CPU) and say who we are.
+
+    Args:
+        timeout: seconds without progress after which the run is given up.
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -172,9 +201,15 @@ def start() -> Ranks:
     local_rank = int(os.environ["LOCAL_RANK"])
     index = local_rank if accelerator.device_count() > 1 else 0  # srun --gpus-per-task shows each rank one GPU
     accelerator.set_device(index)
-    deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        accelerator.communication_backend_name(),
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout),
+    )
     device = torch.device(accelerator.device_name(index))
-    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return Ranks(rank, local_rank, world, device, Watch(rank, world, timeout))
 
 
 def leave(code: int) -> NoReturn:

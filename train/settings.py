@@ -237,6 +237,9 @@ class Run:
     """Check everything, estimate memory, run one batch, write nothing."""
     stop_after_nonfinite: int = 3
     """Stop when the loss or the gradient was NaN or infinite for this many steps in a row; the last good checkpoint is kept."""
+    timeout: float = 600.0
+    """Seconds without progress after which a run is given up: a rank is stuck, a host is gone, the network is cut. Longer than the
+    slowest step, validation batch or file of a checkpoint."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -252,6 +255,7 @@ class Run:
             self.stop_after_nonfinite >= 1,
             f"stop_after_nonfinite is {self.stop_after_nonfinite}; it must be at least 1.",
         )
+        require(5.0 <= self.timeout < 1e6, f"timeout is {self.timeout}; it is in seconds, at least 5.")
         for concern in (self.data, self.optimizer, self.schedule, self.parallelism, self.checkpoints, self.logging):
             for name, value in dataclasses.asdict(concern).items():
                 if isinstance(value, float):
@@ -261,7 +265,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: everything that decides the weights, as plain data for JSON.
 
-        Where things lie, how often they are saved and what is logged does not count.
+        Where things lie, how the work is split over ranks, how often it is saved and what is logged does not count.
         """
         whole = dataclasses.asdict(self)
         whole["data"].pop("data_cache")
@@ -269,7 +273,7 @@ class Run:
             whole["data"]["data"] = str(path.resolve())
         kept = {key: whole[key] for key in ("seed", "model", "data", "optimizer", "schedule")}
         parallelism = whole["parallelism"]
-        kept["parallelism"] = {key: parallelism[key] for key in ("batch", "micro_batch", "precision")}
+        kept["parallelism"] = {key: parallelism[key] for key in ("batch", "precision")}
         return kept
 
 

@@ -291,7 +291,9 @@ def _hand_over(
     if not zero.optimizer.hand_over(master, [piece.reshape(-1) for piece in pieces], factor, copy, keep):
         kinds = sorted({f"{str(piece.dtype).removeprefix('torch.')} on {piece.device}" for piece in pieces})
         found = f"{sum(piece.numel() for piece in pieces)} elements ({', '.join(kinds)}) of gradient"
-        return _refused(zero, f"{found} for {master.numel()} weights on {master.device}, or the optimizer has step hooks")
+        return _refused(
+            zero, f"{found} for {master.numel()} weights on {master.device}, or the optimizer has step hooks"
+        )
     state = zero._balanced_adam_one_pass
     state.factor, state.copies = factor, copy is not None
     return True

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.corpus import write_corpus
 from train.ranks import prepare_environment
 from train.settings import Run, parse
 
@@ -14,12 +15,7 @@ Make = Callable[..., Run]
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty documents of about 2000 bytes."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(20):
-        words = " ".join(f"word{(number * 7 + i * i) % 97}" for i in range(300))
-        (folder / f"{number:02}.txt").write_text(words)
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

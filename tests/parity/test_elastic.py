@@ -1,0 +1,96 @@
+"""A run that goes from 4 ranks to 2, 3 and 1, and from one ZeRO stage to another, is the run of one process, to the last bit.
+
+Through the harness's own checkpoints and conversion, with gradients whose sums are exact.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.parity.cases import Case, advance, read, start
+from tests.parity.compare import EXACT, differences
+from tests.parity.control import State, train
+from tests.parity.model import SHAPES
+from tests.parity.worker import device, once, spawn
+from train import checkpoints
+from train.ranks import Ranks
+from train.watch import Watch
+
+pytestmark = pytest.mark.ranks
+
+# The parameter "sometimes" has a gradient in each of the steps from 4 to 11; see test_resume.py for why that matters here.
+CUTS = (0, 5, 7, 9, 11)
+WORLDS = (4, 2, 3, 1)
+BF16, FP32 = Case(1, "bf16"), Case(1, "fp32")
+CHAINS = {
+    "stage_2_offload": [Case(2, "bf16", offload=True)] * 4,
+    "stage_3_bf16": [Case(3, "bf16")] * 4,
+    "stages_1_3_2_1_bf16": [BF16, Case(3, "bf16"), Case(2, "bf16"), BF16],
+    "stages_1_3_offload_2_1_fp32": [FP32, Case(3, "fp32", offload=True), Case(2, "fp32"), FP32],
+    "stages_3_1_3_2_bf16": [Case(3, "bf16"), BF16, Case(3, "bf16"), Case(2, "bf16")],
+    "accumulation_and_offload_come_and_go": [
+        BF16,
+        Case(1, "bf16", grad_accum="fp32"),
+        Case(2, "bf16", offload=True),
+        BF16,
+    ],
+}
+
+
+class Leg(NamedTuple):
+    """What one world does: for each chain a case, in a folder of the chain's."""
+
+    folder: str
+    number: int
+
+
+def go_on(leg: Leg) -> dict[str, tuple[State, State]]:
+    """Job: resume each chain where the last world left it, go on, save; the state at the beginning and at the end."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    ranks = Ranks(rank, int(os.environ["LOCAL_RANK"]), world, torch.device(device(world)), Watch(rank, world, 100.0))
+    found_states = {}
+    for name, cases in CHAINS.items():
+        case, folder = cases[leg.number], Path(leg.folder) / name
+        if ranks.first:
+            folder.mkdir(exist_ok=True)
+        layout = checkpoints.layout(case.config(world), world)
+        found = checkpoints.find(ranks, folder)
+        if found:
+            found = checkpoints.fit(ranks, found, layout)
+        engine = start(case, checkpoint={"load_universal": bool(found and found.universal)})
+        if found:
+            assert checkpoints.load(engine, ranks, found) == CUTS[leg.number]
+        begin = read(engine) if found else {}
+        advance(engine, CUTS[leg.number], CUTS[leg.number + 1])
+        parameters = sum(math.prod(shape) for shape in SHAPES.values())
+        checkpoints.save(engine, ranks, folder, CUTS[leg.number + 1], 2, parameters, layout)
+        found_states[name] = begin, read(engine)
+        engine.destroy()
+    ranks.watch.end()
+    return found_states
+
+
+@once
+def legs() -> list[list[dict[str, tuple[State, State]]]]:
+    """Leg, rank, chain: the state at the beginning and at the end."""
+    with TemporaryDirectory() as folder:
+        return [spawn(go_on, world, Leg(folder, number)) for number, world in enumerate(WORLDS)]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("number", range(4), ids=lambda number: f"{WORLDS[number]}_ranks")
+def test_each_leg_begins_where_the_last_one_ended_and_goes_on_as_one_process_would(number: int, chain: str) -> None:
+    ranks = [rank[chain] for rank in legs()[number]]
+    if number:
+        before = legs()[number - 1][0][chain][1]
+        assert differences([begin for begin, _ in ranks], before) == EXACT
+    control = train(CUTS[number + 1], CHAINS[chain][0].absent())
+    assert differences([end for _, end in ranks], control) == EXACT
