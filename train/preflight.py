@@ -1,7 +1,7 @@
 """Before a run: are all hosts fit for it? ``LAUNCHER -m train.preflight ...`` takes what train.pretrain takes.
 
 Every rank takes part; what is wrong is said in one sentence that names the host, before the first step is paid for.
-Plain ``python -m train.preflight ...`` is a world of one: it checks the settings, the data and the model on this machine.
+Plain ``python -m train.preflight --ranks N ...`` checks the settings for N ranks, the data and the model on this machine.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,15 @@ Hosts = list[str]
 """Host name of each rank."""
 
 
-def preflight(run: Run) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Preflight(Run):
+    """What train.pretrain will get, and on how many ranks."""
+
+    ranks: int | None = None
+    """Ranks of the run, if they aren't all here."""
+
+
+def preflight(run: Preflight) -> str:
     """Check everything; what was found, for the user.
 
     Raises:
@@ -46,7 +55,7 @@ def preflight(run: Run) -> str:
     ranks = start(TIMEOUT)
     with ranks.watch.guard():
         with ranks.together():
-            ds_config = deepspeed_config.resolve(run, ranks.world, gpus)
+            ds_config = deepspeed_config.resolve(run, run.ranks or ranks.world, gpus)
             if ranks.first:
                 folder.check(run)
             tokenizer = data.load_tokenizer(run.data.tokenizer)
@@ -80,9 +89,9 @@ def preflight(run: Run) -> str:
                 if wrong:
                     raise SettingsError("; ".join(dict.fromkeys(wrong)) + ".")
         ranks.watch.end()
-    what = f"{ranks.world} ranks on {len(set(hosts))} hosts, {parameters / 1e6:.1f} M parameters"
-    network = f"all-reduce {speed / 1e9:.2f} GB/s, clocks within {skew:.3f} s" if ranks.world > 1 else "one rank"
-    return f"preflight: {what}; {network}; nothing wrong found in {time.monotonic() - began:.0f} s."
+    what = f"{ranks.world} {'ranks' if ranks.world > 1 else 'rank'} on {len(set(hosts))} host{'s' * (len(set(hosts)) > 1)}, {parameters / 1e6:.1f} M parameters"
+    network = f"all-reduce {speed / 1e9:.2f} GB/s, clocks within {skew:.3f} s; " if ranks.world > 1 else ""
+    return f"preflight: {what}; {network}nothing wrong found in {time.monotonic() - began:.0f} s."
 
 
 def _different(hosts: Hosts, facts: list[dict[str, Any]]) -> Iterator[str]:
@@ -207,7 +216,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; the exit code: 0, or 2 if something is wrong."""
     try:
         prepare_environment()
-        found = preflight(parse(Run, sys.argv[1:] if arguments is None else arguments, "train.preflight", __doc__))
+        found = preflight(
+            parse(Preflight, sys.argv[1:] if arguments is None else arguments, "train.preflight", __doc__)
+        )
         if dist.get_rank() == 0:
             print(found, flush=True)
     except SettingsError as error:

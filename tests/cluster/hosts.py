@@ -93,6 +93,8 @@ class Host:
             subprocess.run(line, check=True, env={**os.environ, "PATH": PATH})
             bridge.check("ip", "link", "set", self.cable, "master", "br0", "up")
             self.check("ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
+            # The same after a reboot, or the others would go on talking to the old one for a while.
+            self.check("ip", "link", "set", "eth0", "address", f"02:00:00:00:00:{self.address.rsplit('.')[-1]}")
             self.check("ip", "link", "set", "eth0", "up")
 
     @property
@@ -110,7 +112,7 @@ class Host:
 
     def line(self, *command: Any) -> list[str]:
         """The command line that runs ``command`` on this host."""
-        enter = ["nsenter", "-t", str(self.pid), *NAMESPACES, f"--wd={os.getcwd()}", "--"]
+        enter = ["nsenter", "-t", str(self.pid), *NAMESPACES, f"--wd={Path.cwd()}", "--"]
         return [*enter, *map(str, command)]
 
     def start(self, *command: Any, log: Path, **env: Any) -> subprocess.Popen[bytes]:
@@ -266,7 +268,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={here}/munge.socket,cred_expire=5
+AuthInfo=socket={here}/munge.socket,cred_expire=10
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
