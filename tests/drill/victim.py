@@ -1,0 +1,96 @@
+"""train.pretrain, to which something happens on one rank at one moment. ``LAUNCHER -m tests.drill.victim ...``
+
+VICTIM="RANK MOMENT COUNT DEED": on that rank, the COUNT-th time (from 1) that it comes to MOMENT, DEED is done.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from train import checkpoints, data, folder
+from train.pretrain import Trainer, main
+from train.ranks import leave, prepare_environment
+
+MOMENTS: dict[str, tuple[Any, str]] = {
+    "tokenizing": (data, "_tokenize"),
+    "forward": (Trainer, "mine"),
+    "all-reduce": (dist, "all_reduce"),
+    "metrics": (folder.Metrics, "write"),
+    "saving": (checkpoints._Recorder, "save"),
+    "finishing": (checkpoints, "_finish"),
+    "rotation": (checkpoints, "_rotate"),
+    "removing": (shutil, "rmtree"),
+    "verifying": (checkpoints, "_verified"),
+    "conversion": (checkpoints, "_convert"),
+    "loading": (checkpoints, "load"),
+    "result": (folder, "write_json"),
+}
+"""What a rank comes to before it does it. "step" and "backward" are the engine's, which come with DeepSpeed."""
+
+
+def deed(name: str) -> None:
+    """What is done to this process, or to its folder."""
+    if name == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif name == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif name == "vanish":
+        shutil.rmtree(Path(sys.argv[sys.argv.index("--out") + 1]))
+    else:
+        raise ValueError(name)
+
+
+def at(place: Any, method: str, count: int, do: Callable[[], None]) -> None:
+    """Have ``do`` done before the ``count``-th call."""
+    original, calls = getattr(place, method), [0]
+
+    def disturbed(*arguments: Any, **more: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == count:
+            do()
+        return original(*arguments, **more)
+
+    setattr(place, method, disturbed)
+
+
+def poison(engine: type, count: int) -> None:
+    """From the ``count``-th backward pass on (to the last, if negative), the gradients of this rank are NaN."""
+    original, calls = engine.backward, [0]  # type: ignore[attr-defined]
+
+    def backward(self: Any, loss: Any, *arguments: Any, **more: Any) -> Any:
+        calls[0] += 1
+        bad = calls[0] == count or (count < 0 and calls[0] >= -count)
+        return original(self, loss * float("nan") if bad else loss, *arguments, **more)
+
+    engine.backward = backward  # type: ignore[attr-defined]
+
+
+def arrange(rank: int, moment: str, count: int, what: str) -> None:
+    """Prepare it."""
+    if int(os.environ.get("RANK", "0")) != rank:
+        return
+    prepare_environment()
+    from deepspeed import DeepSpeedEngine
+
+    if what == "nan":
+        poison(DeepSpeedEngine, count)
+    else:
+        place, method = {**MOMENTS, "step": (DeepSpeedEngine, "step"), "backward": (DeepSpeedEngine, "backward")}[
+            moment
+        ]
+        at(place, method, count, lambda: deed(what))
+
+
+if __name__ == "__main__":
+    if told := os.environ.get("VICTIM"):
+        rank, moment, count, what = told.split()
+        arrange(int(rank), moment, int(count), what)
+    leave(main())

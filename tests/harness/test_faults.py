@@ -1,0 +1,349 @@
+"""What goes wrong at night: ranks killed, stuck or poisoned, damaged checkpoints, folders that vanish. Nothing is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from tests.cluster.runs import events, losses, same
+from tests.harness.conftest import Make
+from tests.harness.test_runs import change, finish, start
+from train import checkpoints, folder
+from train.pretrain import pretrain
+from train.ranks import Ranks
+from train.settings import REPOSITORY, SettingsError
+from train.watch import AGAIN, Watch
+
+VICTIM = "tests.drill.victim"
+
+
+def out_of(options: list[str]) -> Path:
+    return Path(options[options.index("--out") + 1])
+
+
+def newest(run: Any) -> Path:
+    return max((run.out / "checkpoints").glob("step-*"))
+
+
+# ---- Checkpoints
+
+
+def test_wherever_a_checkpoint_is_truncated_or_changed_it_is_named_and_the_one_before_is_used(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make()
+    pretrain(run)
+    last, draw = newest(run), random.Random(0)
+    files = [last / name for name in json.loads((last / "complete.json").read_text())["files"]]
+    alone = Ranks(0, 0, 1, torch.device("cpu"), Watch(0, 1, 60.0))
+    sizes = [file.stat().st_size for file in files]
+    for number in range(20):
+        file = draw.choices([*files, last / "complete.json"], [*sizes, max(sizes)])[0]
+        whole = file.read_bytes()
+        place = draw.randrange(len(whole))
+        if number % 2 or file.name == "complete.json":
+            file.write_bytes(whole[:place])
+        else:
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        found = checkpoints.find(alone, last.parent)
+        said = capsys.readouterr().out
+        assert found and found.step == 3, f"{file.name} at {place}"
+        assert re.search(rf"{last} is (not whole|damaged) \(.+\); passed over", said)
+        file.write_bytes(whole)
+    found = checkpoints.find(alone, last.parent)
+    assert found and found.step == 6
+
+
+class Evil:
+    """What a checkpoint must not be able to do: run a command when it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch evil-was-here",)
+
+
+def test_a_checkpoint_runs_nothing_when_it_is_loaded(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make()
+    pretrain(run)
+    (run.out / "result.json").unlink()
+    file = next(newest(run).glob("*model_states.pt"))
+    torch.save({**torch.load(file), "evil": Evil()}, file, pickle_module=pickle)
+    manifest = newest(run) / "complete.json"
+    about = json.loads(manifest.read_text())
+    about["files"][file.name] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
+    manifest.write_text(json.dumps(about))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        SettingsError, match=r"step-0000006 can't be loaded on rank 0 .*remove it to go on from an older one"
+    ):
+        pretrain(run)
+    assert not (tmp_path / "evil-was-here").exists()
+
+
+def test_a_token_file_that_has_changed_is_refused(make: Make, tmp_path: Path) -> None:
+    run = make("--data-cache", str(tmp_path / "cache"))
+    pretrain(run)
+    (run.out / "result.json").unlink()
+    file = next((tmp_path / "cache").glob("tokens-*/train.bin"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100] + b"\0\0" + whole[102:])
+    with pytest.raises(SettingsError, match=r"train.bin has changed since it was written; remove that folder"):
+        pretrain(run)
+    shutil.rmtree(file.parent)
+    pretrain(run)
+
+
+@pytest.mark.ranks
+def test_another_world_and_another_stage_go_on_with_the_same_batches(small_run: list[str], tmp_path: Path) -> None:
+    options = change(small_run, steps=12, batch=12, save_every=3)
+    assert finish(change(options, out=tmp_path / "straight"), "python", 1)[0] == 0
+    out = out_of(options)
+    said = ""
+    for ranks, stage, stop in ((4, 1, 3), (2, 3, 6), (3, 2, 9), (1, 1, 12)):
+        config = REPOSITORY / "ds_configs" / f"zero{stage}.json"
+        launcher = "torchrun" if ranks > 1 else "python"
+        code, said = finish(change(options, ds_config=config), launcher, ranks)
+        assert code == 0, said
+        for later in range(stop + 3, 13, 3):  # back to where it shall go on on another world
+            shutil.rmtree(out / "checkpoints" / f"step-{later:07d}")
+        if stop < 12:
+            (out / "result.json").unlink()
+    assert "converting step-0000009: " in said and "step-0000009-universal" in said
+    assert losses(out) == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)
+    assert {event["ranks"] for event in events(out) if event["event"] == "begins"} == {4, 2, 3, 1}
+
+
+# ---- Ranks
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Undisturbed runs, by their options."""
+    return {"": tmp_path_factory.mktemp("straight")}
+
+
+def undisturbed(options: list[str], straight: dict[str, Path]) -> Path:
+    key = " ".join(change(options, out="-"))
+    if key not in straight:
+        straight[key] = straight[""] / str(len(straight))
+        code, said = finish(change(options, out=straight[key]))
+        assert code == 0, said
+    return straight[key]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("rank", "moment", "count"),
+    [(1, "forward", 17), (0, "step", 18), (1, "saving", 3), (0, "finishing", 2), (0, "rotation", 2), (0, "result", 6)],
+)
+def test_a_rank_that_is_killed_is_named_and_the_run_ends_with_the_bits_of_an_undisturbed_one(
+    small_run: list[str], straight: dict[str, Path], rank: int, moment: str, count: int
+) -> None:
+    options = change(small_run, steps=12, save_every=4, timeout=10)
+    code, said = finish(options, module=VICTIM, VICTIM=f"{rank} {moment} {count} kill")
+    assert code != 0
+    if moment in ("forward", "saving"):  # rank 0 kept the meeting point, and can't tell of itself
+        assert re.search(
+            rf"^error: .*rank {rank} on \S+ does not answer \(killed, stopped or cut off\)", said, re.MULTILINE
+        ), said
+    code, said = finish(options)
+    assert code == 0, said
+    assert same(out_of(options), undisturbed(options, straight))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_stuck_is_named_within_the_time_out(
+    small_run: list[str], straight: dict[str, Path], rank: int
+) -> None:
+    options = change(small_run, steps=12, save_every=4, timeout=8)
+    began = time.monotonic()
+    code, said = finish(options, module=VICTIM, VICTIM=f"{rank} forward 19 stop")
+    assert code != 0 and time.monotonic() - began < 90
+    assert re.search(rf"^error: .*rank {rank} on \S+ does not answer", said, re.MULTILINE), said
+    assert finish(options)[0] == 0
+    assert same(out_of(options), undisturbed(options, straight))
+
+
+@pytest.mark.ranks
+def test_a_conversion_that_is_killed_is_made_anew(small_run: list[str], tmp_path: Path) -> None:
+    options = change(small_run, steps=6, save_every=3)
+    for name in ("killed", "spared"):
+        assert finish(change(options, out=tmp_path / name))[0] == 0
+        (tmp_path / name / "result.json").unlink()
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step-0000006")
+    killed = change(options, out=tmp_path / "killed")
+    assert finish(killed, "python", 1, VICTIM, VICTIM="0 finishing 1 kill")[0] == -signal.SIGKILL
+    assert (tmp_path / "killed" / "checkpoints" / ".step-0000003-universal").exists()
+    for name in ("killed", "spared"):
+        assert finish(change(options, out=tmp_path / name), "python", 1)[0] == 0
+    assert same(tmp_path / "killed", tmp_path / "spared")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_ranks_whose_launcher_is_killed_save_and_end(
+    small_run: list[str], straight: dict[str, Path], launcher: str
+) -> None:
+    options = change(small_run, steps=400, save_every=100)
+    process = start(options, launcher)
+    out = out_of(options)
+    until = time.monotonic() + 100
+    while len(folder.read_metrics(out)) < 5 and time.monotonic() < until:
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)
+    ranks = [
+        p
+        for p in family
+        if "train.pretrain" in p.cmdline() and not {"-m", "deepspeed.launcher.launch"} <= {*p.cmdline()}
+    ]
+    parent = ranks[-1].parent()
+    assert parent and len(ranks) >= 2
+    parent.kill()
+    gone, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not alive
+    process.communicate(timeout=30)
+    step = checkpoints.newest_step(out / "checkpoints")
+    assert step > 0 and step % 100, "saved when it was asked, not when it was due"
+    assert finish(options, launcher)[0] == 0
+    assert same(out, undisturbed(options, straight))
+
+
+@pytest.mark.ranks
+def test_stopped_by_a_file_or_a_signal_it_saves_and_says_so_by_its_exit_code(
+    small_run: list[str], tmp_path: Path
+) -> None:
+    options = change(small_run, steps=100000, save_every=0, keep=1)
+    out = out_of(options)
+    for number, how in enumerate(("file", "SIGTERM", "SIGUSR1")):
+        process = start(options, "python", 1)
+        until, before = time.monotonic() + 60, len(folder.read_metrics(out))
+        while len(folder.read_metrics(out)) < before + 3 and time.monotonic() < until:
+            time.sleep(0.02)
+        if how == "file":
+            (out / "STOP").touch()
+        else:
+            process.send_signal(getattr(signal, how))
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == AGAIN, said
+        assert re.search(r"Stopped at step \d+ and saved, as asked", said)
+        assert [event["event"] for event in events(out)] == ["begins", "stopped"] * (number + 1)
+        assert checkpoints.newest_step(out / "checkpoints") == len(losses(out))
+
+
+@pytest.mark.ranks
+def test_a_second_job_in_the_same_folder_waits_and_then_refuses(
+    small_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = change(small_run, steps=100000, save_every=0)
+    first = start(options, "python", 1)
+    until = time.monotonic() + 60
+    while len(folder.read_metrics(out_of(options))) < 3 and time.monotonic() < until:
+        time.sleep(0.02)
+    code, said = finish(options, "python", 1)
+    first.kill()
+    first.communicate()
+    assert code == 2 and "waiting 30 s for it to end" in said
+    assert re.search(r"^error: .*where another run is at work now", said, re.MULTILINE)
+
+
+# ---- Numbers
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_nan_in_one_ranks_gradient_is_skipped_on_all_and_counted(small_run: list[str], stage: int) -> None:
+    options = change(small_run, steps=8, ds_config=REPOSITORY / "ds_configs" / f"zero{stage}.json")
+    code, said = finish(options, module=VICTIM, VICTIM="1 - 4 nan")
+    assert code == 0, said
+    lines = [line for line in folder.read_metrics(out_of(options)) if "loss" in line]
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert all(line["loss"] is not None for line in lines) and lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[3]["grad_norm"] is None and lines[4]["grad_norm"] is not None
+
+
+@pytest.mark.ranks
+def test_nan_again_and_again_stops_the_run_with_the_last_good_checkpoint_kept(small_run: list[str]) -> None:
+    options = change(small_run, steps=20, save_every=2)
+    code, said = finish(options, module=VICTIM, VICTIM="1 - -6 nan")
+    assert code != 0 and "the loss or the gradient was not finite for 3 steps in a row, up to step 8" in said
+    out = out_of(options)
+    assert folder.result(out) and checkpoints.newest_step(out / "checkpoints") == 4
+
+
+# ---- Disks (a mount of our own, so root)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Any:
+    """A file system of 16 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small file system")
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", place]).returncode:
+        pytest.skip("mount is not permitted")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("how", ["full", "read-only", "vanishing"])
+def test_a_disk_that_fails_while_saving_is_named_and_nothing_older_is_lost(
+    small_run: list[str], disk: Path, how: str, tmp_path: Path
+) -> None:
+    options = change(small_run, steps=100000, save_every=20, out=disk / "run", keep=1)
+    process = start(options)
+    out = disk / "run"
+    until = time.monotonic() + 90
+    while checkpoints.newest_step(out / "checkpoints") < 20 and time.monotonic() < until:
+        time.sleep(0.02)
+    if how == "full":
+        with (disk / "filler").open("wb") as filler, pytest.raises(OSError, match="No space"):
+            while True:
+                filler.write(bytes(2**16))
+                filler.flush()
+    elif how == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    else:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
+    said, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    expected = {"full": "No space left|GB free", "read-only": "Read-only file system", "vanishing": "No such file"}[how]
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert errors and re.search(expected, errors[0]), said[-3000:]
+    if how == "vanishing":
+        return
+    if how == "full":
+        (disk / "filler").unlink()
+    else:
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+    before = checkpoints.newest_step(out / "checkpoints")
+    assert before >= 20
+    again = start(options)
+    while (
+        len(events(out)) < 4
+        and checkpoints.newest_step(out / "checkpoints") <= before
+        and time.monotonic() < until + 90
+    ):
+        time.sleep(0.05)
+    again.send_signal(signal.SIGTERM)
+    again.communicate(timeout=60)
+    assert checkpoints.newest_step(out / "checkpoints") > before
+    losses(out)  # every step once
