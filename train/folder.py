@@ -32,7 +32,7 @@ OURS_EARLY = (
     "STOP",
     ".preflight",
 )  # what may lie there before run.json
-LOCK_SECONDS = 30.0  # that a run which is just ending has to let go of the folder
+LOCK_SECONDS = 15.0  # that a run which is just ending has to let go of the folder
 JOB = {"job": "SLURM_JOB_ID", "restart": "SLURM_RESTART_COUNT", "nodes": "SLURM_JOB_NODELIST"}
 PACKAGES = ("balanced-adam", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
 

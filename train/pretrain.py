@@ -10,8 +10,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,7 +96,8 @@ class Trainer:
             if part == self.accumulation - 1 and not hasattr(engine.optimizer, "_global_grad_norm"):
                 # Stage 0 in float32 runs BalancedAdam bare, and DeepSpeed clips without telling the norm.
                 norm = self.norm_at_stage_0()
-            engine.step()
+            with self.without_clipping() if norm is not None and not math.isfinite(norm) else nullcontext():
+                engine.step()
         self.step += 1
         if norm is None:
             told = engine.get_global_grad_norm()
@@ -122,7 +123,7 @@ class Trainer:
         }
 
     def norm_at_stage_0(self) -> float:
-        """The norm of the gradient. If it isn't finite, the gradient is dropped, as DeepSpeed does in every other case."""
+        """The norm of the gradient. If it isn't finite, the gradient is dropped, as DeepSpeed itself does at other stages."""
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
@@ -130,6 +131,16 @@ class Trainer:
             for parameter in self.engine.module.parameters():
                 parameter.grad = None
         return norm
+
+    @contextmanager
+    def without_clipping(self) -> Iterator[None]:
+        """DeepSpeed can't clip where there is no gradient."""
+        settings = self.engine._config
+        clip, settings.gradient_clipping = settings.gradient_clipping, 0.0
+        try:
+            yield
+        finally:
+            settings.gradient_clipping = clip
 
     @torch.no_grad()
     def validate(self) -> float:

@@ -110,7 +110,7 @@ def test_a_token_file_that_has_changed_is_refused(make: Make, tmp_path: Path) ->
 
 @pytest.mark.ranks
 def test_another_world_and_another_stage_go_on_with_the_same_batches(small_run: list[str], tmp_path: Path) -> None:
-    options = change(small_run, steps=12, batch=12, save_every=3)
+    options = change(small_run, steps=12, batch=12, save_every=3, keep=9)
     assert finish(change(options, out=tmp_path / "straight"), "python", 1)[0] == 0
     out = out_of(options)
     said = ""
@@ -149,7 +149,7 @@ def undisturbed(options: list[str], straight: dict[str, Path]) -> Path:
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("rank", "moment", "count"),
-    [(1, "forward", 17), (0, "step", 18), (1, "saving", 3), (0, "finishing", 2), (0, "rotation", 2), (0, "result", 6)],
+    [(1, "forward", 17), (0, "finishing", 2), (0, "rotation", 2), (0, "result", 3)],  # more in python -m tests.drill
 )
 def test_a_rank_that_is_killed_is_named_and_the_run_ends_with_the_bits_of_an_undisturbed_one(
     small_run: list[str], straight: dict[str, Path], rank: int, moment: str, count: int
@@ -157,7 +157,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_ends_with_the_bits_of_an_und
     options = change(small_run, steps=12, save_every=4, timeout=10)
     code, said = finish(options, module=VICTIM, VICTIM=f"{rank} {moment} {count} kill")
     assert code != 0
-    if moment in ("forward", "saving"):  # rank 0 kept the meeting point, and can't tell of itself
+    if moment == "forward":  # rank 0 kept the meeting point, and can't tell of itself
         assert re.search(
             rf"^error: .*rank {rank} on \S+ does not answer \(killed, stopped or cut off\)", said, re.MULTILINE
         ), said
@@ -167,15 +167,12 @@ def test_a_rank_that_is_killed_is_named_and_the_run_ends_with_the_bits_of_an_und
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_stuck_is_named_within_the_time_out(
-    small_run: list[str], straight: dict[str, Path], rank: int
-) -> None:
+def test_a_rank_that_is_stuck_is_named_within_the_time_out(small_run: list[str], straight: dict[str, Path]) -> None:
     options = change(small_run, steps=12, save_every=4, timeout=8)
     began = time.monotonic()
-    code, said = finish(options, module=VICTIM, VICTIM=f"{rank} forward 19 stop")
+    code, said = finish(options, module=VICTIM, VICTIM="0 forward 19 stop")
     assert code != 0 and time.monotonic() - began < 90
-    assert re.search(rf"^error: .*rank {rank} on \S+ does not answer", said, re.MULTILINE), said
+    assert re.search(r"^error: .*rank 0 on \S+ does not answer", said, re.MULTILINE), said
     assert finish(options)[0] == 0
     assert same(out_of(options), undisturbed(options, straight))
 
@@ -196,31 +193,21 @@ def test_a_conversion_that_is_killed_is_made_anew(small_run: list[str], tmp_path
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_ranks_whose_launcher_is_killed_save_and_end(
-    small_run: list[str], straight: dict[str, Path], launcher: str
-) -> None:
+def test_ranks_whose_launcher_is_killed_save_and_end(small_run: list[str], straight: dict[str, Path]) -> None:
     options = change(small_run, steps=400, save_every=100)
-    process = start(options, launcher)
+    process = start(options)
     out = out_of(options)
     until = time.monotonic() + 100
     while len(folder.read_metrics(out)) < 5 and time.monotonic() < until:
         time.sleep(0.02)
     family = psutil.Process(process.pid).children(recursive=True)
-    ranks = [
-        p
-        for p in family
-        if "train.pretrain" in p.cmdline() and not {"-m", "deepspeed.launcher.launch"} <= {*p.cmdline()}
-    ]
-    parent = ranks[-1].parent()
-    assert parent and len(ranks) >= 2
-    parent.kill()
-    gone, alive = psutil.wait_procs(ranks, timeout=30)
-    assert not alive
+    assert len(family) == 2
+    process.kill()
+    assert not psutil.wait_procs(family, timeout=30)[1]
     process.communicate(timeout=30)
     step = checkpoints.newest_step(out / "checkpoints")
     assert step > 0 and step % 100, "saved when it was asked, not when it was due"
-    assert finish(options, launcher)[0] == 0
+    assert finish(options)[0] == 0
     assert same(out, undisturbed(options, straight))
 
 
@@ -258,7 +245,7 @@ def test_a_second_job_in_the_same_folder_waits_and_then_refuses(
     code, said = finish(options, "python", 1)
     first.kill()
     first.communicate()
-    assert code == 2 and "waiting 30 s for it to end" in said
+    assert code == 2 and "waiting 15 s for it to end" in said
     assert re.search(r"^error: .*where another run is at work now", said, re.MULTILINE)
 
 
@@ -319,7 +306,9 @@ def test_a_disk_that_fails_while_saving_is_named_and_nothing_older_is_lost(
                 filler.write(bytes(2**16))
                 filler.flush()
     elif how == "read-only":
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        saved = out / "checkpoints"
+        subprocess.run(["mount", "--bind", saved, saved], check=True)
+        subprocess.run(["mount", "-o", "remount,ro,bind", saved], check=True)
     else:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)
@@ -333,7 +322,7 @@ def test_a_disk_that_fails_while_saving_is_named_and_nothing_older_is_lost(
     if how == "full":
         (disk / "filler").unlink()
     else:
-        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        subprocess.run(["umount", out / "checkpoints"], check=True)
     before = checkpoints.newest_step(out / "checkpoints")
     assert before >= 20
     again = start(options)
