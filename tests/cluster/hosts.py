@@ -144,11 +144,11 @@ class Host:
 
 
 class Cluster:
-    """A controller and two nodes, with sshd on each, and Slurm over them."""
+    """A controller and two nodes, with sshd on each and, if wanted, Slurm over them."""
 
-    def __init__(self, folder: Path, cpus: int = 64) -> None:
+    def __init__(self, folder: Path, slurm: bool = True) -> None:
         """Boot everything. ``folder``: short and readable by all, since munge's socket lies there."""
-        self.folder = folder
+        self.folder, self.slurm = folder, slurm
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.controller = Host("ctl", f"{SUBNET}.1", folder)
@@ -161,7 +161,8 @@ class Cluster:
             for node in self.nodes:
                 node.up(self.controller)
             self._ssh()
-            self._slurm(cpus)
+            if slurm:
+                self._slurm()
         except BaseException:
             self.close()
             raise
@@ -182,8 +183,9 @@ class Cluster:
         """And gets it back."""
         node.up(self.controller)
         self._sshd(node)
-        self._slurmd(node, "-b")
-        self.wait_idle(node.name)
+        if self.slurm:
+            self._slurmd(node, "-b")
+            self.wait_idle(node.name)
 
     def cut(self, node: Host, cut: bool = True) -> None:
         """Pull a node's network cable, or plug it in."""
@@ -232,15 +234,14 @@ class Cluster:
         if host is not self.controller:
             wait_until(lambda: self.controller.run("ssh", host.name, "true").returncode == 0, 15, f"ssh to {host.name}")
 
-    def _slurm(self, cpus: int) -> None:
+    def _slurm(self) -> None:
         here = self.folder
         for name in ("state", *(f"spool-{node.name}" for node in self.nodes)):
             (here / name).mkdir()
         (here / "munge.key").write_bytes(os.urandom(1024))
         (here / "munge.key").chmod(0o400)
         nodes = "\n".join(
-            f"NodeName={node.name} NodeAddr={node.address} CPUs={cpus} RealMemory=8000 Gres=gpu:8"
-            for node in self.nodes
+            f"NodeName={node.name} NodeAddr={node.address} CPUs=64 RealMemory=8000 Gres=gpu:8" for node in self.nodes
         )
         (here / "slurm.conf").write_text(SLURM_CONF.format(here=here, address=self.controller.address, nodes=nodes))
         # GPUs that are nothing but devices to count, so that the shipped scripts run as they are.

@@ -1,0 +1,218 @@
+"""A fire drill: one run on two hosts is killed again and again, and has to end with the bits of an undisturbed one.
+
+``python -m tests.drill --faults 50 --seed 0``. As root each rank has a host of its own (tests/cluster/hosts.py), whose plug can be
+pulled; otherwise both ranks share this machine, and no host crashes. Everything done is in drill.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pandas as pd
+import psutil
+import tyro
+
+from tests.cluster.hosts import Cluster, why_not
+from tests.cluster.runs import losses, same
+from tests.corpus import write_corpus
+from train import checkpoints, folder
+from train.ranks import free_port
+from train.settings import REPOSITORY
+
+# Where a rank is killed: how often it may have been there before in this attempt, and whether rank 0 alone comes there.
+MOMENTS = {
+    "tokenizing": (1, True),
+    "forward": (60, False),
+    "backward": (60, False),
+    "all-reduce": (150, False),
+    "step": (60, False),
+    "metrics": (60, True),
+    "verifying": (2, False),
+    "loading": (1, False),
+    "saving": (6, False),
+    "finishing": (4, True),
+    "rotation": (4, True),
+    "removing": (8, True),
+    "result": (2, True),
+}
+STEPS_PER_FAULT, SAVE_EVERY, TIMEOUT = 60, 15, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drill:
+    """How long, and where."""
+
+    faults: int = 50
+    """How many times something is killed."""
+    seed: int = 0
+    """Decides what is killed, and when."""
+    out: Path | None = None
+    """A folder for the run, its undisturbed twin and the log. Default: a new one in /tmp."""
+
+
+class Machine:
+    """Starts a run of two ranks, on two hosts or on this machine, and kills parts of it."""
+
+    def __init__(self, cluster: Cluster | None) -> None:
+        self.cluster = cluster
+        self.launchers: list[subprocess.Popen[bytes]] = []
+
+    def start(self, out: Path, options: list[str], victim: str = "") -> None:
+        """Start it. ``victim``: see tests/drill/victim.py."""
+        hosts = 2 if self.cluster else 1
+        head, port = ("node1", random.randrange(20000, 30000)) if self.cluster else ("127.0.0.1", free_port())
+        log = out.with_suffix(".log")
+        environment = {"VICTIM": victim, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        self.launchers = []
+        for number in range(hosts):
+            line = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={hosts}", f"--node-rank={number}"]
+            line += [f"--nproc-per-node={2 // hosts}", f"--master-addr={head}", f"--master-port={port}"]
+            line += ["-m", "tests.drill.victim", "--out", str(out), *options]
+            if self.cluster:
+                self.launchers.append(
+                    self.cluster.nodes[number].start(*line, log=log, GLOO_SOCKET_IFNAME="eth0", **environment)
+                )
+            else:
+                with log.open("ab") as file:
+                    more = {**os.environ, **environment}
+                    self.launchers.append(subprocess.Popen(line, stdout=file, stderr=file, env=more, cwd=REPOSITORY))
+
+    def kill_launcher(self, number: int) -> None:
+        """kill -9 of one launcher, not of its ranks."""
+        process = psutil.Process(self.launchers[number % len(self.launchers)].pid)
+        for child in [process, *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                if "torch.distributed.run" in child.cmdline() and "nsenter" not in child.cmdline()[0]:
+                    child.kill()
+
+    def crash(self, number: int) -> None:
+        """Pull the plug of a host."""
+        assert self.cluster
+        self.cluster.crash(self.cluster.nodes[number])
+
+    def wait(self, seconds: float) -> list[int]:
+        """The exit codes of the launchers, when no process of the run is left."""
+        until = time.monotonic() + seconds
+        codes = [launcher.wait(max(1.0, until - time.monotonic())) for launcher in self.launchers]
+        while any("tests.drill.victim" in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])):
+            if time.monotonic() > until:
+                raise TimeoutError(f"ranks are left after {seconds:.0f} s")
+            time.sleep(0.1)
+        return codes
+
+    def mend(self) -> None:
+        """Boot whatever is down."""
+        for node in self.cluster.nodes if self.cluster else []:
+            if node.holder is None:
+                assert self.cluster
+                self.cluster.revive(node)
+
+
+@contextmanager
+def machine() -> Iterator[Machine]:
+    if why_not() is not None:
+        print(f"No hosts of their own for the ranks: {why_not()}", flush=True)
+        yield Machine(None)
+        return
+    cluster = Cluster(Path("/tmp/balanced_adam_drill"), slurm=False)
+    try:
+        yield Machine(cluster)
+    finally:
+        cluster.close()
+
+
+def drill(settings: Drill, on: Machine) -> pd.DataFrame:
+    """What was killed how often, and the seconds until all of the run had ended.
+
+    Raises:
+        AssertionError: if the run doesn't end with the bits of the undisturbed one.
+    """
+    out = settings.out or Path(mkdtemp(prefix="drill-"))
+    out.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(settings.seed)
+    steps = STEPS_PER_FAULT * settings.faults
+    text = f"--steps {steps} --warmup 5 --batch 4 --sequence-length 32 --validation-fraction 0.2 --validate-every 0"
+    options = [*text.split(), "--save-every", str(SAVE_EVERY), "--timeout", str(TIMEOUT)]
+    options += ["--data", str(write_corpus(out / "corpus"))]
+    twin, run = out / "undisturbed", out / "run"
+    on.start(twin, [*options, "--data-cache", str(out / "cache-of-twin")])
+    assert on.wait(600) == [0] * len(on.launchers), (out / "undisturbed.log").read_text()[-3000:]
+    options += ["--data-cache", str(out / "cache")]
+    done: list[dict[str, Any]] = []
+    attempts = 0
+    while len(done) < settings.faults and folder.result(run) is None:
+        attempts += 1
+        assert attempts <= 3 * settings.faults, "most attempts end before their fault"
+        fault = attempt(on, draw, run, options)
+        if fault:
+            done.append(fault)
+            with (out / "drill.jsonl").open("a") as log:
+                log.write(json.dumps(fault) + "\n")
+            print(f"{len(done)}/{settings.faults} {fault}", flush=True)
+    on.start(run, options)
+    assert on.wait(600) == [0] * len(on.launchers), (out / "run.log").read_text()[-3000:]
+    assert same(run, twin), "the bits are not those of the undisturbed run"
+    assert len(losses(run)) == steps
+    print(
+        f"{len(done)} faults in {attempts} attempts, {steps} steps: the bits of the undisturbed run. {out}", flush=True
+    )
+    return pd.DataFrame(done)
+
+
+def attempt(on: Machine, draw: random.Random, run: Path, options: list[str]) -> dict[str, Any] | None:
+    """One start of the run, and what was done to it; None if it ended before that."""
+    kinds = ["rank"] * 6 + ["launcher"] * 2 + ["host"] * 2 * bool(on.cluster)
+    kind, rank = draw.choice(kinds), draw.randrange(2)
+    moment, (most, first_alone) = draw.choice(list(MOMENTS.items()))
+    count = draw.randint(1, most)
+    seconds, steps = draw.uniform(0.0, 8.0), draw.randint(0, 60)
+    if kind == "rank":
+        rank = 0 if first_alone else rank
+        on.start(run, options, f"{rank} {moment} {count} kill")
+        at = f"{moment} no. {count}"
+    else:
+        on.start(run, options)
+        before = len(folder.read_metrics(run))
+        # Half of the time while it starts, half of the time while it trains.
+        until = time.monotonic() + (seconds if draw.random() < 0.5 else 60.0)
+        while time.monotonic() < until and len(folder.read_metrics(run)) <= before + steps:
+            if all(launcher.poll() is not None for launcher in on.launchers):
+                break
+            time.sleep(0.02)
+        at = "any time"
+        (on.kill_launcher if kind == "launcher" else on.crash)(rank)
+    began = time.monotonic()
+    codes = on.wait(150)
+    took = time.monotonic() - began
+    on.mend()
+    if 0 in codes and folder.result(run):
+        return None
+    assert all(codes), f"a launcher of a run that was killed ended with 0: {codes}"
+    step = checkpoints.newest_step(run / "checkpoints")
+    what = {"killed": kind, "rank or host": rank, "at": at, "saved step": step}
+    return what if kind == "rank" else {**what, "seconds to end": round(took, 1)}
+
+
+def main() -> None:
+    """Run it and print what was survived."""
+    with machine() as on:
+        table = drill(tyro.cli(Drill, description=__doc__), on)
+    table["at"] = table["at"].str.replace(r" no\. \d+", "", regex=True)
+    print(table.groupby(["killed", "at"]).size().rename("times").reset_index().to_string(index=False))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    main()
