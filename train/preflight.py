@@ -173,17 +173,16 @@ def _disk(run: Run, parameters: int) -> str:
 
 def _all_reduce(ranks: Ranks) -> tuple[float, str]:
     """Bus bandwidth in bytes per second, best of three (2 (n-1)/n times the bytes, over the time), and what is wrong."""
-    fastest = float("inf")
+    fastest, exact = float("inf"), True
     for _ in range(3):
         numbers = torch.full((ELEMENTS,), float(ranks.rank + 1), device=ranks.device)
         dist.barrier()
         began = time.perf_counter()
         dist.all_reduce(numbers)
-        exact = bool((numbers == ranks.world * (ranks.world + 1) // 2).all())  # waits for the GPU, too
+        exact &= bool((numbers == ranks.world * (ranks.world + 1) // 2).all())  # waits for the GPU, too
         fastest = min(fastest, time.perf_counter() - began)
-        if not exact:
-            return 0.0, f"an all-reduce of known numbers gave wrong sums on rank {ranks.rank}"
-    return 2 * (ranks.world - 1) / ranks.world * 4 * ELEMENTS / fastest, ""
+    wrong = "" if exact else f"an all-reduce of known numbers gave wrong sums on rank {ranks.rank}"
+    return 2 * (ranks.world - 1) / ranks.world * 4 * ELEMENTS / fastest, wrong
 
 
 def _clocks(ranks: Ranks, hosts: Hosts, wrong: list[str]) -> float:

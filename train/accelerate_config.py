@@ -1,0 +1,65 @@
+"""Write the configuration with which ``accelerate launch`` starts a run on several hosts.
+
+``python -m train.accelerate_config --hosts node1 node2 --ranks-per-host 8 > two-hosts.yaml``, then on host number N
+``accelerate launch --config_file two-hosts.yaml --machine_rank N --module train.pretrain ...``
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from train.settings import REPOSITORY, SettingsError, parse, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hosts:
+    """Where the ranks are."""
+
+    hosts: tuple[str, ...]
+    """Host names or addresses; the ranks meet on the first."""
+    ranks_per_host: int = 8
+    """Processes on each: its GPUs."""
+    port: int = 29500
+    """A TCP port that is free on the first host."""
+
+
+def configuration(hosts: Hosts) -> str:
+    """ds_configs/accelerate.yaml for these hosts.
+
+    Raises:
+        SettingsError: if a value is out of range.
+    """
+    require(len(set(hosts.hosts)) == len(hosts.hosts) > 0, f"hosts is {' '.join(hosts.hosts)}; give each once.")
+    require(hosts.ranks_per_host >= 1, f"ranks_per_host is {hosts.ranks_per_host}; it must be at least 1.")
+    require(1024 <= hosts.port < 65536, f"port is {hosts.port}; it must lie in [1024, 65536).")
+    shipped = yaml.safe_load((REPOSITORY / "ds_configs" / "accelerate.yaml").read_text())
+    more = {
+        "num_machines": len(hosts.hosts),
+        "num_processes": len(hosts.hosts) * hosts.ranks_per_host,
+        "main_process_ip": hosts.hosts[0],
+        "main_process_port": hosts.port,
+        "rdzv_backend": "static",
+        "same_network": True,
+    }
+    # torchrun on each host; DeepSpeed's own launcher would start the other hosts from the first.
+    shipped["deepspeed_config"]["deepspeed_multinode_launcher"] = "standard"
+    text: str = yaml.safe_dump({**shipped, **more}, sort_keys=False)
+    return text
+
+
+def main(arguments: list[str]) -> int:
+    """Command line; the exit code."""
+    try:
+        print(configuration(parse(Hosts, arguments, Path(__file__).stem, __doc__)), end="")
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
