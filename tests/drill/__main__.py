@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,10 @@ class Machine:
                 with log.open("ab") as file:
                     more = {**os.environ, **environment}
                     self.launchers.append(subprocess.Popen(line, stdout=file, stderr=file, env=more, cwd=REPOSITORY))
+
+    def running(self) -> bool:
+        """Whether any launcher is."""
+        return any(launcher.poll() is None for launcher in self.launchers)
 
     def kill_launcher(self, number: int) -> None:
         """kill -9 of one launcher, not of its ranks."""
@@ -178,17 +183,24 @@ def attempt(on: Machine, draw: random.Random, run: Path, options: list[str]) -> 
     moment, (most, first_alone) = draw.choice(list(MOMENTS.items()))
     count = draw.randint(1, most)
     seconds, steps = draw.uniform(0.0, 8.0), draw.randint(0, 60)
+    before = len(folder.read_metrics(run))
     if kind == "rank":
         rank = 0 if first_alone else rank
+        if moment == "tokenizing":
+            shutil.rmtree(options[options.index("--data-cache") + 1], ignore_errors=True)
         on.start(run, options, f"{rank} {moment} {count} kill")
         at = f"{moment} no. {count}"
+        while on.running() and len(folder.read_metrics(run)) < before + 2 * STEPS_PER_FAULT:
+            time.sleep(0.1)
+        if on.running():  # it never came to that moment so often
+            kind, at = "launcher", "any time"
+            on.kill_launcher(rank)
     else:
         on.start(run, options)
-        before = len(folder.read_metrics(run))
         # Half of the time while it starts, half of the time while it trains.
         until = time.monotonic() + (seconds if draw.random() < 0.5 else 60.0)
         while time.monotonic() < until and len(folder.read_metrics(run)) <= before + steps:
-            if all(launcher.poll() is not None for launcher in on.launchers):
+            if not on.running():
                 break
             time.sleep(0.02)
         at = "any time"
