@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help install compare test bench lint clean
+.PHONY: help install compare test bench drill lint clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ test: $(INSTALLED) ## run the tests
 
 bench: $(INSTALLED) ## time the step against its peers (quarter of an hour; DeepSpeed compiles its own first)
 	$(BIN)/python -m tests.perf
+
+drill: $(INSTALLED) ## kill one run sixty times and see that nothing is lost (a quarter of an hour)
+	$(BIN)/python -m tests.drill --faults 60 --seed 1
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, overload
 
@@ -324,14 +324,16 @@ class BalancedAdam(torch.optim.Optimizer):
         for param, (step, betas, eps) in moved.items():
             state = self.state[param]
             correction = rule.bias_correction(step, betas, eps)
-            size = rule.direction(state["exp_avg"], state["exp_avg_sq"], correction) * correction.scale
-            if size.numel():
-                greatest.append(size.abs().amax().double())
-                squares.append((size * size).sum(dtype=torch.float64))
+            tiny = torch.finfo(state["exp_avg"].dtype).tiny
+            for m, v in zip(*(_in_cache(state[name]) for name in ("exp_avg", "exp_avg_sq")), strict=True):
+                # rule.direction, but for a last bit that nobody needs here
+                size = v.sqrt().add_(max(correction.eps, tiny)).reciprocal_().mul_(m)
+                greatest.append(torch.linalg.vector_norm(size, torch.inf) * correction.scale)
+                squares.append(torch.linalg.vector_norm(size).double().square() * correction.scale**2)
                 count += size.numel()
         if not count:
             return UpdateSize(0.0, 0.0, 0)
-        return UpdateSize(float(torch.stack(greatest).amax()), float(torch.stack(squares).sum()), count)
+        return UpdateSize(float(torch.stack(greatest).double().amax()), float(torch.stack(squares).sum()), count)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of a BalancedAdam or of a ``torch.optim.AdamW``.
@@ -400,6 +402,13 @@ def _warn_once(message: str) -> None:
     if message not in _warned and os.environ.get("RANK", "0") == "0":
         warnings.warn(message, stacklevel=2)
     _warned.add(message)
+
+
+def _in_cache(tensor: Tensor) -> Sequence[Tensor]:
+    """Parts that stay in a CPU's cache while several operations pass over them; the whole on a GPU. None if it is empty."""
+    if tensor.numel() == 0:
+        return ()
+    return (tensor,) if tensor.is_cuda else tensor.reshape(-1).split(2**15)
 
 
 def _dense(tensor: Tensor) -> bool:

@@ -95,70 +95,54 @@ def test_a_cable_that_is_pulled_ends_the_run_with_the_name_of_who_is_cut_off(
     assert events(out)[-1]["event"] == "begins"
 
 
-PLANTED = {
-    "another version of a package": ("site", r"node2: Python and packages differ from node1's \(transformers 4\.0\.0 and 5"),
-    "another code": ("code", r"node2: code of train/ and balanced_adam/ differ from node1's"),
-    "a folder that isn't shared": ("out", r"node2: \S+ is not shared: what rank 0 wrote there is not to be seen"),
-    "a cache that can't be written": ("cache", r"node2: \S+cache can't be written to \(Read-only file system\)"),
-    "a disk that is too small": ("disk", r"node1: the disk of \S+ has 0\.0 GB free, and the checkpoints need 0\.0 GB more"),
-    "a clock that is wrong": ("clock", r"its clock is more than 5 s away from the others'"),
-    "a sum that is wrong": ("sum", r"node2: an all-reduce of known numbers gave wrong sums on rank 1"),
-    "other settings": ("settings", r"node2: settings differ from node1's"),
-}  # fmt: skip
-SITECUSTOMIZE = {
-    "clock": "import time\nright = time.time\ntime.time = lambda: right() + 3600",
-    "sum": """
-import sys
+PLANTED = [
+    r"node2: Python and packages differ from node1's \(transformers 4\.0\.0 and 5",
+    r"node2: code of train/ and balanced_adam/ differ from node1's",
+    r"node2: settings differ from node1's",
+    r"node2: an all-reduce of known numbers gave wrong sums on rank 1",
+    r"node2: \S+cache can't be written to \(Read-only file system\)",
+    r"node2: \S+run is not shared: what rank 0 wrote there is not to be seen",
+    r"node1: the disk of \S+run has 0\.0 GB free, and the checkpoints need 0\.0 GB more",
+    r"node.: its clock is more than 5 s away from the others'",
+]
+# What Python runs on its start on node 2: a clock that is an hour ahead, and a network card that adds wrongly.
+SITECUSTOMIZE = """
+import sys, time
+right_time = time.time
+time.time = lambda: right_time() + 3600
 class Late:
     def find_spec(self, name, path=None, target=None):
-        if name == "train.preflight" or (name == "train.checkpoints" and "preflight" in " ".join(sys.argv)):
+        if name == "train.checkpoints":
             import torch.distributed as dist
             right = dist.all_reduce
-            def wrong(tensor, *a, **k):
-                done = right(tensor, *a, **k)
-                if tensor.numel() > 1000: tensor[7] += 1
+            def wrong(tensor, *arguments, **more):
+                done = right(tensor, *arguments, **more)
+                if tensor.numel() > 1000:
+                    tensor[7] += 1
                 return done
             dist.all_reduce = wrong
 sys.meta_path.insert(0, Late())
-""",
-}
+"""
 
 
-@pytest.mark.parametrize("fault", PLANTED)
-def test_preflight_names_the_host_with_a_planted_fault(
-    cluster: Cluster, project: Path, options: list[str], tmp_path: Path, fault: str
+def test_preflight_names_the_host_for_each_of_eight_planted_faults(
+    cluster: Cluster, project: Path, options: list[str], tmp_path: Path
 ) -> None:
-    kind, expected = PLANTED[fault]
     node2 = cluster.nodes[1]
     out, hidden, cache = tmp_path / "run", tmp_path / "hidden", tmp_path / "cache"
     for place in (out, hidden, cache):
         place.mkdir()
-    mounted: list[tuple[object, object]] = []
-
-    def mount(node: object, *line: object) -> None:
-        node.check("mount", *line)  # type: ignore[attr-defined]
-        mounted.append((node, line[-1]))
-
-    more = ""
-    if kind == "site":
-        about = hidden / "transformers-4.0.0.dist-info"
-        about.mkdir()
-        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.0\n")
-        more = str(hidden)
-    elif kind == "code":
-        (hidden / "rule.py").write_text((project / "balanced_adam" / "rule.py").read_text() + "\n# changed\n")
-        mount(node2, "--bind", hidden / "rule.py", project / "balanced_adam" / "rule.py")
-    elif kind == "out":
-        mount(node2, "--bind", hidden, out)
-    elif kind == "cache":
-        mount(node2, "--bind", cache, cache)
-        node2.check("mount", "-o", "remount,ro,bind", cache)
-    elif kind == "disk":
-        for node in cluster.nodes:
-            mount(node, "-t", "tmpfs", "-o", "size=1m", "tmpfs", out)
-    elif kind in SITECUSTOMIZE:
-        (hidden / "sitecustomize.py").write_text(SITECUSTOMIZE[kind])
-        more = str(hidden)
+    about = hidden / "transformers-4.0.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.0\n")
+    (hidden / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    (hidden / "rule.py").write_text((project / "balanced_adam" / "rule.py").read_text() + "\n# changed\n")
+    rule = project / "balanced_adam" / "rule.py"
+    node2.check("mount", "--bind", hidden / "rule.py", rule)
+    node2.check("mount", "--bind", cache, cache)
+    node2.check("mount", "-o", "remount,ro,bind", cache)
+    for node in cluster.nodes:  # too small, and one each
+        node.check("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", out)
     log = tmp_path / "log"
     try:
         launchers = []
@@ -170,18 +154,21 @@ def test_preflight_names_the_host_with_a_planted_fault(
                 "--master-addr=node1",
                 "--master-port=29504",
             ]
-            settings = [*options, "--data-cache", cache, *(["--lr", "0.5"] if kind == "settings" and number else [])]
-            line = ["torchrun", *meet, "-m", "train.preflight", "--out", out, *settings]
-            extra = {"PYTHONPATH": more} if number and more else {}
+            line = ["torchrun", *meet, "-m", "train.preflight", "--out", out, *options, "--data-cache", cache]
+            more = {"PYTHONPATH": hidden} if node is node2 else {}
+            lr = ["--lr", "0.5"] if node is node2 else []
             launchers.append(
-                node.start("env", f"--chdir={project}", *line, log=log, GLOO_SOCKET_IFNAME="eth0", **extra)
+                node.start("env", f"--chdir={project}", *line, *lr, log=log, GLOO_SOCKET_IFNAME="eth0", **more)
             )
         assert all(ends(launchers))
     finally:
-        for node, place in reversed(mounted):
-            node.check("umount", place)  # type: ignore[attr-defined]
+        for node in cluster.nodes:
+            node.check("umount", out)
+        node2.check("umount", rule)
+        node2.check("umount", cache)
     errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and re.search(expected, errors[0]), log.read_text()[-3000:]
+    assert len(errors) == 1, log.read_text()[-3000:]
+    assert [fault for fault in PLANTED if not re.search(fault, errors[0])] == [], errors[0]
 
 
 def test_a_checkpoint_that_a_host_sees_late_is_waited_for(

@@ -108,6 +108,24 @@ def test_a_token_file_that_has_changed_is_refused(make: Make, tmp_path: Path) ->
     pretrain(run)
 
 
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """float32, by name, of the last checkpoint."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    last = max((out / "checkpoints").glob("step-???????"))
+    found: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(last.parent), last.name)
+    return found
+
+
+def greatest_ulp(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The greatest difference in any tensor, in ulp of that tensor's greatest number."""
+    assert ours.keys() == theirs.keys()
+    return max(
+        float((ours[name] - right).abs().max() / torch.finfo(torch.float32).eps / 2 ** right.abs().max().log2().floor())
+        for name, right in theirs.items()
+    )
+
+
 @pytest.mark.ranks
 def test_another_world_and_another_stage_go_on_with_the_same_batches(small_run: list[str], tmp_path: Path) -> None:
     options = change(small_run, steps=12, batch=12, save_every=3, keep=9)
@@ -124,7 +142,10 @@ def test_another_world_and_another_stage_go_on_with_the_same_batches(small_run: 
         if stop < 12:
             (out / "result.json").unlink()
     assert "converting step-0000009: " in said and "step-0000009-universal" in said
+    # Where arithmetic is exact nothing differs at all: tests/parity/test_elastic.py.
     assert losses(out) == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)
+    ours, theirs = weights(out), weights(tmp_path / "straight")
+    assert greatest_ulp(ours, theirs) <= 32.0
     assert {event["ranks"] for event in events(out) if event["event"] == "begins"} == {4, 2, 3, 1}
 
 
@@ -149,7 +170,7 @@ def undisturbed(options: list[str], straight: dict[str, Path]) -> Path:
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("rank", "moment", "count"),
-    [(1, "forward", 17), (0, "finishing", 2), (0, "rotation", 2), (0, "result", 3)],  # more in python -m tests.drill
+    [(1, "forward", 17), (0, "finishing", 2)],  # more in python -m tests.drill
 )
 def test_a_rank_that_is_killed_is_named_and_the_run_ends_with_the_bits_of_an_undisturbed_one(
     small_run: list[str], straight: dict[str, Path], rank: int, moment: str, count: int

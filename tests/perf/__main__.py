@@ -1,10 +1,10 @@
-"""``python -m tests.perf [step] [engine]`` prints the benchmarks' tables as Markdown; README.md shows them."""
+"""``python -m tests.perf [step] [engine] [harness] [scaling]`` prints the benchmarks' tables as Markdown; README.md shows them."""
 
 import sys
 
-from tests.perf import engine, step
+from tests.perf import engine, harness, scaling, step
 
-PARTS = {"step": step.main, "engine": engine.main}
+PARTS = {"step": step.main, "engine": engine.main, "harness": harness.main, "scaling": scaling.main}
 
 if __name__ == "__main__":
     for part in sys.argv[1:] or PARTS:

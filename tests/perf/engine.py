@@ -83,13 +83,13 @@ def status(field: str) -> float:
     return int(found[1]) / 1024
 
 
-def start(contender: Contender, stage: int) -> Any:
+def start(contender: Contender, stage: int, bucket: int = 50_000_000) -> Any:
     import deepspeed
 
     import balanced_adam  # noqa: F401
 
     model = Model()
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if contender.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     config = {

@@ -1,0 +1,78 @@
+"""What the harness adds to a step: ``Trainer.train_step`` against a bare loop on the same engine; ``python -m tests.perf harness``."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from tests.parity.worker import spawn
+from tests.perf.measure import WARM_UP, machine, ratio, table
+from train import deepspeed_config, folder
+from train.pretrain import initialize
+from train.ranks import start
+from train.settings import Run, parse
+
+WORLD = 2
+MODELS = {"tiny": ("--batch 16 --sequence-length 128", 101), "small": ("--batch 16 --sequence-length 128", 15)}
+"""Model: its batch, and the rounds."""
+
+
+def run(job: tuple[str, str]) -> dict[str, list[float]]:
+    """One rank: the two loops in turn, each with one step a round. Metrics are written, progress is not shown."""
+    model, place = job
+    options, rounds = MODELS[model]
+    settings = parse(Run, ["--out", place, "--model", model, *options.split()], "train.pretrain", None)
+    ranks = start(settings.timeout)
+    trainer = initialize(settings, ranks, deepspeed_config.resolve(settings, ranks.world, False))
+    metrics = folder.Metrics(settings.out, 0) if ranks.first else None
+    seconds: dict[str, list[float]] = {"bare loop on the same engine": [], "train.pretrain": []}
+    ranks.watch.begin()
+    for number in range(WARM_UP + rounds):
+        for name, times in seconds.items():
+            torch.distributed.barrier()
+            began = time.perf_counter()
+            if name == "train.pretrain":
+                line = trainer.train_step()
+                if metrics:
+                    metrics.write(**line)
+            else:
+                bare_step(trainer, number)
+            torch.distributed.barrier()
+            if number >= WARM_UP:
+                times.append(time.perf_counter() - began)
+    ranks.watch.end()
+    return seconds
+
+
+def bare_step(trainer: Any, number: int) -> float:
+    """The least that trains: the next rows, forward, backward, step, and the loss as a number."""
+    rank, world, micro = trainer.ranks.rank, trainer.ranks.world, trainer.micro
+    first = (number * world + rank) * micro % (len(trainer.train) - micro)
+    tokens = trainer.train.take(slice(first, first + micro))
+    loss = trainer.engine(input_ids=tokens, labels=tokens).loss
+    trainer.engine.backward(loss)
+    trainer.engine.step()
+    return float(loss)
+
+
+def main() -> None:
+    print(f"{machine()}\n")
+    for model in MODELS:
+        with TemporaryDirectory() as place:
+            (Path(place) / "run").mkdir()
+            found: dict[str, list[float]] = spawn(run, WORLD, (model, f"{place}/run"), seconds=1500)[0]
+        bare = found["bare loop on the same engine"]
+        rows = [
+            {
+                f"{model}, {MODELS[model][0].replace('--', '')}": name,
+                "step, ms": f"{statistics.median(times) * 1e3:.1f} [{min(times) * 1e3:.1f} .. {max(times) * 1e3:.1f}]",
+                "ratio": ratio(times, bare),
+            }
+            for name, times in found.items()
+        ]
+        print(table(rows) + "\n", flush=True)
