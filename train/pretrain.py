@@ -21,7 +21,7 @@ from train import checkpoints, data, deepspeed_config, folder, model
 from train.progress import Progress
 from train.ranks import Ranks, leave, prepare_environment, start
 from train.settings import RankError, Run, Schedule, SettingsError, parse, require
-from train.watch import AGAIN, StopRequest
+from train.watch import AGAIN, Lost, StopRequest
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -443,7 +443,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return AGAIN if isinstance(error, Lost) else 2
     except (Stopped, KeyboardInterrupt) as stopped:
         if os.environ.get("RANK", "0") == "0":
             sentence = str(stopped) or "\nStopped. The same command goes on from the newest checkpoint."

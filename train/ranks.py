@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from train.settings import SettingsError, first_line, require
-from train.watch import Watch, end_with_parent, is_lost
+from train.watch import Lost, Watch, end_with_parent, is_lost
 
 Value = TypeVar("Value")
 
@@ -188,6 +188,9 @@ def start(timeout: float) -> Ranks:
 
     Args:
         timeout: seconds without progress after which the run is given up.
+
+    Raises:
+        Lost: if the ranks don't meet within that time.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -201,12 +204,19 @@ def start(timeout: float) -> Ranks:
     local_rank = int(os.environ["LOCAL_RANK"])
     index = local_rank if accelerator.device_count() > 1 else 0  # srun --gpus-per-task shows each rank one GPU
     accelerator.set_device(index)
-    deepspeed.init_distributed(
-        accelerator.communication_backend_name(),
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=timeout),
-    )
+    try:
+        deepspeed.init_distributed(
+            accelerator.communication_backend_name(),
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout),
+        )
+    except dist.DistError:
+        env = os.environ
+        raise Lost(
+            f"rank {env['RANK']} on {socket.gethostname()} did not meet the others at {env['MASTER_ADDR']}:{env['MASTER_PORT']} within "
+            f"{timeout:.0f} s; another host is gone or can't be reached, or GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is to be set."
+        ) from None
     device = torch.device(accelerator.device_name(index))
     rank, world = dist.get_rank(), dist.get_world_size()
     return Ranks(rank, local_rank, world, device, Watch(rank, world, timeout))

@@ -17,13 +17,17 @@ from threading import Event, Thread
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from train.settings import first_line
+from train.settings import RankError, first_line
 
 AGAIN = 75
 """Exit code (EX_TEMPFAIL of sysexits.h) of a run that has not finished, through no fault of its input: start it again."""
 POLL_SECONDS = 2.0
 ANSWER_SECONDS = 3 * POLL_SECONDS  # to show that one is there
 LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "timed out", "Broken pipe")
+
+
+class Lost(RankError):
+    """Another rank can't be reached. The process ends with AGAIN."""
 
 
 class StopRequest:

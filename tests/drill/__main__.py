@@ -79,7 +79,13 @@ class Machine:
         self.launchers = []
         for number in range(hosts):
             line = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={hosts}", f"--node-rank={number}"]
-            line += [f"--nproc-per-node={2 // hosts}", f"--master-addr={head}", f"--master-port={port}"]
+            # Else a launcher waits ten minutes for one that was killed before they met; srun ends it at once.
+            line += [
+                "--rdzv-conf=timeout=20",
+                f"--nproc-per-node={2 // hosts}",
+                f"--master-addr={head}",
+                f"--master-port={port}",
+            ]
             line += ["-m", "tests.drill.victim", "--out", str(out), *options]
             if self.cluster:
                 self.launchers.append(
