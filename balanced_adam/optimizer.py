@@ -327,13 +327,15 @@ class BalancedAdam(torch.optim.Optimizer):
             tiny = torch.finfo(state["exp_avg"].dtype).tiny
             for m, v in zip(*(_in_cache(state[name]) for name in ("exp_avg", "exp_avg_sq")), strict=True):
                 # rule.direction, but for a last bit that nobody needs here
-                size = v.sqrt().add_(max(correction.eps, tiny)).reciprocal_().mul_(m)
-                greatest.append(torch.linalg.vector_norm(size, torch.inf) * correction.scale)
-                squares.append(torch.linalg.vector_norm(size).double().square() * correction.scale**2)
+                size = v.sqrt().add_(max(correction.eps, tiny))
+                torch.div(m, size, out=size)
+                low, high = torch.aminmax(size)
+                greatest.append(torch.maximum(-low, high).double() * correction.scale)
+                squares.append(torch.dot(size, size).double() * correction.scale**2)
                 count += size.numel()
         if not count:
             return UpdateSize(0.0, 0.0, 0)
-        return UpdateSize(float(torch.stack(greatest).double().amax()), float(torch.stack(squares).sum()), count)
+        return UpdateSize(float(torch.stack(greatest).amax()), float(torch.stack(squares).sum()), count)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of a BalancedAdam or of a ``torch.optim.AdamW``.
@@ -405,10 +407,10 @@ def _warn_once(message: str) -> None:
 
 
 def _in_cache(tensor: Tensor) -> Sequence[Tensor]:
-    """Parts that stay in a CPU's cache while several operations pass over them; the whole on a GPU. None if it is empty."""
+    """Parts that stay in a CPU's cache while several operations pass over them, or on a GPU need little memory for it."""
     if tensor.numel() == 0:
         return ()
-    return (tensor,) if tensor.is_cuda else tensor.reshape(-1).split(2**15)
+    return tensor.reshape(-1).split(2**26 if tensor.is_cuda else 2**17)
 
 
 def _dense(tensor: Tensor) -> bool:

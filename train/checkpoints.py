@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from train.folder import sync, write_json
 from train.progress import Progress
 from train.ranks import Ranks
 from train.settings import RankError, SettingsError, first_line, require
+from train.watch import is_lost
 
 MANIFEST = "complete.json"
 BYTES_PER_PARAMETER = 16  # float32 weights and two moments, and the model's own weights
@@ -106,8 +108,9 @@ def save(
     aside = folder / f".{target.name}"
     with ranks.together():
         if ranks.first:
+            for left in folder.glob(".step-*"):  # of a run that was cut
+                _remove(left)
             _make_room(folder, BYTES_PER_PARAMETER * parameters)
-            _remove(aside)  # of a run that was cut
     writer = _Recorder(engine.checkpoint_engine, ranks)
     engine.checkpoint_engine = writer
     try:
@@ -137,7 +140,7 @@ def find(ranks: Ranks, folder: Path) -> Found | None:
     checkpoint late waits for it.
 
     Raises:
-        SettingsError: if a host doesn't come to see it.
+        SettingsError: if a host doesn't come to see it, or there are checkpoints and none of them is whole.
     """
     names: list[str] = []
     with ranks.together():
@@ -150,8 +153,15 @@ def find(ranks: Ranks, folder: Path) -> Found | None:
     for name in ranks.from_first(names):
         path = folder / name
         if _verified(ranks, path):
-            about = ranks.from_first(_manifest(path) if ranks.first else {})
+            with ranks.together():
+                mine = _manifest(path) if ranks.first else {}
+            about = ranks.from_first(mine)
             return Found(path, about["step"], about["layout"], about["parameters"])
+    with ranks.together():
+        require(
+            not (ranks.first and _all(folder)),
+            f"{folder} holds checkpoints, and none of them is whole; restore one, or remove them all to begin from step 0.",
+        )
     return None
 
 
@@ -198,6 +208,8 @@ def load(engine: Any, ranks: Ranks, found: Found) -> int:
             loaded, state = engine.load_checkpoint(str(found.path.parent), tag=found.path.name)
         require(loaded is not None, "DeepSpeed found nothing in it")
     except Exception as error:  # whatever a file that was damaged before it was summed runs into
+        if is_lost(error):
+            raise
         raise RankError(
             f"checkpoint {found.path} can't be loaded on rank {ranks.rank} ({first_line(error)}); if its files are damaged, "
             "remove it to go on from an older one."
@@ -241,18 +253,20 @@ def _convert(found: Found, target: Path) -> None:
     _make_room(found.path.parent, wanted)
     line = [sys.executable, "-m", "train.universal", str(found.path), str(aside)]
     with Progress(12 * found.parameters, 0, f"converting {found.path.name}") as progress:
-        with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        # Not into a pipe: it says much, and would wait for somebody to read it.
+        with TemporaryFile("w+") as said, subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=said) as process:
             try:
                 while process.poll() is None:
                     time.sleep(0.5)
-                    merged = sum(f.stat().st_size for f in _files(aside / "zero"))
+                    merged = sum(max(_size(f), 0) for f in _files(aside / "zero"))
                     progress.show(min(merged, 12 * found.parameters - 1), "bytes")
             finally:
                 process.kill()
-            said = process.stderr.read() if process.stderr else ""
+            said.seek(0)
+            reason = (said.read().strip().splitlines() or ["?"])[-1]
         require(
             process.returncode == 0,
-            f"{found.path} can't be converted to DeepSpeed's universal format: {(said.strip().splitlines() or ['?'])[-1]}; go on "
+            f"{found.path} can't be converted to DeepSpeed's universal format: {reason}; go on "
             f"with the {found.layout['world']} ranks at ZeRO stage {found.layout['stage']} that made it.",
         )
         (found.path.parent / "latest_universal").unlink(missing_ok=True)  # DeepSpeed's pointer, to the wrong name
@@ -313,25 +327,32 @@ def _sum(path: Path) -> tuple[int, str]:
 
 def _verified(ranks: Ranks, path: Path) -> bool:
     """Whether every file has the sum in the manifest. The ranks share the work, and each waits until it sees the files."""
-    expected = ranks.from_first((path / MANIFEST).read_text() if ranks.first else "")
+    with ranks.together():
+        text = (path / MANIFEST).read_text() if ranks.first else ""
+    expected = ranks.from_first(text)
     files: Files = json.loads(expected)["files"]
+    mine: Files = {name: (files[name][0], files[name][1]) for name in sorted(files)[ranks.rank :: ranks.world]}
     late = damaged = ""
     until = time.monotonic() + SEEN_LATE
-    while (late := _unseen(path, expected, files)) and time.monotonic() < until:
+    while (late := _unseen(path, expected, mine)) and time.monotonic() < until:
         ranks.alive()
         time.sleep(0.5)
-    for name in [] if late else sorted(files)[ranks.rank :: ranks.world]:
+    for name, summed in {} if late else mine.items():
         ranks.alive()
-        size, digest = files[name]
-        if _sum(path / name) != (size, digest):
+        try:
+            if _sum(path / name) != summed:
+                damaged = name
+        except OSError:
             damaged = name
     with ranks.together():
         require(
             not late, f"{path / late} is not to be seen after {SEEN_LATE:.0f} s; is the folder shared by all hosts?"
         )
     found = [name for name in ranks.gather(damaged) if name]
-    if found and ranks.first:
-        print(f"{path} is damaged ({found[0]} has changed since it was written); passed over.", flush=True)
+    with ranks.together():
+        if found and ranks.first:
+            print(f"{path} is damaged ({found[0]} has changed since it was written); passed over.", flush=True)
+            (path / MANIFEST).rename(path / "damaged.json")  # so that it counts as whole nowhere
     return not found
 
 

@@ -100,9 +100,8 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase) -> Path:
     Raises:
         SettingsError: if the data can't be read or gives no training or no validation text.
     """
-    name = f"tokens-{fingerprint(settings, tokenizer)}"
-    cache = _expanded(settings.data_cache, "data_cache")
-    folder = cache / name
+    folder = folder_of(settings, fingerprint(settings, tokenizer))
+    cache, name = folder.parent, folder.name
     if folder.exists():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
@@ -116,6 +115,11 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase) -> Path:
             (aside / "about.json").write_text(json.dumps({"source": source.description, **counts}, indent=1))
             aside.rename(folder)
     return folder
+
+
+def folder_of(settings: Data, fingerprint: str) -> Path:
+    """Where the tokens of the text with this fingerprint are, or are to be."""
+    return _expanded(settings.data_cache, "data_cache") / f"tokens-{fingerprint}"
 
 
 def fingerprint(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:

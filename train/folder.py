@@ -25,13 +25,11 @@ from filelock import FileLock, Timeout
 from train.settings import Run, SettingsError, first_line, require
 
 OURS_EARLY = (
-    ".lock",
     "log.txt",
     "monitor",
     "attempts.jsonl",
     "STOP",
-    ".preflight",
-)  # what may lie there before run.json
+)  # what may lie there before run.json, and names with a dot
 LOCK_SECONDS = 15.0  # that a run which is just ending has to let go of the folder
 JOB = {"job": "SLURM_JOB_ID", "restart": "SLURM_RESTART_COUNT", "nodes": "SLURM_JOB_NODELIST"}
 PACKAGES = ("balanced-adam", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
@@ -99,7 +97,11 @@ def check(run: Run) -> None:
     out = run.out
     try:
         require(not out.exists() or out.is_dir(), f"out is {out}, which is a file; give a folder.")
-        strangers = sorted(p.name for p in out.iterdir() if p.name not in OURS_EARLY) if out.exists() else []
+        strangers = (
+            sorted(p.name for p in out.iterdir() if p.name not in OURS_EARLY and p.name[0] != ".")
+            if out.exists()
+            else []
+        )
     except OSError as error:
         raise SettingsError(f"out is {out!s:.200}, which can't be used: {error.strerror}.") from None
     written = out / "run.json"
@@ -195,15 +197,25 @@ class Metrics:
         path = out / "metrics.jsonl"
         kept = [line for line in read_metrics(out) if line["step"] <= step]
         aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with aside.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(path)
         self._file = path.open("a")
         self.seconds = sum(line.get("step_seconds", 0.0) for line in kept)
         """Time spent in training steps, also before a resume."""
 
     def sync(self) -> None:
-        """Bring what was written to the disk."""
-        os.fsync(self._file.fileno())
+        """Bring what was written to the disk.
+
+        Raises:
+            SettingsError: if it can't be.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise SettingsError(f"{self._file.name} can't be written: {error.strerror}.") from None
 
     def write(self, **values: float | None) -> None:
         """Append one line and hand it to the operating system.
@@ -222,9 +234,13 @@ class Metrics:
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """All whole lines of the run's metrics.jsonl; none if there is no such file."""
-    path = out / "metrics.jsonl"
+    return [line for line in read_lines(out / "metrics.jsonl") if "step" in line]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole objects of a file with one a line; none if there is no such file."""
     lines = path.read_text().splitlines() if path.is_file() else []
-    return [line for text in lines if "step" in (line := _object(text))]
+    return [line for text in lines if (line := _object(text))]
 
 
 def _object(text: str) -> dict[str, Any]:

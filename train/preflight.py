@@ -1,7 +1,7 @@
 """Before a run: are all hosts fit for it? ``LAUNCHER -m train.preflight ...`` takes what train.pretrain takes.
 
 Every rank takes part; what is wrong is said in one sentence that names the host, before the first step is paid for.
-Plain ``python -m train.preflight --ranks N ...`` checks the settings for N ranks, the data and the model on this machine.
+Plain ``python -m train.preflight --ranks N ...`` checks settings, data and model alone, for N ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import torch.distributed as dist
 from balanced_adam import kernels
 from train import checkpoints, data, deepspeed_config, folder, model
 from train.ranks import Ranks, leave, prepare_environment, start
-from train.settings import REPOSITORY, RankError, Run, SettingsError, parse
+from train.settings import REPOSITORY, RankError, Run, SettingsError, first_line, parse
+from train.watch import is_lost
 
 TIMEOUT = 60.0  # seconds for the ranks to meet, and for any collective here
 SEEN_WITHIN = 10.0  # seconds in which one host has to see another's file
@@ -40,7 +41,7 @@ class Preflight(Run):
     """What train.pretrain will get, and on how many ranks."""
 
     ranks: int | None = None
-    """Ranks of the run, if they aren't all here."""
+    """Check settings, data and model alone, for a run on so many ranks."""
 
 
 def preflight(run: Preflight) -> str:
@@ -70,6 +71,8 @@ def preflight(run: Preflight) -> str:
             "GPUs": _gpu_name(ranks.device),
         }
         hosts = ranks.gather(folder.environment()["machine"].split(":")[0])
+        if run.ranks is not None:
+            return f"preflight: settings, text and model are right for {run.ranks} ranks."
         wrong = [*_different(hosts, ranks.gather(facts))]
         with torch.device("meta"):
             parameters = model.parameter_count(model.empty(config))
@@ -81,7 +84,7 @@ def preflight(run: Preflight) -> str:
             lambda: _gpu(ranks.device),
         ]
         for check in checks:
-            wrong += [f"{hosts[rank]}: {said}" for rank, said in enumerate(ranks.gather(check())) if said]
+            wrong += [f"{hosts[rank]}: {said}" for rank, said in enumerate(ranks.gather(_said(check))) if said]
         skew = _clocks(ranks, hosts, wrong)
         with ranks.together():
             if ranks.first:
@@ -143,6 +146,16 @@ def _folders(ranks: Ranks, run: Run) -> str:
         time.sleep(0.05 if unseen else 0.0)
     names = ", ".join(map(str, unseen[:4]))
     return said or (f"{run.out} is not shared: what rank {names} wrote there is not to be seen" if unseen else "")
+
+
+def _said(check: Callable[[], str]) -> str:
+    """What a check says, or the error that it runs into, such as that of a broken GPU."""
+    try:
+        return check()
+    except (OSError, RuntimeError) as error:
+        if is_lost(error):
+            raise
+        return first_line(error)
 
 
 class _told:

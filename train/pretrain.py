@@ -82,13 +82,18 @@ class Trainer:
         began = time.perf_counter()
         run, engine = self.run, self.engine
         # Any randomness in the model (dropout) is a function of seed, step and rank, so that a resume needs no state.
-        torch.manual_seed(hash((run.seed, self.step, self.ranks.rank)))
+        seed = hash((run.seed, self.step, self.ranks.rank))
+        torch.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed also asks for devices that aren't ours: half a millisecond
+        if self.ranks.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         indices = data.batch_indices(self.step, run.parallelism.batch, len(self.train), run.seed)
         lr = engine.get_lr()[0]
         total = torch.zeros((), device=self.ranks.device)
         norm: float | None = None
         for part in range(self.accumulation):
-            self.ranks.alive()
+            self.ranks.alive(step=True)
             tokens = self.mine(indices, part)
             loss = engine(input_ids=tokens, labels=tokens).loss
             engine.backward(loss)
@@ -283,8 +288,12 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
     # One rank on each host; the others find it done.
     ranks.wait_for((lambda: data.verify(data.prepare(run.data, tokenizer))) if ranks.local_rank == 0 else None)
+    # One look at the corpus is enough.
     with ranks.together():
-        tokens = data.prepare(run.data, tokenizer)
+        name = data.fingerprint(run.data, tokenizer) if ranks.first else ""
+    name = ranks.from_first(name)
+    with ranks.together():
+        tokens = data.folder_of(run.data, name)
         train, validation = data.open_blocks(tokens, run.data.sequence_length)
         batch = run.parallelism.batch
         for part, blocks in (("training", train), ("validation", validation)):
@@ -407,7 +416,10 @@ def _tell(run: Run, ended: dict[str, Any], already: str = "") -> None:
         SettingsError: if it diverged, now or earlier.
     """
     if ended["status"] == "stopped":
-        raise Stopped(f"Stopped at step {ended['step']} and saved, as asked. The same command goes on from there.")
+        saved = checkpoints.newest_step(run.out / "checkpoints")
+        raise Stopped(
+            f"Stopped at step {ended['step']} and saved up to step {saved}, as asked. The same command goes on from there."
+        )
     if ended["status"] == "diverged":
         raise SettingsError(
             f"the run in {run.out} has {already}diverged: the loss or the gradient was not finite for {run.stop_after_nonfinite} "

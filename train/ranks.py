@@ -93,9 +93,9 @@ class Ranks:
             if errors:
                 raise errors[0]
 
-    def alive(self) -> None:
-        """This rank makes progress; see :class:`Watch`."""
-        self.watch.beat()
+    def alive(self, step: bool = False) -> None:
+        """This rank makes progress; see :meth:`Watch.beat`."""
+        self.watch.beat(step)
 
     def gather(self, value: Value) -> list[Value]:
         """What each rank has, on all of them."""
@@ -209,7 +209,7 @@ def start(timeout: float) -> Ranks:
             accelerator.communication_backend_name(),
             auto_mpi_discovery=False,
             verbose=False,
-            timeout=timedelta(seconds=timeout),
+            timeout=timedelta(seconds=timeout + 60),  # so that the Watch speaks first
         )
     except dist.DistError:
         env = os.environ
@@ -228,7 +228,7 @@ def leave(code: int) -> NoReturn:
     A thread of gloo may still hold the last reference to a tensor of a finished collective. If it drops it while Python is
     finalizing, C++ aborts: a run that had trained and saved everything ended with SIGABRT, once in about twenty at ZeRO-3.
     """
-    if dist.is_initialized():
+    if dist.is_initialized() and code == 0:  # else the others may be in a collective, and NCCL would wait for them
         dist.destroy_process_group()
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -6,7 +6,6 @@ What it sees is appended to attempts.jsonl, where a person can read it.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -28,9 +27,7 @@ def verdict(out: Path) -> tuple[int, str]:
         return int(ended["status"] != "finished"), f"{out} is {ended['status']}"
     out.mkdir(parents=True, exist_ok=True)
     step = checkpoints.newest_step(out / "checkpoints")
-    notes = out / "attempts.jsonl"
-    lines = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
-    ends = [line for line in lines if line["event"] == EVENT]
+    ends = [line for line in folder.read_lines(out / "attempts.jsonl") if line.get("event") == EVENT]
     job = os.environ.get("SLURM_JOB_ID")
     before = [line["step"] for line in ends if line.get("job") != job][-1:] or [0]
     steps = [*before, *(line["step"] for line in ends if line.get("job") == job), step]

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from train.checkpoints import only_known_classes
+from train.watch import end_with_parent
 
 # Where stages 1 and 2, and stage 3, look for what isn't split over the ranks: step counts, schedule, our own step.
 COMMON = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
@@ -47,14 +48,18 @@ def _for_every_stage(folder: Path) -> None:
     import deepspeed
 
     file = folder / "zero" / "optimizer_state.pt"
-    saved = torch.load(file)
+    saved = torch.load(file, map_location="cpu")
     steps = sorted(file.parent.glob("*/step.pt"))
     of_stage_3 = saved.get("optimizer_state_dict")
     step = of_stage_3["state"][0]["step"] if of_stage_3 else torch.load(steps[0])
     groups = of_stage_3["param_groups"] if of_stage_3 else saved["param_groups"]
     here = next(folder / name for name in COMMON if (folder / name).exists())
     if of_stage_3:
-        shapes = {name: shape for group in torch.load(here)["param_shapes"] for name, shape in group.items()}
+        shapes = {
+            name: shape
+            for group in torch.load(here, map_location="cpu")["param_shapes"]
+            for name, shape in group.items()
+        }
         for name, shape in shapes.items():
             for moment in ("fp32", "exp_avg", "exp_avg_sq"):
                 flat = file.parent / name / f"{moment}.pt"
@@ -71,4 +76,5 @@ def _for_every_stage(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     convert(*sys.argv[1:])

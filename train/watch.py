@@ -81,13 +81,13 @@ class Watch:
             return
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(*where, is_master=False, timeout=timedelta(seconds=60), wait_for_workers=False)
-        self._store = PrefixStore("watch", store)
+        self._store = PrefixStore(f"watch-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self._store.set(f"host/{rank}", socket.gethostname())
         Thread(target=self._listen, daemon=True).start()
 
-    def beat(self) -> None:
-        """This rank makes progress."""
-        self._beats += 1
+    def beat(self, step: bool = False) -> None:
+        """This rank makes progress; ``step``: it begins a micro-batch, which all ranks do equally often."""
+        self._beats += step
         self._last = time.monotonic()
 
     def begin(self) -> None:
@@ -127,13 +127,14 @@ class Watch:
             return
 
         def tell() -> None:
-            self._store.set("trouble", what)
-            self._answer()
+            with suppress(RuntimeError):  # said below
+                self._store.set("trouble", what)
+                self._answer()
 
         teller = Thread(target=tell, daemon=True)
         teller.start()
         teller.join(ANSWER_SECONDS + 5 * POLL_SECONDS)
-        if os.environ.get("LOCAL_RANK") == "0":
+        if os.environ.get("LOCAL_RANK") in ("0", "1"):  # the store may have died with rank 0 on this host
             _say(
                 f"{what} on rank {self.rank} on {socket.gethostname()}, and {os.environ['MASTER_ADDR']}, where the ranks meet, "
                 "can't be reached: that host or its launcher is gone, or the network is cut."
@@ -162,7 +163,9 @@ class Watch:
                 behind = len(slowest) < len(beats)
                 who = f"all ranks answer; {self._names(slowest)} is behind" if behind else "all ranks answer"
             _say(f"{what}: {who}. The same command goes on from the newest checkpoint.")
-            time.sleep(POLL_SECONDS)  # the store may be ours, and the others have to see that we were first
+        else:
+            time.sleep(POLL_SECONDS)  # a launcher ends all of its ranks when the first has ended: let that one speak
+        time.sleep(POLL_SECONDS)  # the store may be ours, and the others have to see that we were first
         os._exit(AGAIN)
 
     def _names(self, ranks: list[int]) -> str:

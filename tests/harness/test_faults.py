@@ -64,8 +64,25 @@ def test_wherever_a_checkpoint_is_truncated_or_changed_it_is_named_and_the_one_b
         assert found and found.step == 3, f"{file.name} at {place}"
         assert re.search(rf"{last} is (not whole|damaged) \(.+\); passed over", said)
         file.write_bytes(whole)
+        if (last / "damaged.json").exists():
+            (last / "damaged.json").rename(last / "complete.json")
     found = checkpoints.find(alone, last.parent)
     assert found and found.step == 6
+
+
+def test_where_no_checkpoint_is_whole_it_does_not_begin_from_nothing(make: Make) -> None:
+    run = make("--keep", "1")
+    pretrain(run)
+    (run.out / "result.json").unlink()
+    file = next(newest(run).glob("*optim_states.pt"))
+    file.write_bytes(bytes(file.stat().st_size))
+    for _ in range(2):
+        with pytest.raises(
+            SettingsError, match=r"holds checkpoints, and none of them is whole; restore one, or remove them"
+        ):
+            pretrain(run)
+    assert checkpoints.newest_step(run.out / "checkpoints") == 0
+    assert len(folder.read_metrics(run.out)) > 5  # untouched
 
 
 class Evil:
@@ -249,7 +266,7 @@ def test_stopped_by_a_file_or_a_signal_it_saves_and_says_so_by_its_exit_code(
             process.send_signal(getattr(signal, how))
         said, _ = process.communicate(timeout=60)
         assert process.returncode == AGAIN, said
-        assert re.search(r"Stopped at step \d+ and saved, as asked", said)
+        assert re.search(r"Stopped at step (\d+) and saved up to step \1, as asked", said)
         assert [event["event"] for event in events(out)] == ["begins", "stopped"] * (number + 1)
         assert checkpoints.newest_step(out / "checkpoints") == len(losses(out))
 
