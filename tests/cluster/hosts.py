@@ -7,6 +7,7 @@ plug. Hosts hang on a bridge inside the controller's namespace, so nothing of it
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import signal
 import stat
@@ -25,6 +26,8 @@ from train.settings import REPOSITORY
 SUBNET = "10.99.0"
 NAMESPACES = ["--net", "--uts", "--mount", "--ipc", "--pid"]
 PACKAGES = ("slurmctld", "slurmd", "munged", "sbatch", "sshd", "pdsh", "unshare", "ip")
+HOME = Path(pwd.getpwuid(os.geteuid()).pw_dir)
+"""Where ssh looks for its files, whatever $HOME says."""
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
@@ -220,7 +223,7 @@ class Cluster:
         settings += ["PasswordAuthentication no", "UsePAM no", "StrictModes no", "PidFile none", "MaxStartups 100"]
         (folder / "sshd_config").write_text("\n".join(settings) + "\n")
         Path("/run/sshd").mkdir(exist_ok=True)
-        (Path.home() / ".ssh").mkdir(mode=0o700, exist_ok=True)
+        HOME.joinpath(".ssh").mkdir(mode=0o700, exist_ok=True)
         for host in self.all:
             self._sshd(host)
         (self.folder / "hostfile").write_text("".join(f"{node.name} slots=1\n" for node in self.nodes))
@@ -229,7 +232,7 @@ class Cluster:
         """The machine's own ~/.ssh is hidden by a mount inside the host, never changed."""
         sshd = shutil.which("sshd", path=PATH)
         ssh = self.folder / "ssh"
-        script = f'mount --bind {ssh} "$HOME/.ssh"; exec {sshd} -D -e -f {ssh}/sshd_config'
+        script = f"mount --bind {ssh} {HOME}/.ssh; exec {sshd} -D -e -f {ssh}/sshd_config"
         host.start("sh", "-c", script, log=self.folder / f"sshd-{host.name}.log")
         if host is not self.controller:
             wait_until(lambda: self.controller.run("ssh", host.name, "true").returncode == 0, 15, f"ssh to {host.name}")
