@@ -82,28 +82,6 @@ def test_every_shipped_ds_config_trains_and_starts_from_the_same_weights(
 
 
 @pytest.mark.ranks
-def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(small_run: list[str], tmp_path: Path) -> None:
-    straight = change(small_run, steps=120, save_every=5, out=tmp_path / "straight")
-    assert finish(straight)[0] == 0
-    cut = change(small_run, steps=120, save_every=5, out=tmp_path / "cut")
-    process = start(cut)
-    until = time.monotonic() + 100
-    while (
-        not (tmp_path / "cut" / "checkpoints" / "step-0000010" / "complete.json").exists() and time.monotonic() < until
-    ):
-        time.sleep(0.02)
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-        each.kill()
-    process.communicate()
-    assert (tmp_path / "cut" / "checkpoints" / "step-0000010").exists() and folder.result(tmp_path / "cut") is None
-    code, said = finish(cut)
-    assert code == 0 and re.search(r"Going on from .*step-00000[1-9]", said), said
-    assert losses(cut) == losses(straight)
-    ends = [folder.result(tmp_path / name) for name in ("cut", "straight")]
-    assert ends[0] and ends[1] and ends[0]["validation_loss"] == ends[1]["validation_loss"]
-
-
-@pytest.mark.ranks
 def test_two_ranks_say_it_once_and_end_with_a_failure(small_run: list[str]) -> None:
     code, said = finish(change(small_run, sequence_length=2000))
     assert code != 0

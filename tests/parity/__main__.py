@@ -12,7 +12,7 @@ from tests.parity.compare import differences
 from tests.parity.control import TENSORS
 from tests.parity.model import WORLDS
 from tests.parity.real import FP32, greatest, plain_run, traces
-from tests.parity.test_resume import SETTINGS_OF_GROUP_0, Checkpoints
+from tests.parity.test_resume import MORE, SETTINGS_OF_GROUP_0, Checkpoints
 
 
 def where(case: Case, world: int) -> dict[str, str]:
@@ -56,7 +56,7 @@ def unmended() -> list[dict[str, str]]:
     with TemporaryDirectory() as folder:
         checkpoints = Checkpoints(folder)
         uncut = checkpoints.uncut[0][SETTINGS_OF_GROUP_0._replace(mutant=None)][1]
-        settings = differences([checkpoints.resumed(1, True)[0][SETTINGS_OF_GROUP_0][1]], uncut)
+        settings = differences([checkpoints.resumed(MORE, True)[0][SETTINGS_OF_GROUP_0][1]], uncut)
     named = {"start-up at stage 0 in bf16": phantom, "universal checkpoint at stage 3, two groups": settings}
     return [{"where": name} | {key: f"{found[key]:.0f}" for key in TENSORS} for name, found in named.items()]
 
