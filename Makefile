@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help install compare test bench drill lint clean
+.PHONY: help install compare test test-long bench drill lint clean
 
 help: ## show this
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: $(INSTALLED) ## make .venv with the tested versions
 
@@ -21,6 +21,9 @@ compare: $(INSTALLED) ## compare beta settings on a small language model; write 
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest
+
+test-long: $(INSTALLED) ## run the tests that `make test` leaves out (five minutes)
+	$(BIN)/python -m pytest -m long
 
 bench: $(INSTALLED) ## time the step against its peers (quarter of an hour; DeepSpeed compiles its own first)
 	$(BIN)/python -m tests.perf

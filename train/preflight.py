@@ -145,7 +145,8 @@ def _folders(ranks: Ranks, run: Run) -> str:
         unseen = [rank for rank in unseen if not (meeting / f"{token}-{rank}").is_file()]
         time.sleep(0.05 if unseen else 0.0)
     names = ", ".join(map(str, unseen[:4]))
-    return said or (f"{run.out} is not shared: what rank {names} wrote there is not to be seen" if unseen else "")
+    unshared = f"{run.out} is not shared: what rank {names} wrote there is not to be seen" if unseen else ""
+    return " and ".join(filter(None, (said, unshared)))
 
 
 def _said(check: Callable[[], str]) -> str:

@@ -82,6 +82,7 @@ def job(place: str) -> Cost:
     return Cost(calls, numbers[0], files)
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 @pytest.mark.timeout(400)
 def test_a_step_costs_the_same_collectives_and_no_file_on_2_and_on_16_ranks(tmp_path: Path) -> None:
