@@ -22,7 +22,7 @@ compare: $(INSTALLED) ## compare beta settings on a small language model; write 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest
 
-test-long: $(INSTALLED) ## run the tests that `make test` leaves out (five minutes)
+test-long: $(INSTALLED) ## run the tests that `make test` leaves out (a quarter of an hour; as root with tests/cluster/install.sh, a Slurm too)
 	$(BIN)/python -m pytest -m long
 
 bench: $(INSTALLED) ## time the step against its peers (quarter of an hour; DeepSpeed compiles its own first)

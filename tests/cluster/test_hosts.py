@@ -14,16 +14,16 @@ from tests.cluster.runs import events, same
 from train import folder
 from train.settings import REPOSITORY
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(400)]
 
-STAGES = (1, pytest.param(3, marks=pytest.mark.long))
+STAGES = (1, 3)
 
 
 @pytest.fixture(scope="module")
 def one_host(cluster: Cluster, project: Path, options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same runs with both ranks on one host, a folder for each stage."""
     base = tmp_path_factory.mktemp("one-host")
-    for stage in (1, 3):
+    for stage in STAGES:
         line = ["torchrun", "--nproc-per-node=2", "--master-port=29501", "-m", "train.pretrain", *options]
         line += ["--out", str(base / str(stage)), "--ds-config", f"ds_configs/zero{stage}.json"]
         cluster.nodes[0].check("env", f"--chdir={project}", *line)
@@ -171,7 +171,6 @@ def test_preflight_names_the_host_for_each_of_eight_planted_faults(
     assert [fault for fault in PLANTED if not re.search(fault, errors[0])] == [], errors[0]
 
 
-@pytest.mark.long
 def test_a_checkpoint_that_a_host_sees_late_is_waited_for(
     cluster: Cluster, project: Path, options: list[str], tmp_path: Path
 ) -> None:

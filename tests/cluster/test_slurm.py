@@ -12,7 +12,7 @@ from tests.cluster.hosts import Cluster, wait_until
 from tests.cluster.runs import events, losses, same
 from train import folder
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(400)]
 
 
 class Job:
@@ -118,7 +118,6 @@ def test_what_the_settings_do_wrong_is_said_once_and_not_tried_again(
     assert "restart 1" not in job.said()
 
 
-@pytest.mark.long
 def test_no_progress_twice_stops_the_job(cluster: Cluster, project: Path, options: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     hidden = tmp_path / "hidden"
