@@ -8,7 +8,6 @@ step-N-universal/    the same moments in DeepSpeed's universal format, made from
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from train.folder import sync, write_json
+from train.folder import checksum, sync, write_json
 from train.progress import Progress
 from train.ranks import Ranks
 from train.settings import RankError, SettingsError, first_line, require
@@ -78,7 +77,7 @@ class _Recorder:
         self.ranks.alive()
         try:
             self.inner.save(state_dict, path)
-            self.files[Path(path).name] = _sum(Path(path))
+            self.files[Path(path).name] = _written(Path(path))
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
             self.error = error
         self.ranks.alive()
@@ -243,7 +242,7 @@ def only_known_classes() -> Iterator[None]:
 
 def newest_step(folder: Path) -> int:
     """Steps taken in the newest whole checkpoint, by names and sizes alone; 0 if there is none."""
-    return max((_step(path) for path in _all(folder) if not _not_whole(path)), default=0)
+    return max(map(_step, _whole(folder)), default=0)
 
 
 def _convert(found: Found, target: Path) -> None:
@@ -280,7 +279,7 @@ def _finish(aside: Path, target: Path, about: dict[str, Any], known: Files) -> N
     files = {str(f.relative_to(aside)): f for f in _files(aside)}
     rest = [name for name in files if name not in known]
     with ThreadPoolExecutor() as pool:
-        known = {**known, **dict(zip(rest, pool.map(lambda name: _sum(files[name]), rest), strict=True))}
+        known = {**known, **dict(zip(rest, pool.map(lambda name: _written(files[name]), rest), strict=True))}
     write_json(aside / MANIFEST, {**about, "files": {name: known[name] for name in sorted(files)}})
     for folder in {f.parent for f in files.values()} | {aside}:
         sync(folder)
@@ -290,8 +289,7 @@ def _finish(aside: Path, target: Path, about: dict[str, Any], known: Files) -> N
 
 
 def _rotate(folder: Path, step: int, keep: int) -> None:
-    whole = [path for path in _all(folder) if not _not_whole(path)]
-    kept = {path.name for path in whole[-keep:]}
+    kept = {path.name for path in _whole(folder)[-keep:]}
     for path in folder.iterdir():
         match = re.fullmatch(r"\.?(step-(\d{7,}))(-universal)?", path.name)
         if match and int(match[2]) <= step and match[1] not in kept:
@@ -315,14 +313,10 @@ def _make_room(folder: Path, needed: int) -> None:
     )
 
 
-def _sum(path: Path) -> tuple[int, str]:
+def _written(path: Path) -> tuple[int, str]:
     """Bring a file to the disk; its size and SHA-256."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        while part := file.read(2**22):
-            digest.update(part)
-        return file.tell(), digest.hexdigest()
+    sync(path)
+    return checksum(path)
 
 
 def _verified(ranks: Ranks, path: Path) -> bool:
@@ -340,7 +334,7 @@ def _verified(ranks: Ranks, path: Path) -> bool:
     for name, summed in {} if late else mine.items():
         ranks.alive()
         try:
-            if _sum(path / name) != summed:
+            if checksum(path / name) != summed:
                 damaged = name
         except OSError:
             damaged = name
@@ -381,6 +375,10 @@ def _all(folder: Path) -> list[Path]:
     return sorted(ours, key=_step)
 
 
+def _whole(folder: Path) -> list[Path]:
+    return [path for path in _all(folder) if not _not_whole(path)]
+
+
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
@@ -412,5 +410,5 @@ def _not_written(target: Path, error: Exception) -> str:
 
 
 def _whats_left(folder: Path) -> str:
-    whole = [path for path in _all(folder) if not _not_whole(path)]
+    whole = _whole(folder)
     return f"the last good checkpoint is {whole[-1].name}" if whole else "there is no good checkpoint yet"

@@ -6,7 +6,6 @@ split into micro-batches, so that a resumed run needs no loader state and runs w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
+from train.folder import checksum
 from train.settings import Data, SettingsError, first_line, require
 
 if TYPE_CHECKING:
@@ -146,21 +146,13 @@ def verify(folder: Path) -> None:
     """
     for part, expected in _about(folder)["sha256"].items():
         try:
-            found = _sha256(folder / f"{part}.bin")
+            found = checksum(folder / f"{part}.bin")[1]
         except OSError as error:
             found = error.strerror or "unreadable"
         require(
             found == expected,
             f"data_cache holds {folder}, whose {part}.bin has changed since it was written; remove that folder to tokenize anew.",
         )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**22):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _about(folder: Path) -> dict[str, Any]:
@@ -302,7 +294,7 @@ def _tokenize(documents: Dataset, settings: Data, tokenizer: PreTrainedTokenizer
         for file in (train, validation):
             file.flush()
             os.fsync(file.fileno())
-    sums = {part: _sha256(folder / f"{part}.bin") for part in tokens}
+    sums = {part: checksum(folder / f"{part}.bin")[1] for part in tokens}
     return {
         "dtype": dtype.name,
         "tokens": tokens,

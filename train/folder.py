@@ -10,6 +10,7 @@ result.json   written last: how it ended
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -46,13 +47,22 @@ def write_json(path: Path, content: Any) -> None:
     sync(path.parent)
 
 
-def sync(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def checksum(path: Path) -> tuple[int, str]:
+    """Size and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**22):
+            digest.update(part)
+        return file.tell(), digest.hexdigest()
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import shutil
 import sys
 import time
@@ -62,6 +63,8 @@ def preflight(run: Preflight) -> str:
             tokenizer = data.load_tokenizer(run.data.tokenizer)
             config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
             text = data.fingerprint(run.data, tokenizer)
+        if run.ranks is not None:
+            return f"preflight: settings, text and model are right for {run.ranks} ranks."
         facts = {
             "Python and packages": {"python": sys.version.split()[0], **folder.environment()["packages"]},
             "code of train/ and balanced_adam/": _digest(REPOSITORY),
@@ -70,9 +73,7 @@ def preflight(run: Preflight) -> str:
             "kernels": kernels.why_not(ranks.device) or "found",
             "GPUs": _gpu_name(ranks.device),
         }
-        hosts = ranks.gather(folder.environment()["machine"].split(":")[0])
-        if run.ranks is not None:
-            return f"preflight: settings, text and model are right for {run.ranks} ranks."
+        hosts = ranks.gather(platform.node())
         wrong = [*_different(hosts, ranks.gather(facts))]
         with torch.device("meta"):
             parameters = model.parameter_count(model.empty(config))
@@ -127,16 +128,16 @@ def _folders(ranks: Ranks, run: Run) -> str:
     token = ranks.from_first(f"{time.time_ns()}")
     meeting, cache = run.out / ".preflight" / token, run.data.data_cache.expanduser()
     said = ""
-    for writer in (0, ranks.rank):  # rank 0 first, which makes the folder
-        if writer == ranks.rank:
-            for place in (meeting, cache):
-                with _told(place) as trouble:
-                    place.mkdir(parents=True, exist_ok=True)
-                    file = place / f"{token}-{ranks.rank}"
-                    file.write_text(token)
-                    if place == cache:
-                        file.unlink()
-                said = said or trouble.sentence
+    for my_turn in (ranks.first, not ranks.first):  # rank 0 first, which makes the folder
+        for place in (meeting, cache) if my_turn else ():
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                file = place / f"{token}-{ranks.rank}"
+                file.write_text(token)
+                if place == cache:
+                    file.unlink()
+            except OSError as error:
+                said = said or f"{place} can't be written to ({error.strerror})"
         dist.barrier()
     expected = range(ranks.world) if ranks.first else [0]
     until = time.monotonic() + SEEN_WITHIN
@@ -157,21 +158,6 @@ def _said(check: Callable[[], str]) -> str:
         if is_lost(error):
             raise
         return first_line(error)
-
-
-class _told:
-    """An OSError of the block becomes a sentence."""
-
-    def __init__(self, place: Path) -> None:
-        self.place, self.sentence = place, ""
-
-    def __enter__(self) -> _told:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, OSError):
-            self.sentence = f"{self.place} can't be written to ({error.strerror})"
-        return isinstance(error, OSError)
 
 
 def _disk(run: Run, parameters: int) -> str:

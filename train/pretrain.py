@@ -83,9 +83,8 @@ class Trainer:
         run, engine = self.run, self.engine
         # Any randomness in the model (dropout) is a function of seed, step and rank, so that a resume needs no state.
         seed = hash((run.seed, self.step, self.ranks.rank))
-        torch.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed also asks for devices that aren't ours: half a millisecond
+        # (torch.manual_seed also asks for devices that aren't ours, for half a millisecond.)
+        torch.default_generator.manual_seed(seed)
         if self.ranks.device.type == "cuda":
             torch.cuda.manual_seed(seed)
         indices = data.batch_indices(self.step, run.parallelism.batch, len(self.train), run.seed)
