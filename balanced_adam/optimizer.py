@@ -321,18 +321,26 @@ class BalancedAdam(torch.optim.Optimizer):
         squares: list[Tensor] = []
         count = 0
         moved, self._moved = self._moved, {}
+        in_kernel: list[kernels.Update] = []
+        scales: list[float] = []
         for param, (step, betas, eps) in moved.items():
-            state = self.state[param]
+            m, v = (self.state[param][name] for name in MOMENTS)
             correction = rule.bias_correction(step, betas, eps)
-            tiny = torch.finfo(state["exp_avg"].dtype).tiny
-            for m, v in zip(*(_in_cache(state[name]) for name in ("exp_avg", "exp_avg_sq")), strict=True):
-                # rule.direction, but for a last bit that nobody needs here
-                size = v.sqrt().add_(max(correction.eps, tiny))
-                torch.div(m, size, out=size)
-                low, high = torch.aminmax(size)
-                greatest.append(torch.maximum(-low, high).double() * correction.scale)
+            count += m.numel()
+            if m.device.type == "cpu" and self._fuses(param):
+                scalars = kernels.scalars(step, 0.0, betas, eps, 0.0, False)
+                in_kernel.append(kernels.Update(m, m, m, v, scalars))
+                scales.append(correction.scale)
+                continue
+            for part, part_sq in zip(_parts(m), _parts(v), strict=True):
+                size = rule.direction(part, part_sq, correction).abs_()
+                greatest.append(size.amax().double() * correction.scale)
                 squares.append(torch.dot(size, size).double() * correction.scale**2)
-                count += size.numel()
+        if in_kernel:
+            scale = torch.tensor(scales, dtype=torch.float64, device="cpu")
+            sums, largest = kernels.directions(in_kernel)
+            greatest += (largest * scale).unbind()
+            squares += (sums * scale**2).unbind()
         if not count:
             return UpdateSize(0.0, 0.0, 0)
         return UpdateSize(float(torch.stack(greatest).amax()), float(torch.stack(squares).sum()), count)
@@ -406,7 +414,7 @@ def _warn_once(message: str) -> None:
     _warned.add(message)
 
 
-def _in_cache(tensor: Tensor) -> Sequence[Tensor]:
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
     """Parts that stay in a CPU's cache while several operations pass over them, or on a GPU need little memory for it."""
     if tensor.numel() == 0:
         return ()

@@ -89,47 +89,85 @@ INLINE void any_range(const Variant& v, const Row& row, i64 begin, i64 end) {
 }
 
 // Sum of squares in double, in an order that depends on nothing but the length: element i goes to lane i % LANES.
-// Squares of floats are exact in double. 16-bit data is converted in stages, since GCC vectorises either loop alone.
+// Squares of floats are exact in double. Other data is made floats in stages, since GCC vectorises either loop alone.
 constexpr int LANES = 16, STAGE = 512;
 
-template <int D>
-INLINE double squares_range(const void* data, i64 begin, i64 end) {
-  typedef typename Element<D>::Stored Stored;
-  double lanes[LANES] = {};
-  float buffer[STAGE];
-  for (i64 at = begin; at < end; at += STAGE) {
-    const Stored* x = (const Stored*)data + at;
-    int count = end - at < STAGE ? (int)(end - at) : STAGE, whole = count / LANES * LANES;
-    for (int i = 0; D != FLOAT32 && i < count; i++) buffer[i] = Element<D>::load(x[i]);
-    const float* values = D == FLOAT32 ? (const float*)x : buffer;
-    for (int i = 0; i < whole; i += LANES)
-      for (int lane = 0; lane < LANES; lane++) lanes[lane] += (double)values[i + lane] * values[i + lane];
-    for (int i = whole; i < count; i++) lanes[i - whole] += (double)values[i] * values[i];
-  }
+INLINE void add_squares(const float* values, int count, double (&lanes)[LANES]) {
+  int whole = count / LANES * LANES;
+  for (int i = 0; i < whole; i += LANES)
+    for (int lane = 0; lane < LANES; lane++) lanes[lane] += (double)values[i + lane] * values[i + lane];
+  for (int i = whole; i < count; i++) lanes[i - whole] += (double)values[i] * values[i];
+}
+
+INLINE double total(const double (&lanes)[LANES]) {
   double sum = 0.0;
   for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
   return sum;
 }
 
-INLINE double any_squares(int dtype, const void* data, i64 begin, i64 end) {
-  return dtype == FLOAT32    ? squares_range<FLOAT32>(data, begin, end)
-         : dtype == BFLOAT16 ? squares_range<BFLOAT16>(data, begin, end)
-                             : squares_range<FLOAT16>(data, begin, end);
+// What the elements of a row come to.
+struct Measure {
+  double squares;  // their sum
+  float greatest;  // of their absolute values; NaN if one is
+};
+
+template <int GRAD>
+INLINE Measure gradient_range(const Row& row, i64 begin, i64 end) {
+  double lanes[LANES] = {};
+  float buffer[STAGE];
+  for (i64 at = begin; at < end; at += STAGE) {
+    const typename Element<GRAD>::Stored* x = (const typename Element<GRAD>::Stored*)row.grad + at;
+    int count = end - at < STAGE ? (int)(end - at) : STAGE;
+    for (int i = 0; GRAD != FLOAT32 && i < count; i++) buffer[i] = Element<GRAD>::load(x[i]);
+    add_squares(GRAD == FLOAT32 ? (const float*)x : buffer, count, lanes);
+  }
+  return {total(lanes), 0.0f};
+}
+
+// Of the update's direction, as balanced_adam.rule.direction.
+INLINE Measure direction_range(const Row& row, i64 begin, i64 end) {
+  double lanes[LANES] = {};
+  float buffer[STAGE];
+  u32 greatest = 0;
+  for (i64 at = begin; at < end; at += STAGE) {
+    const Float32State::Word* exp_avg = (const Float32State::Word*)row.exp_avg + at;
+    const Float32State::Word* exp_avg_sq = (const Float32State::Word*)row.exp_avg_sq + at;
+    int count = end - at < STAGE ? (int)(end - at) : STAGE;
+    for (int i = 0; i < count; i++) {
+      float m, v;
+      Float32State::decode(exp_avg[i], exp_avg_sq[i], m, v);
+      buffer[i] = direction(m, v, row.scalars.eps);
+    }
+    for (int i = 0; i < count; i++) {
+      u32 size = bits(buffer[i]) & 0x7fffffffu;  // ordered as the numbers are, with NaN beyond infinity
+      greatest = size > greatest ? size : greatest;
+    }
+    add_squares(buffer, count, lanes);
+  }
+  return {total(lanes), number(greatest)};
+}
+
+// grad: the dtype of the gradients to be measured, or NONE for the directions.
+INLINE Measure any_measure(int grad, const Row& row, i64 begin, i64 end) {
+  return grad == NONE       ? direction_range(row, begin, end)
+         : grad == FLOAT32  ? gradient_range<FLOAT32>(row, begin, end)
+         : grad == BFLOAT16 ? gradient_range<BFLOAT16>(row, begin, end)
+                            : gradient_range<FLOAT16>(row, begin, end);
 }
 
 // ---- One copy of the loops for each instruction set.
 
 struct Loops {
   void (*step)(const Variant&, const Row&, i64, i64);
-  double (*squares)(int, const void*, i64, i64);
+  Measure (*measure)(int, const Row&, i64, i64);
 };
 
 #define FOR(NAME, TARGET)                                                                           \
   __attribute__((noinline)) TARGET void step_##NAME(const Variant& v, const Row& r, i64 b, i64 e) { \
     any_range(v, r, b, e);                                                                          \
   }                                                                                                 \
-  __attribute__((noinline)) TARGET double squares_##NAME(int d, const void* x, i64 b, i64 e) {      \
-    return any_squares(d, x, b, e);                                                                 \
+  __attribute__((noinline)) TARGET Measure measure_##NAME(int g, const Row& r, i64 b, i64 e) {      \
+    return any_measure(g, r, b, e);                                                                 \
   }
 
 FOR(baseline, )
@@ -138,9 +176,9 @@ FOR(avx2, __attribute__((target("avx2"))))
 FOR(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
 
 const Loops LOOPS[] = {
-    {step_baseline, squares_baseline}, {step_avx2, squares_avx2}, {step_avx512, squares_avx512}};
+    {step_baseline, measure_baseline}, {step_avx2, measure_avx2}, {step_avx512, measure_avx512}};
 #else
-const Loops LOOPS[] = {{step_baseline, squares_baseline}};
+const Loops LOOPS[] = {{step_baseline, measure_baseline}};
 #endif
 
 // ---- The floating point environment: callers may flush denormals (torch.set_flush_denormal), which would change bits.
@@ -167,7 +205,7 @@ class DefaultEnvironment {
 // ---- Threads.
 
 constexpr i64 SERIAL = 32768;  // fewer elements aren't worth waking threads for
-constexpr i64 SUMMED = 16384;  // elements summed on their own in a sum of squares; fixes its order, so don't tune it
+constexpr i64 SUMMED = 16384;  // elements summed on their own in a measure; fixes its order, so don't tune it
 
 void (*omp_parallel)(void (*)(void*), void*, unsigned, unsigned);
 int (*omp_thread)();
@@ -205,20 +243,19 @@ struct StepJob {
   }
 };
 
-struct SquaresJob {
-  const void* const* data;
-  const i64* sizes;
+struct MeasureJob {
+  const Row* rows;
   i64 count, blocks;
-  int dtype;
-  double* sums;  // one per block
+  int grad;
+  Measure* measures;  // one per block
   const Loops& loops;
 
   void part(int thread, int threads) const {
     i64 begin = blocks * thread / threads, end = blocks * (thread + 1) / threads, block = 0;
-    for (i64 k = 0; k < count; k++)
-      for (i64 from = 0; from < sizes[k]; from += SUMMED, block++)
+    for (const Row* row = rows; row < rows + count; row++)
+      for (i64 from = 0; from < row->size; from += SUMMED, block++)
         if (begin <= block && block < end)
-          sums[block] = loops.squares(dtype, data[k], from, from + SUMMED < sizes[k] ? from + SUMMED : sizes[k]);
+          measures[block] = loops.measure(grad, *row, from, from + SUMMED < row->size ? from + SUMMED : row->size);
   }
 };
 
@@ -253,21 +290,26 @@ EXPORT void balanced_adam_cpu_step(const Row* rows, i64 count, int param, int gr
   run(job, job.total, threads);
 }
 
-// result[k] = sum of squares of array k. Returns 0, or 1 if there was no memory.
-EXPORT int balanced_adam_cpu_squares(const void* const* data, const i64* sizes, i64 count, int dtype, double* result, int isa,
-                                 int threads) {
-  SquaresJob job{data, sizes, count, 0, dtype, nullptr, LOOPS[isa]};
+// squares[k] and greatest[k]: the measure of row k's gradient, of dtype grad, or of its direction if grad is NONE.
+// Returns 0, or 1 if there was no memory.
+EXPORT int balanced_adam_cpu_measure(const Row* rows, i64 count, int grad, double* squares, double* greatest, int isa,
+                                     int threads) {
+  MeasureJob job{rows, count, 0, grad, nullptr, LOOPS[isa]};
   i64 total = 0;
-  for (i64 k = 0; k < count; k++) total += sizes[k], job.blocks += (sizes[k] + SUMMED - 1) / SUMMED;
-  job.sums = (double*)malloc(sizeof(double) * (job.blocks ? job.blocks : 1));
-  if (!job.sums) return 1;
+  for (i64 k = 0; k < count; k++) total += rows[k].size, job.blocks += (rows[k].size + SUMMED - 1) / SUMMED;
+  job.measures = (Measure*)malloc(sizeof(Measure) * (job.blocks ? job.blocks : 1));
+  if (!job.measures) return 1;
   run(job, total, threads);
-  const double* block = job.sums;
+  const Measure* block = job.measures;
   for (i64 k = 0; k < count; k++) {
-    result[k] = 0.0;
-    for (i64 from = 0; from < sizes[k]; from += SUMMED) result[k] += *block++;
+    squares[k] = greatest[k] = 0.0;
+    for (i64 from = 0; from < rows[k].size; from += SUMMED, block++) {
+      squares[k] += block->squares;
+      double g = greatest[k];
+      greatest[k] = g >= block->greatest || g != g ? g : block->greatest;  // NaN stays, and comes through
+    }
   }
-  free(job.sums);
+  free(job.measures);
   return 0;
 }
 

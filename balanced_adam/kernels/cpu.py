@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from balanced_adam import rule
-from balanced_adam.kernels.table import DTYPES, ROW_SIZE, KernelUnavailable, Update, scalars
+from balanced_adam.kernels.table import NO_DTYPE, ROW_SIZE, KernelUnavailable, Update, scalars
 
 ISA = ("baseline", "AVX2", "AVX-512")
 """Names of the instruction sets on x86-64, by number; other architectures have the baseline alone."""
@@ -62,28 +62,31 @@ class Library:
                 b"".join(rows), count, *map(int, variant), self.isa, torch.get_num_threads()
             )
 
-    def sums_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The sum of squares of each tensor, shape (len(tensors),), float64; the tensors are dense and of one dtype.
+    def measure(self, updates: Sequence[Update], *, directions: bool) -> tuple[Tensor, Tensor]:
+        """Of each gradient, all of one dtype, or of each direction (:func:`balanced_adam.rule.direction`): the sum of
+        squares, and of directions the greatest absolute value; two tensors of shape (len(updates),), float64.
 
-        Each depends on its own tensor alone: not on the number of threads, and not on the instruction set.
+        Each depends on its own numbers alone: not on the number of threads, and not on the instruction set.
         """
-        count = len(tensors)
-        result = torch.zeros(count, dtype=torch.float64, device="cpu")
+        count = len(updates)
+        squares, greatest = torch.zeros(2, count, dtype=torch.float64, device="cpu")
         if count:
-            pointers = (ctypes.c_void_p * count)(*(t.data_ptr() for t in tensors))
-            sizes = (ctypes.c_longlong * count)(*(t.numel() for t in tensors))
-            failed = self._library.balanced_adam_cpu_squares(
-                pointers,
-                sizes,
+            failed = self._library.balanced_adam_cpu_measure(
+                b"".join(update.row() for update in updates),
                 ctypes.c_longlong(count),
-                DTYPES[tensors[0].dtype],
-                ctypes.c_void_p(result.data_ptr()),
+                NO_DTYPE if directions else updates[0].variant.grad,
+                ctypes.c_void_p(squares.data_ptr()),
+                ctypes.c_void_p(greatest.data_ptr()),
                 self.isa,
                 torch.get_num_threads(),
             )
             if failed:
                 raise MemoryError("no memory for a sum of squares")
-        return result
+        return squares, greatest
+
+    def sums_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The sum of squares of each tensor, shape (len(tensors),), float64; the tensors are dense and of one dtype."""
+        return self.measure([Update(t, t, t, t, b"") for t in tensors], directions=False)[0]
 
     def check(self) -> None:
         """Hold a vector of numbers to the rule, bit for bit: a library built with other flags is found here.

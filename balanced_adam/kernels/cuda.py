@@ -195,7 +195,7 @@ def rows(updates: Sequence[Update]) -> tuple[bytes, int]:
     """The table of ``Row`` for the multi-tensor kernels, and the number of chunks in all."""
     table, chunks = [], 0
     for update in updates:
-        table.append(update.row(chunks).ljust(ROW_SIZE, b"\0"))
+        table.append(update.row(chunks))
         chunks += _chunks(update.grad.numel())
     return b"".join(table), chunks
 

@@ -147,13 +147,16 @@ constexpr float SMALLEST_NORMAL = 1.17549435e-38f;
 // Denormals become zero; NaN stays NaN.
 HOST_DEVICE float flush(float x) { return (bits(x) & 0x7fffffffu) < 0x00800000u ? 0.0f : x; }
 
+// balanced_adam.rule.direction
+HOST_DEVICE float direction(float m, float v, float eps) { return quotient(m, root(v) + eps); }
+
 // equation by equation, balanced_adam.rule.update
 HOST_DEVICE void update(const Scalars& s, float& param, float grad, float& m, float& v) {
   m = flush(m * s.beta1 + grad * s.rest1);
   v = flush(v * s.beta2 + (grad * grad) * s.rest2);
   m = v <= s.spent ? 0.0f : m;
-  float direction = quotient(m, root(v) + s.eps);
-  param = param * s.shrink - direction * s.rate;
+  float move = direction(m, v, s.eps);
+  param = param * s.shrink - move * s.rate;
 }
 
 // ---- What balanced_adam.rule.bias_correction does, where the step count and lr live on the device (CUDA graphs).

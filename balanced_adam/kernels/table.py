@@ -71,7 +71,7 @@ class Update(NamedTuple):
     exp_avg_sq: Tensor
     """float32, like ``param``."""
     scalars: bytes | Recipe
-    """From :func:`scalars`; or a recipe, on CUDA and for whole tensors only."""
+    """From :func:`scalars`; or a recipe, on CUDA and for whole tensors only; or nothing, where none are read."""
     offset: int = 0
     copy: Tensor | None = None
     """Where the new weights go a second time, in this tensor's dtype; as many elements as ``param``."""
@@ -99,7 +99,7 @@ class Update(NamedTuple):
             0 if factor is None else factor.data_ptr(),
             self.grad.numel(),
             first_chunk,
-        ) + (self.scalars if isinstance(self.scalars, bytes) else bytes(_SCALARS.size))
+        ) + (self.scalars if isinstance(self.scalars, bytes) else b"").ljust(_SCALARS.size, b"\0")
 
 
 def scalars(step: int, lr: float, betas: rule.Betas, eps: float, weight_decay: float, maximize: bool) -> bytes:

@@ -39,12 +39,11 @@ static void run(i64 size, int shift, int disagree) {
   double* sums = (double*)malloc(sizeof(double) * 2 * chunks * THREADS);
   launch(2 * chunks, THREADS, balanced_adam_squares, (const Row*)two, (i64)2, chunk, sums);
   free(sums);
-  const void* data[2] = {grad.start, grad.start};
-  i64 sizes[2] = {size, size};
   for (int isa = 0; isa <= balanced_adam_cpu_best_isa(); isa++) {
-    double result[2];
+    double squares[2], greatest[2];
     balanced_adam_cpu_step(&row, 1, PARAM, GRAD, COPY, 0, isa, 1);
-    balanced_adam_cpu_squares(data, sizes, 2, GRAD, result, isa, 1);
+    balanced_adam_cpu_measure(two, 2, GRAD, squares, greatest, isa, 1);
+    balanced_adam_cpu_measure(two, 2, NONE, squares, greatest, isa, 1);
   }
 }
 

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from balanced_adam import rule
 from balanced_adam.kernels import cpu
 from balanced_adam.kernels.cpu import ISA, Library, load
-from balanced_adam.kernels.table import Recipe, Variant, scalars
+from balanced_adam.kernels.table import Recipe, Update, Variant, scalars
 from tests.kernels.bits import (
     BETAS,
     KEEP,
@@ -187,6 +188,38 @@ def test_sums_of_squares_are_those_of_exact_arithmetic_for_any_isa_and_threads(i
             assert torch.equal(sums, load().sums_of_squares(tensors))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", range(len(ISA)), ids=ISA)
+def test_directions_are_measured_as_the_rule_has_them_for_any_isa_and_threads(isa: int) -> None:
+    run_of(ISA[isa])
+    generator = torch.Generator().manual_seed(4)
+    moments = [(torch.randn(n, generator=generator), torch.rand(n, generator=generator)) for n in (1, 17, 513, 50_001)]
+    step, betas, eps = 7, (0.95, 0.95), 1e-3
+    updates = [Update(m, m, m, v, scalars(step, 0.0, betas, eps, 0.0, False)) for m, v in moments]
+    directions = [rule.direction(m, v, rule.bias_correction(step, betas, eps)) for m, v in moments]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            squares, greatest = Library(cpu_library(), isa).measure(updates, directions=True)
+            exact = [math.fsum(x * x for x in direction.double().tolist()) for direction in directions]
+            assert squares.tolist() == pytest.approx(exact, rel=1e-14)
+            assert greatest.tolist() == [float(direction.abs().max()) for direction in directions]
+            assert torch.equal(squares, load().measure(updates, directions=True)[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_the_greatest_direction_is_not_finite_where_one_is_not(value: float) -> None:
+    for at in (0, 17, 39_999):
+        m = torch.zeros(40_000)
+        m[at] = value
+        _, greatest = load().measure(
+            [Update(m, m, m, m.isnan().float(), scalars(1, 0.0, (0.9, 0.9), 1.0, 0.0, False))], directions=True
+        )
+        assert not greatest.isfinite().any()
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

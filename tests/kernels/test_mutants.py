@@ -22,8 +22,8 @@ WRONG_ARITHMETIC = {
     "squares_in_another_order": ("rule.h", "(grad * grad) * s.rest2", "(grad * s.rest2) * grad"),
     "decay_after_the_move": (
         "rule.h",
-        "param * s.shrink - direction * s.rate",
-        "(param - direction * s.rate) * s.shrink",
+        "param * s.shrink - move * s.rate",
+        "(param - move * s.rate) * s.shrink",
     ),
     "m_outlives_v": ("rule.h", "v <= s.spent ? 0.0f : m", "m"),
     "bf16_truncated": ("rule.h", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16"),

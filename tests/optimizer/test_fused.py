@@ -66,6 +66,21 @@ def assert_same(ours: tuple[list[nn.Parameter], dict], other: tuple[list[nn.Para
         assert all(torch.equal(mine[k], theirs[k]) and mine[k].dtype == theirs[k].dtype for k in mine)
 
 
+def test_the_size_of_a_step_is_the_same_with_and_without_the_kernels() -> None:
+    sizes = []
+    for fused in (None, False):
+        params = parameters()
+        optimizer = BalancedAdam(groups(params), fused=fused)
+        for step in range(3):
+            set_gradients(params, step)
+            optimizer.step()
+            sizes.append(optimizer.update_size())
+    for ours, plain in zip(sizes[:3], sizes[3:], strict=True):
+        assert ours.numel == plain.numel > 1000
+        assert ours.greatest == plain.greatest
+        assert ours.sum_of_squares == pytest.approx(plain.sum_of_squares, rel=1e-6)
+
+
 def test_the_kernels_choose_for_themselves_and_have_the_bits_of_plain_torch() -> None:
     assert kernels.why_not(CPU) is None
     assert_same(run([None] * 12), run([False] * 12))
