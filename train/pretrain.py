@@ -107,8 +107,9 @@ class Trainer:
             told = engine.get_global_grad_norm()
             norm = None if told is None else float(told)
         size = engine.basic_optimizer.update_size()
-        loss_sum, squares, count = self.ranks.sum([float(total), size.sum_of_squares, size.numel])
-        greatest, stopping = self.ranks.max([size.greatest, float(bool(self.stop))])
+        (loss_sum, squares, count), (greatest, stopping) = self.ranks.sum_and_max(
+            [float(total), size.sum_of_squares, size.numel], [size.greatest, float(bool(self.stop))]
+        )
         self.stopping = stopping > 0.0
         seconds = time.perf_counter() - began
         tokens_per_second = indices.size * self.train.length / seconds

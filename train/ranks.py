@@ -111,16 +111,16 @@ class Ranks:
 
     def sum(self, values: list[float]) -> list[float]:
         """The sums of some numbers over all ranks, in float64."""
-        return self._reduce(values, dist.ReduceOp.SUM)
+        return self.sum_and_max(values, [])[0]
 
-    def max(self, values: list[float]) -> list[float]:
-        """The largest of some numbers over all ranks."""
-        return self._reduce(values, dist.ReduceOp.MAX)
-
-    def _reduce(self, values: list[float], op: dist.ReduceOp.RedOpType) -> list[float]:
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op)
-        return tensor.tolist()
+    def sum_and_max(self, sums: list[float], largest: list[float]) -> tuple[list[float], list[float]]:
+        """The sums of some numbers over all ranks, and the largest of others, in float64; both are under way at once."""
+        both = [torch.tensor(values, dtype=torch.float64, device=self.device) for values in (sums, largest)]
+        ops = (dist.ReduceOp.SUM, dist.ReduceOp.MAX)
+        works = [dist.all_reduce(t, op, async_op=True) for t, op in zip(both, ops, strict=True) if t.numel()]
+        for work in works:
+            work.wait()
+        return both[0].tolist(), both[1].tolist()
 
 
 def prepare_environment() -> None:

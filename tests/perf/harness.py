@@ -18,14 +18,17 @@ from train.ranks import start
 from train.settings import Run, parse
 
 WORLD = 2
-MODELS = {"tiny": ("--batch 16 --sequence-length 128", 101), "small": ("--batch 16 --sequence-length 128", 15)}
-"""Model: its batch, and the rounds."""
+SHAPES = [
+    ("tiny", "--batch 16 --sequence-length 128", 301),
+    ("small", "--batch 16 --sequence-length 128", 41),
+    ("small", "--batch 64 --sequence-length 128", 21),
+]
+"""Model, its batch, and the rounds. The longer the step, the less the harness adds, since what it does is the same."""
 
 
-def run(job: tuple[str, str]) -> dict[str, list[float]]:
+def run(job: tuple[str, str, int, str]) -> dict[str, list[float]]:
     """One rank: the two loops in turn, each with one step a round. Metrics are written, progress is not shown."""
-    model, place = job
-    options, rounds = MODELS[model]
+    model, options, rounds, place = job
     settings = parse(Run, ["--out", place, "--model", model, *options.split()], "train.pretrain", None)
     ranks = start(settings.timeout)
     trainer = initialize(settings, ranks, deepspeed_config.resolve(settings, ranks.world, False))
@@ -62,14 +65,15 @@ def bare_step(trainer: Any, number: int) -> float:
 
 def main() -> None:
     print(f"{machine()}\n")
-    for model in MODELS:
+    for model, options, rounds in SHAPES:
         with TemporaryDirectory() as place:
             (Path(place) / "run").mkdir()
-            found: dict[str, list[float]] = spawn(run, WORLD, (model, f"{place}/run"), seconds=1500)[0]
+            job = (model, options, rounds, f"{place}/run")
+            found: dict[str, list[float]] = spawn(run, WORLD, job, seconds=1500)[0]
         bare = found["bare loop on the same engine"]
         rows = [
             {
-                f"{model}, {MODELS[model][0].replace('--', '')}": name,
+                f"{model}, {options.replace('--', '')}": name,
                 "step, ms": f"{statistics.median(times) * 1e3:.1f} [{min(times) * 1e3:.1f} .. {max(times) * 1e3:.1f}]",
                 "ratio": ratio(times, bare),
             }
