@@ -20,9 +20,9 @@ compare: $(INSTALLED) ## compare beta settings on a small language model; write 
 	$(BIN)/python -m train.compare --out runs/compare
 
 test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-long: $(INSTALLED) ## run the tests that `make test` leaves out (a quarter of an hour; as root with tests/cluster/install.sh, a Slurm too)
+test-long: $(INSTALLED) ## run the tests that `make test` leaves out (ten minutes; as root with tests/cluster/install.sh, a Slurm too)
 	$(BIN)/python -m pytest -m long
 
 bench: $(INSTALLED) ## time the step against its peers (quarter of an hour; DeepSpeed compiles its own first)

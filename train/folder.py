@@ -37,10 +37,15 @@ PACKAGES = ("balanced-adam", "torch", "deepspeed", "transformers", "accelerate",
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file aside, sync it and rename it, so that nobody ever sees a part, also after a power cut."""
+    """Write a JSON file as :func:`write_text` does."""
+    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside, sync it and rename it, so that nobody ever sees a part, also after a power cut."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with aside.open("w") as file:
-        file.write(json.dumps(content, indent=1, default=str) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import random
 import socket
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from threading import Thread
 from typing import Any, NoReturn, TypeVar
 
@@ -176,11 +178,25 @@ def _tasks_on_this_host(env: Mapping[str, str], ranks: str) -> str:
 
 
 def free_port() -> int:
-    """A TCP port that is free on this machine at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that is free on this machine, and will hardly be taken before the ranks meet there.
+
+    Any port that the system would give may be the next outgoing connection's a moment later; these lie below its range,
+    and are drawn at random, so that jobs that begin together on one node get different ones.
+    """
+    draw = random.SystemRandom()  # of the operating system, so that no seed makes two runs choose alike
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            port = draw.randrange(10000, _first_of_connections())
+            probe.bind(("", port))
+            return port
+
+
+def _first_of_connections() -> int:
+    """The first of the ports that outgoing connections get."""
+    try:
+        return max(11000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]))
+    except OSError:
+        return 32768
 
 
 def start(timeout: float) -> Ranks:

@@ -216,8 +216,8 @@ def write(out: Path, baseline: str = "") -> None:
             f"{len(plan['runs']) - len(table)} of {len(plan['runs'])} planned runs have not ended and are not in here."
         )
     text = markdown(summary, notes)
-    (out / "report.md").write_text(text)
-    table.to_csv(out / "report.csv", index=False)
+    folder.write_text(out / "report.md", text)
+    folder.write_text(out / "report.csv", table.to_csv(index=False))
     template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
     page = template.render(
         summary=summary.to_dict("records"),
@@ -231,7 +231,7 @@ def write(out: Path, baseline: str = "") -> None:
             for arm, rows in best.groupby("arm", sort=False)
         },
     )
-    (out / "report.html").write_text(page)
+    folder.write_text(out / "report.html", page)
     print(text)
     print(f"Report: {(out / 'report.html').resolve()}")
 

@@ -134,19 +134,27 @@ def test_no_progress_twice_stops_the_job(cluster: Cluster, project: Path, option
     assert [event["event"] for event in events(out)] == ["attempt ended"] * 2
 
 
-def test_a_comparison_is_a_job_array_and_a_report(
+def test_a_comparison_is_a_job_array_whose_tasks_are_requeued_one_by_one_and_a_report(
     cluster: Cluster, project: Path, options: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "comparison"
     kept = options[options.index("--validation-fraction") : options.index("--validation-fraction") + 2]
     kept += options[options.index("--data") :]
-    text = "--arms 0.9 0.9,0.99 --seeds 0 --steps 8 --batch 4 --sequence-length 32 --ranks 2"
+    text = "--arms 0.9 0.9,0.99 --seeds 0 --steps 300 --batch 4 --sequence-length 32 --ranks 2"
     said = cluster.controller.check(
         "env", f"--chdir={project}", "bash", "slurm/compare.sbatch", "--out", out, *text.split(), "--", *kept
     )
     match = re.search(r"Submitted 2 runs as job array (\d+), at most 4 at once, and the report as job (\d+)", said)
     assert match
-    wait_until((out / "report.html").exists, 180, "the report")
-    for name in ("beta-0.9_lr-0.001_seed-0", "beta-0.9-0.99_lr-0.001_seed-0"):
-        ended = folder.result(out / name)
+    first, second = out / "beta-0.9_lr-0.001_seed-0", out / "beta-0.9-0.99_lr-0.001_seed-0"
+    wait_until(lambda: first.exists() and len(folder.read_metrics(first)) > 20, 90, "the first run trains")
+    # What --signal=B:USR1@300 sends, to one task of the array.
+    cluster.controller.check("scancel", "--batch", "-s", "USR1", f"{match[1]}_0")
+    wait_until((out / "report.html").exists, 240, "the report")
+    for run, times in ((first, 2), (second, 1)):
+        ended = folder.result(run)
         assert ended and ended["status"] == "finished" and ended["world"] == 2
+        kinds = [event["event"] for event in events(run)]
+        assert kinds.count("begins") == times and kinds[-1] == "finished"
+        assert kinds[: 3 * (times - 1)] == ["begins", "stopped", "attempt ended"] * (times - 1)
+        assert len(losses(run)) == 300

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.harness.conftest import Make
 from tests.harness.test_runs import change, finish, start
 from train import checkpoints, folder
 from train.pretrain import pretrain
-from train.ranks import Ranks
+from train.ranks import Ranks, free_port
 from train.settings import REPOSITORY, SettingsError
 from train.watch import AGAIN, Watch
 
@@ -110,6 +111,17 @@ def test_a_checkpoint_runs_nothing_when_it_is_loaded(
     ):
         pretrain(run)
     assert not (tmp_path / "evil-was-here").exists()
+
+
+def test_ranks_meet_at_a_port_that_nobody_has_and_no_outgoing_connection_gets() -> None:
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    random.seed(0)
+    ports = [free_port() for _ in range(200)]
+    random.seed(0)
+    assert len({*ports, free_port()}) > 190 and all(1024 <= port < lowest for port in ports)
+    with socket.socket() as taken:
+        taken.bind(("", ports[0]))
+        assert ports[0] not in [free_port() for _ in range(200)]
 
 
 def test_a_token_file_that_has_changed_is_refused(make: Make, tmp_path: Path) -> None:

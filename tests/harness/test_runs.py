@@ -123,6 +123,13 @@ def test_compare_skips_what_is_finished_goes_on_with_what_was_cut_and_reports(
     assert "3 of 4 runs are finished already" in capsys.readouterr().out
     again = [(out / run["name"] / "metrics.jsonl").stat().st_mtime_ns for run in plan["runs"]]
     assert stamps[:-1] == again[:-1] and stamps[-1] != again[-1]
+    reports = {file: file.read_bytes() for file in out.glob("report.*")}
+    for seconds in (0.5, 1.5, 2.0, 2.5):  # whenever it is killed, each file is a whole one
+        process = subprocess.Popen([sys.executable, "-m", "train.report", str(out)], cwd=REPOSITORY)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+        assert {file: file.read_bytes() for file in out.glob("report.*")} == reports
 
 
 @pytest.mark.ranks
@@ -133,9 +140,8 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
     kept = small_run[small_run.index("--data") : small_run.index("--data") + 4]
     text = "--arms 0.9 --seeds 0 --steps 1000 --batch 4 --sequence-length 32"
     line = [
-        sys.executable,
-        "-m",
-        "train.compare",
+        *("env", "--default-signal=INT"),  # a job in the background of a shell ignores it
+        *(sys.executable, "-m", "train.compare"),
         *text.split(),
         "--out",
         str(out),

@@ -35,12 +35,13 @@ def markdown(rows: list[dict[str, str]]) -> str:
 def exact() -> list[dict[str, str]]:
     rows = [
         where(case, world)
-        | {"clipping": "on" if case.clip else "off", "step": case.path.replace("_", " ")}
+        | {"clipping": "on" if case.clip else "off"}
         | {key: f"{outcomes(world)[case][key]:.0f}" for key in TENSORS}
-        for case in matrix()
         for world in WORLDS
+        for case in matrix(world)
     ]
-    return merged(merged(merged(rows, "world"), "clipping"), "step")
+    ways = [dict(row) for row in dict.fromkeys(tuple(row.items()) for row in rows)]  # however the step was taken
+    return merged(merged(ways, "world"), "clipping")
 
 
 def real() -> list[dict[str, str]]:

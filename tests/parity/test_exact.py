@@ -14,8 +14,10 @@ from tests.parity.model import WITHOUT_GRADIENT, WORLDS
 pytestmark = pytest.mark.ranks
 
 
-@pytest.mark.parametrize("world", WORLDS, ids=lambda world: f"{world}_ranks")
-@pytest.mark.parametrize("case", list(matrix()), ids=str)
+CELLS = [pytest.param(world, case, id=f"{case}-{world}_ranks") for world in WORLDS for case in matrix(world)]
+
+
+@pytest.mark.parametrize(("world", "case"), CELLS)
 def test_bit_identical_to_the_control(world: int, case: Case) -> None:
     assert outcomes(world)[case] == EXACT
 
