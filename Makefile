@@ -16,8 +16,8 @@ $(INSTALLED): pyproject.toml constraints.txt balanced_adam/kernels/cpu.cpp balan
 	$(BIN)/pip install -q -c constraints.txt -e '.[train,test]'
 	touch $@
 
-compare: $(INSTALLED) ## compare beta settings on a small language model; write runs/compare/report.html
-	$(BIN)/python -m train.compare --out runs/compare
+compare: $(INSTALLED) ## compare beta settings on a small language model; with STATE=packed16, fp32 moments with packed ones
+	$(BIN)/python -m train.compare $(if $(STATE),--out runs/compare-$(STATE) --arms 0.95 0.95:$(STATE),--out runs/compare)
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -8,8 +8,9 @@ import warnings
 from importlib.util import find_spec
 
 from balanced_adam.optimizer import BalancedAdam, UpdateSize
+from balanced_adam.state import unpacked
 
-__all__ = ["BalancedAdam", "UpdateSize", "register"]
+__all__ = ["BalancedAdam", "UpdateSize", "register", "unpacked"]
 __version__ = "0.1.0"
 
 

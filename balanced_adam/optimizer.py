@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
-from balanced_adam import kernels, rule
+from balanced_adam import kernels, packed, rule
+from balanced_adam import state as states
 
 Betas = float | tuple[float, float]
-MOMENTS = ("exp_avg", "exp_avg_sq")
 OWN = ("allow_unbalanced", "fused", "capturable", "fused_zero")
 """Settings of the optimizer, not of its groups; no checkpoint holds them."""
 
@@ -60,11 +60,13 @@ class BalancedAdam(torch.optim.Optimizer):
 
     Args:
         params: parameters, named parameters or parameter groups. A group may set its own ``lr``, ``betas``, ``eps``,
-            ``weight_decay``, ``maximize``.
+            ``weight_decay``, ``state``, ``maximize``.
         lr: learning rate, a float or a 0-dim tensor (it is read at every step, so that schedulers may change it).
         betas: one number, or a pair of equal numbers, each in [0, 1).
         eps: added to the root of the bias-corrected second moment; may be 0.
         weight_decay: decoupled weight decay, as in AdamW (arXiv 1711.05101).
+        state: how both moments of an element are stored: "fp32" (8 bytes), "packed32", "packed16" or "packed8" (4, 2, 1),
+            which need equal betas (:mod:`balanced_adam.packed`). A group may set its own.
         maximize: ascend along the gradient.
         allow_unbalanced: accept pairs of unequal betas, in any group. This is how plain AdamW is run through the same
             code, as the baseline of a comparison. No checkpoint holds it, so that none can bring it along.
@@ -78,7 +80,9 @@ class BalancedAdam(torch.optim.Optimizer):
             (:mod:`balanced_adam.zero.one_pass`).
 
     State per parameter: ``step`` (0-dim float32 tensor), ``exp_avg`` and ``exp_avg_sq`` (the parameter's shape; float32,
-    or float64 for float64 parameters). The names are those of ``torch.optim.AdamW``, whose state loads here, and back.
+    or float64 for float64 parameters). The names are those of ``torch.optim.AdamW``, whose state loads here, and back. In place
+    of the moments a packed state has ``packed`` (integers, the parameter's shape). Any format loads into any other; ``state`` of
+    this optimizer stays as it is. :func:`balanced_adam.unpacked` makes a state dict for others.
 
     Raises:
         ValueError: on a value out of range, on unequal betas without ``allow_unbalanced``, on complex parameters.
@@ -94,6 +98,7 @@ class BalancedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
+        state: str = "fp32",
         maximize: bool = False,
         allow_unbalanced: bool = False,
         fused: bool | None = None,
@@ -105,6 +110,7 @@ class BalancedAdam(torch.optim.Optimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
+            "state": state,
             "maximize": maximize,
             "allow_unbalanced": allow_unbalanced,
             "fused": fused,
@@ -117,6 +123,7 @@ class BalancedAdam(torch.optim.Optimizer):
         self.handed: dict[Tensor, HandOver] = {}
         """What :meth:`hand_over` took for the next step."""
         self._moved: dict[Tensor, tuple[int, rule.Betas, float]] = {}  # for update_size
+        self._cut = 0  # elements that packing has cut off
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -125,6 +132,7 @@ class BalancedAdam(torch.optim.Optimizer):
         self._counted = set()
         self.handed = {}
         self._moved = {}
+        self._cut = 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings are checked, and ``betas`` becomes a pair.
@@ -141,6 +149,10 @@ class BalancedAdam(torch.optim.Optimizer):
             if any(torch.is_complex(p) for p in group["params"]):
                 raise ValueError(
                     "BalancedAdam does not take complex parameters; give torch.view_as_real of them instead."
+                )
+            if group["state"] != "fp32" and any(p.dtype == torch.float64 for p in group["params"]):
+                raise ValueError(
+                    f"state is {group['state']!r}, and a parameter is float64; its moments must be 'fp32'."
                 )
             for param in group["params"]:
                 self._fuses(param)
@@ -174,6 +186,7 @@ class BalancedAdam(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["betas"] = _pair(group["betas"], self.defaults["allow_unbalanced"])
+            _check_state(group)
             if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
                 raise RuntimeError(
                     "BalancedAdam does not take sparse gradients; build the embedding with sparse=False."
@@ -184,8 +197,13 @@ class BalancedAdam(torch.optim.Optimizer):
                 if param in self.handed or param.grad is not None:
                     self._step_parameter(param, group, updates)
         kernels.step(updates)
+        if self._cut:
+            cut, self._cut = self._cut, 0
+            _warn_once(
+                f"{cut} elements of the loaded state had |m| > sqrt(v), as only unequal betas make it; packing has cut m off there."
+            )
         for update in updates:  # autograd must know that they have changed
-            for tensor in (update.param, update.exp_avg, update.exp_avg_sq, update.copy):
+            for tensor in (update.param, update.first, update.second, update.copy):
                 if tensor is not None:
                     torch.autograd.graph.increment_version(tensor)
         return loss
@@ -259,11 +277,9 @@ class BalancedAdam(torch.optim.Optimizer):
         if grad is not None and handed is None and grad.dtype != param.dtype and not self.defaults["capturable"]:
             fused = False  # a gradient of another dtype (Tensor.grad_dtype) is cast by the rule
         state = self.state[param]
-        if "exp_avg" not in state:
-            dtype = rule.moments_dtype(param.dtype)
-            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
+        self._cut += states.bring_to(group["state"], state, param)
+        names = [name for name in states.TENSORS if name in state]
         betas, eps = group["betas"], group["eps"]
         settings = {name: group[name] for name in ("betas", "eps", "weight_decay", "maximize")}
         scalars: bytes | kernels.Recipe
@@ -287,17 +303,21 @@ class BalancedAdam(torch.optim.Optimizer):
             self._moved[param] = (step, betas, eps)
             if not fused:
                 assert param.grad is not None
-                new = rule.update(
-                    param, param.grad, state["exp_avg"], state["exp_avg_sq"], step=step, lr=lr, **settings
-                )
-                # In place: DeepSpeed keeps views of the weights and of the moments.
-                for old, value in zip((param, state["exp_avg"], state["exp_avg_sq"]), new, strict=True):
-                    old.copy_(value)
+                old = [param, *(state[name] for name in names)]
+                new: tuple[Tensor, ...]
+                if names == [states.WORDS]:
+                    new = packed.update(param, param.grad, *old[1:], step=step, lr=lr, **settings)
+                else:
+                    new = rule.update(param, param.grad, *old[1:], step=step, lr=lr, **settings)
+                # In place: DeepSpeed keeps views of the weights and of the state.
+                for tensor, value in zip(old, new, strict=True):
+                    tensor.copy_(value)
                 return
             scalars = kernels.scalars(step, lr, **settings)
-        for moment in MOMENTS:  # of the wrong kind only if somebody has changed the model or the state by hand
-            state[moment] = _laid_out_as(param, state[moment].to(param.device, torch.float32))
-        update = kernels.Update(param, param, state["exp_avg"], state["exp_avg_sq"], scalars)
+        for name in names:  # of the wrong kind only if somebody has changed the model or the state by hand
+            dtype = state[name].dtype if name == states.WORDS else torch.float32
+            state[name] = _laid_out_as(param, state[name].to(param.device, dtype))
+        update = _update_of(param, state, scalars)
         if handed is None:
             assert param.grad is not None
             updates.append(update._replace(grad=_laid_out_as(param, param.grad.resolve_neg())))
@@ -321,24 +341,21 @@ class BalancedAdam(torch.optim.Optimizer):
         squares: list[Tensor] = []
         count = 0
         moved, self._moved = self._moved, {}
-        in_kernel: list[kernels.Update] = []
-        scales: list[float] = []
+        in_kernel: dict[torch.dtype, list[tuple[kernels.Update, float]]] = {}
         for param, (step, betas, eps) in moved.items():
-            m, v = (self.state[param][name] for name in MOMENTS)
             correction = rule.bias_correction(step, betas, eps)
-            count += m.numel()
-            if m.device.type == "cpu" and self._fuses(param):
-                scalars = kernels.scalars(step, 0.0, betas, eps, 0.0, False)
-                in_kernel.append(kernels.Update(m, m, m, v, scalars))
-                scales.append(correction.scale)
+            count += param.numel()
+            if param.device.type == "cpu" and self._fuses(param):
+                update = _update_of(param, self.state[param], kernels.scalars(step, 0.0, betas, eps, 0.0, False))
+                in_kernel.setdefault(update.first.dtype, []).append((update, correction.scale))
                 continue
-            for part, part_sq in zip(_parts(m), _parts(v), strict=True):
-                size = rule.direction(part, part_sq, correction).abs_()
+            for m, v in zip(*map(_parts, states.moments(self.state[param])), strict=True):
+                size = rule.direction(m, v, correction).abs_()
                 greatest.append(size.amax().double() * correction.scale)
                 squares.append(torch.dot(size, size).double() * correction.scale**2)
-        if in_kernel:
-            scale = torch.tensor(scales, dtype=torch.float64, device="cpu")
-            sums, largest = kernels.directions(in_kernel)
+        for found in in_kernel.values():
+            scale = torch.tensor([scale for _, scale in found], dtype=torch.float64, device="cpu")
+            sums, largest = kernels.directions([update for update, _ in found])
             greatest += (largest * scale).unbind()
             squares += (sums * scale**2).unbind()
         if not count:
@@ -374,14 +391,16 @@ class BalancedAdam(torch.optim.Optimizer):
             ids = chain.from_iterable(group["params"] for group in seen["param_groups"])
             params = chain.from_iterable(group["params"] for group in self.param_groups)
             loaded.update({p: seen["state"].get(i, {}) for i, p in zip(ids, params, strict=False)})
-            for param, state in loaded.items():
-                for moment in MOMENTS:
-                    if moment in state and state[moment].shape != param.shape:
+            formats = [group.get("state", "fp32") for group in seen["param_groups"] for _ in group["params"]]
+            for format, (param, state) in zip(formats, loaded.items(), strict=False):
+                states.check_loaded(format, state)
+                for name in states.TENSORS:
+                    if name in state and state[name].shape != param.shape:
                         raise ValueError(
-                            f"the loaded {moment} has shape {tuple(state[moment].shape)}, its parameter {tuple(param.shape)}."
+                            f"the loaded {name} has shape {tuple(state[name].shape)}, its parameter {tuple(param.shape)}."
                         )
 
-        own = [group["betas"] for group in self.param_groups]
+        own = [(group["betas"], group["state"]) for group in self.param_groups]
         hook = self.register_load_state_dict_pre_hook(examine)
         try:
             super().load_state_dict(state_dict)
@@ -389,11 +408,13 @@ class BalancedAdam(torch.optim.Optimizer):
             hook.remove()
 
         for param, state in loaded.items():
-            dtype = rule.moments_dtype(param.dtype)
-            for moment in MOMENTS:
-                if moment in state and self.state[param][moment].dtype != dtype:
-                    self.state[param][moment] = state[moment].to(device=param.device, dtype=dtype, copy=True)
-        for group, betas in zip(self.param_groups, own, strict=True):
+            for name in states.TENSORS:
+                if name in state:
+                    dtype = state[name].dtype if name == states.WORDS else rule.moments_dtype(param.dtype)
+                    if self.state[param][name].dtype != dtype:
+                        self.state[param][name] = state[name].to(device=param.device, dtype=dtype, copy=True)
+        for group, (betas, format) in zip(self.param_groups, own, strict=True):
+            group["state"] = format
             beta1, beta2 = group["betas"]
             if beta1 != beta2 and not self.defaults["allow_unbalanced"]:
                 group["betas"] = betas
@@ -412,6 +433,13 @@ def _warn_once(message: str) -> None:
     if message not in _warned and os.environ.get("RANK", "0") == "0":
         warnings.warn(message, stacklevel=2)
     _warned.add(message)
+
+
+def _update_of(param: Tensor, state: dict[str, Any], scalars: bytes | kernels.Recipe) -> kernels.Update:
+    """What a kernel is told of a parameter and its state; the gradient is still missing."""
+    if states.WORDS in state:
+        return kernels.Update(param, param, state[states.WORDS], None, scalars)
+    return kernels.Update(param, param, state["exp_avg"], state["exp_avg_sq"], scalars)
 
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:
@@ -480,6 +508,22 @@ def _check(group: dict[str, Any], allow_unbalanced: bool) -> None:
         if not isinstance(group[field], Tensor):  # a scheduler may hold on to an lr that is a tensor
             group[field] = value
     group["betas"] = _pair(group["betas"], allow_unbalanced)
+    _check_state(group)
+
+
+def _check_state(group: dict[str, Any]) -> None:
+    """Check how the moments are to be stored.
+
+    Raises:
+        ValueError: if there is no such format, or the group's betas are unequal and it needs equal ones.
+    """
+    if group["state"] not in states.FORMATS:
+        raise ValueError(f"state is {group['state']!r}; it must be one of {', '.join(states.FORMATS)}.")
+    if group["state"] != "fp32" and group["betas"][0] != group["betas"][1]:
+        raise ValueError(
+            f"state is {group['state']!r} and betas is {group['betas']}; packed moments need equal betas, since only then is "
+            "|m| <= sqrt(v)."
+        )
 
 
 def _pair(betas: Betas, allow_unbalanced: bool) -> rule.Betas:

@@ -83,7 +83,7 @@ def direction(exp_avg: Tensor, exp_avg_sq: Tensor, correction: BiasCorrection) -
     ``correction.scale`` times the result is u_t, the step divided by the learning rate.
     """
     tiny = torch.finfo(exp_avg.dtype).tiny
-    return exp_avg / (_root(exp_avg_sq) + max(correction.eps, tiny))
+    return exp_avg / (root(exp_avg_sq) + max(correction.eps, tiny))
 
 
 def update(
@@ -98,6 +98,7 @@ def update(
     eps: float,
     weight_decay: float,
     maximize: bool = False,
+    bounded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of (balanced) AdamW; changes none of its arguments.
 
@@ -112,6 +113,8 @@ def update(
         eps: added to the root of the bias-corrected v.
         weight_decay: decoupled decay; the weights shrink by ``lr * weight_decay`` of themselves.
         maximize: ascend instead of descend.
+        bounded: for moments that are about to be packed (:mod:`balanced_adam.packed`): keep |u_t| ≤ 1, which rounded moments
+            might exceed, and leave alone what is below the smallest normal number, since packing sees to it.
 
     Returns:
         The new weights (in ``param``'s dtype) and the new moments (in the moments' dtype).
@@ -120,17 +123,22 @@ def update(
     grad = grad.to(exp_avg.dtype)
     if maximize:
         grad = -grad
-    exp_avg = _flush(exp_avg * beta1 + grad * (1.0 - beta1))
-    exp_avg_sq = _flush(exp_avg_sq * beta2 + (grad * grad) * (1.0 - beta2))
-    if beta1 == beta2:
-        exp_avg = exp_avg.masked_fill_(exp_avg_sq == 0.0, 0.0)
+    exp_avg = exp_avg * beta1 + grad * (1.0 - beta1)
+    exp_avg_sq = exp_avg_sq * beta2 + (grad * grad) * (1.0 - beta2)
+    if not bounded:
+        exp_avg, exp_avg_sq = _flush(exp_avg), _flush(exp_avg_sq)
+        if beta1 == beta2:
+            exp_avg = exp_avg.masked_fill_(exp_avg_sq == 0.0, 0.0)
     correction = bias_correction(step, betas, eps)
-    move = direction(exp_avg, exp_avg_sq, correction) * (lr * correction.scale)
+    move = direction(exp_avg, exp_avg_sq, correction)
+    if bounded:
+        move = move.clamp(-1.0 / correction.scale, 1.0 / correction.scale)
+    move = move * (lr * correction.scale)
     new = param.to(exp_avg.dtype) * (1.0 - lr * weight_decay) - move
     return new.to(param.dtype), exp_avg, exp_avg_sq
 
 
-def _root(moment: Tensor) -> Tensor:
+def root(moment: Tensor) -> Tensor:
     """The correctly rounded square root of float32.
 
     On CPU torch takes roots from a vector library whose last bit is wrong for one number in 160; a root in float64, rounded

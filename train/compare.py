@@ -19,16 +19,17 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import psutil
 import torch
 import tyro
 
+from balanced_adam.state import FORMATS
 from train import folder, report
 from train.progress import Progress
 from train.ranks import free_port
-from train.settings import ARM, REPOSITORY, Run, SettingsError, parse, require
+from train.settings import ARM, REPOSITORY, Optimizer, Run, SettingsError, parse, require
 
 POLL_SECONDS = 0.5
 # What a comparison decides for each of its runs.
@@ -54,6 +55,36 @@ MODULES = {
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+class Arm(NamedTuple):
+    """What the runs of a comparison differ in, but for lr and seed."""
+
+    betas: tuple[float, ...]
+    """One number where both are equal."""
+    state: str
+
+    def __str__(self) -> str:
+        return ",".join(map(repr, self.betas)) + (f":{self.state}" if self.state != "fp32" else "")
+
+    @staticmethod
+    def of(optimizer: Optimizer) -> Arm:
+        """That of a run."""
+        betas = optimizer.betas if isinstance(optimizer.betas, tuple) else (optimizer.betas,)
+        return Arm(betas[:1] if betas[0] == betas[-1] else betas, optimizer.state)
+
+    @staticmethod
+    def parse(text: str) -> Arm:
+        """From the command line; raises :class:`SettingsError`."""
+        numbers, _, state = text.partition(":")
+        try:
+            betas = tuple(float(part) for part in numbers.split(","))
+            if len(betas) not in (1, 2) or not all(0.0 <= beta < 1.0 for beta in betas):
+                raise ValueError
+        except ValueError:
+            raise SettingsError(f"arms has {text!r}; an arm is one beta or beta1,beta2, each in [0, 1).") from None
+        require(state in ("", *FORMATS), f"arms has {text!r}; after the colon comes one of {', '.join(FORMATS)}.")
+        return Arm(betas[:1] if betas[0] == betas[-1] else betas, state or "fp32")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What is compared, and how it is run."""
@@ -61,7 +92,8 @@ class Comparison:
     out: Path = Path("runs/compare")
     """The folder of the comparison: manifest.json, one folder for each run, and the report."""
     arms: tuple[str, ...] = ("0.95", "0.9,0.95", "0.9,0.999")
-    """Beta settings: one number, or beta1,beta2. The first one is what the others are compared with."""
+    """Beta settings: one number, or beta1,beta2; and, after a colon, how the optimizer's state is stored, as in 0.95:packed16.
+    The first one is what the others are compared with."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; every arm starts from the same weights and sees the same batches for the same seed."""
     lr: tuple[float, ...] = (1e-3,)
@@ -93,7 +125,7 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
         SettingsError: if an arm is no pair of betas, an arm or a seed is given twice, an option after "--" is one of those
             that are compared, or train.pretrain would refuse a run's settings.
     """
-    arms = {_arm(betas): betas for betas in map(_betas, comparison.arms)}
+    arms = {str(arm): arm for arm in map(Arm.parse, comparison.arms)}
     for name, values in (("arms", comparison.arms), ("seeds", comparison.seeds), ("lr", comparison.lr)):
         different = arms if name == "arms" else set(values)
         require(bool(values), f"{name} is empty; give at least one.")
@@ -114,13 +146,15 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
     often = str(max(1, steps // 4))
     runs = []
     # Seed by seed, so that whatever is finished when somebody stops can be compared in pairs.
-    for seed, lr, (arm, betas) in product(comparison.seeds, comparison.lr, arms.items()):
-        arguments = ["--betas", *map(repr, betas), "--lr", repr(lr), "--seed", str(seed), "--steps", str(steps)]
+    for seed, lr, (label, arm) in product(comparison.seeds, comparison.lr, arms.items()):
+        arguments = ["--betas", *map(repr, arm.betas), "--lr", repr(lr), "--seed", str(seed), "--steps", str(steps)]
         arguments += ["--batch", str(comparison.batch), "--sequence-length", str(comparison.sequence_length)]
         arguments += ["--warmup", str(steps // 10), "--save-every", often, "--validate-every", often]
-        arguments += [*(["--allow-unbalanced"] if len(betas) == 2 else []), *comparison.rest]
-        name = f"beta-{arm.replace(',', '-')}_lr-{lr!r}_seed-{seed}"
-        run = {"name": name, "arm": arm, "lr": lr, "seed": seed, "arguments": arguments}
+        arguments += ["--allow-unbalanced"] if len(arm.betas) == 2 else []
+        arguments += [] if arm.state == "fp32" else ["--state", arm.state]
+        arguments += comparison.rest
+        name = f"beta-{label.replace(',', '-').replace(':', '-')}_lr-{lr!r}_seed-{seed}"
+        run = {"name": name, "arm": label, "lr": lr, "seed": seed, "arguments": arguments}
         _checked(run, ranks)
         runs.append(run)
     return {"steps": steps, "ranks": ranks, "launcher": launcher, "runs": runs}
@@ -148,7 +182,7 @@ def read_manifest(file: Path) -> dict[str, Any]:
             told = {
                 "lr": settings.optimizer.lr,
                 "seed": settings.seed,
-                "arm": _arm(_pair(settings.optimizer.betas)),
+                "arm": str(Arm.of(settings.optimizer)),
                 "steps": settings.schedule.steps,
                 "name": str(settings.out),
             }
@@ -201,26 +235,6 @@ def _check_launch(launcher: Any, ranks: Any) -> None:
         launcher != "python" or ranks == 1,
         f"ranks is {ranks}, but the launcher python starts one; give --ranks 1 or another launcher.",
     )
-
-
-def _betas(arm: str) -> tuple[float, ...]:
-    try:
-        betas = tuple(float(part) for part in arm.split(","))
-        if len(betas) not in (1, 2) or not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError
-    except ValueError:
-        raise SettingsError(f"arms has {arm!r}; an arm is one beta or beta1,beta2, each in [0, 1).") from None
-    return _pair(betas)
-
-
-def _pair(betas: float | tuple[float, ...]) -> tuple[float, ...]:
-    """One number where both are equal."""
-    pair = betas if isinstance(betas, tuple) else (betas,)
-    return pair[:1] if pair[0] == pair[-1] else pair
-
-
-def _arm(betas: tuple[float, ...]) -> str:
-    return ",".join(map(repr, betas))
 
 
 def command(plan: dict[str, Any], run: dict[str, Any], out: Path) -> list[str]:

@@ -20,7 +20,12 @@ import tyro
 from balanced_adam import BalancedAdam
 
 Settings = TypeVar("Settings")
-ARM = ("lr", "betas", "allow_unbalanced")  # the settings of the optimizer that the arms of a comparison may differ in
+ARM = (
+    "lr",
+    "betas",
+    "state",
+    "allow_unbalanced",
+)  # the settings of the optimizer that the arms of a comparison may differ in
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -92,6 +97,8 @@ class Optimizer:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
+    state: Literal["fp32", "packed32", "packed16", "packed8"] = "fp32"
+    """How both moments are stored: 8, 4, 2 or 1 bytes a weight (docs/packed-state.md)."""
     allow_unbalanced: bool = False
     """Permit unequal betas: plain AdamW, the baseline of a comparison."""
     clip: float = 1.0
@@ -115,6 +122,7 @@ class Optimizer:
             "betas": list(self.betas) if isinstance(self.betas, tuple) else [self.betas, self.betas],
             "eps": self.eps,
             "weight_decay": self.weight_decay,
+            "state": self.state,
             "allow_unbalanced": self.allow_unbalanced,
         }
 

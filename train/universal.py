@@ -9,10 +9,13 @@ import os
 import shutil
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from balanced_adam import unpacked
 from train.checkpoints import only_known_classes
 from train.watch import end_with_parent
 
@@ -25,7 +28,7 @@ def convert(source: str, target: str) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     workers = max(1, min(8, len(os.sched_getaffinity(0))))
-    with only_known_classes():
+    with only_known_classes(), unpacking():
         ds_to_universal.main(
             Namespace(
                 input_folder=source,
@@ -38,6 +41,17 @@ def convert(source: str, target: str) -> None:
             )
         )
         _for_every_stage(Path(target))
+
+
+@contextmanager
+def unpacking() -> Iterator[None]:
+    """What is loaded has fp32 moments, which alone the converter knows; in the workers that it forks, too."""
+    load = torch.load
+    torch.load = lambda *args, **kwargs: unpacked(load(*args, **kwargs))
+    try:
+        yield
+    finally:
+        torch.load = load
 
 
 def _for_every_stage(folder: Path) -> None:

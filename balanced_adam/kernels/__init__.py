@@ -60,7 +60,8 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 def directions(updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
     """Of each update's direction (:func:`balanced_adam.rule.direction`, from the moments as they are and ``scalars``): the
-    sum of squares and the greatest absolute value, two float64 tensors of shape (len(updates),), in one pass over memory.
+    sum of squares and the greatest absolute value, two float64 tensors of shape (len(updates),), in one pass over memory. The
+    states are of one dtype.
 
     For the CPU alone; on a GPU the few passes that torch needs are nothing beside a training step.
     """

@@ -31,61 +31,78 @@ INLINE void prefetch(const T* array, i64 index, bool for_writing) {
   }
 }
 
-template <int PARAM, int GRAD, int COPY, bool KEEP>
+template <class State, int PARAM, int GRAD, int COPY, bool KEEP>
 INLINE void step_range(const Row& row, i64 begin, i64 end) {
   typedef typename Element<PARAM>::Stored Param;
   typedef typename Element<GRAD>::Stored Grad;
   typedef typename Element<COPY == NONE ? FLOAT32 : COPY>::Stored Copy;
   const Scalars s = row.scalars;
-  const float factor = row.factor ? *row.factor : 1.0f;
+  const float factor = (row.factor ? *row.factor : 1.0f) * s.sign;
   Param* __restrict param = (Param*)row.param;
   Grad* __restrict grad = (Grad*)row.grad;
   Copy* __restrict copy = (Copy*)row.copy;
-  Float32State::Word* __restrict exp_avg = (Float32State::Word*)row.exp_avg;
-  Float32State::Word* __restrict exp_avg_sq = (Float32State::Word*)row.exp_avg_sq;
+  typename State::Word* __restrict first = (typename State::Word*)row.first;
+  typename State::Word* __restrict second = (typename State::Word*)row.second;
   for (i64 at = begin; at < end; at += BLOCK) {
     prefetch(param, at + AHEAD, true);
     prefetch(grad, at + AHEAD, KEEP);
-    prefetch(exp_avg, at + AHEAD, true);
-    prefetch(exp_avg_sq, at + AHEAD, true);
+    prefetch(first, at + AHEAD, true);
+    if (State::TWO) prefetch(second, at + AHEAD, true);
     const i64 stop = at + BLOCK < end ? at + BLOCK : end;
     // The arrays are distinct; __restrict on local pointers does not tell GCC so.
 #pragma GCC ivdep
     for (i64 i = at; i < stop; i++) {
       float p = Element<PARAM>::load(param[i]), g = Element<GRAD>::load(grad[i]) * factor, m, v;
-      if (KEEP) grad[i] = Element<GRAD>::store(g);
-      Float32State::decode(exp_avg[i], exp_avg_sq[i], m, v);
-      update(s, p, g * s.sign, m, v);
-      Float32State::encode(m, v, exp_avg[i], exp_avg_sq[i]);
+      if (KEEP) grad[i] = Element<GRAD>::store(g * s.sign);
+      typename State::Code a = first[i], b = State::TWO ? second[i] : a;
+      State::decode(a, b, m, v);
+      const Dither dither(s, p, g);
+      update<State::BOUNDED>(s, p, g, m, v);
+      State::encode(dither, m, v, a, b);
+      first[i] = (typename State::Word)a;
+      if (State::TWO) second[i] = (typename State::Word)b;
       param[i] = Element<PARAM>::store(p);
       if (COPY != NONE) copy[i] = (Copy)Element<COPY == NONE ? FLOAT32 : COPY>::store(p);
     }
   }
 }
 
-template <int GRAD>
-INLINE void master_range(int copy, bool keep, const Row& row, i64 begin, i64 end) {
-  if (copy == NONE && !keep) step_range<FLOAT32, GRAD, NONE, false>(row, begin, end);
-  if (copy == FLOAT32 && !keep) step_range<FLOAT32, GRAD, FLOAT32, false>(row, begin, end);
-  if (copy == BFLOAT16 && !keep) step_range<FLOAT32, GRAD, BFLOAT16, false>(row, begin, end);
-  if (copy == FLOAT16 && !keep) step_range<FLOAT32, GRAD, FLOAT16, false>(row, begin, end);
-  if (GRAD != FLOAT32) return;  // only CPU offload keeps the scaled gradient, and its gradients are fp32
-  if (copy == NONE && keep) step_range<FLOAT32, FLOAT32, NONE, true>(row, begin, end);
-  if (copy == FLOAT32 && keep) step_range<FLOAT32, FLOAT32, FLOAT32, true>(row, begin, end);
-  if (copy == BFLOAT16 && keep) step_range<FLOAT32, FLOAT32, BFLOAT16, true>(row, begin, end);
-  if (copy == FLOAT16 && keep) step_range<FLOAT32, FLOAT32, FLOAT16, true>(row, begin, end);
-}
-
 struct Variant {
-  int param, grad, copy, keep;
+  int param, grad, copy, keep, state;
 };
 
+template <class State, int GRAD>
+INLINE void master_range(const Variant& v, const Row& row, i64 begin, i64 end) {
+  if (v.copy == NONE && !v.keep) step_range<State, FLOAT32, GRAD, NONE, false>(row, begin, end);
+  if (v.copy == FLOAT32 && !v.keep) step_range<State, FLOAT32, GRAD, FLOAT32, false>(row, begin, end);
+  if (v.copy == BFLOAT16 && !v.keep) step_range<State, FLOAT32, GRAD, BFLOAT16, false>(row, begin, end);
+  if (v.copy == FLOAT16 && !v.keep) step_range<State, FLOAT32, GRAD, FLOAT16, false>(row, begin, end);
+  if (GRAD != FLOAT32) return;  // only CPU offload keeps the scaled gradient, and its gradients are fp32
+  if (v.copy == NONE && v.keep) step_range<State, FLOAT32, FLOAT32, NONE, true>(row, begin, end);
+  if (v.copy == FLOAT32 && v.keep) step_range<State, FLOAT32, FLOAT32, FLOAT32, true>(row, begin, end);
+  if (v.copy == BFLOAT16 && v.keep) step_range<State, FLOAT32, FLOAT32, BFLOAT16, true>(row, begin, end);
+  if (v.copy == FLOAT16 && v.keep) step_range<State, FLOAT32, FLOAT32, FLOAT16, true>(row, begin, end);
+}
+
+template <class State>
+INLINE void state_range(const Variant& v, const Row& row, i64 begin, i64 end) {
+  if (v.param == BFLOAT16) return step_range<State, BFLOAT16, BFLOAT16, NONE, false>(row, begin, end);
+  if (v.param == FLOAT16) return step_range<State, FLOAT16, FLOAT16, NONE, false>(row, begin, end);
+  if (v.grad == FLOAT32) return master_range<State, FLOAT32>(v, row, begin, end);
+  if (v.grad == BFLOAT16) return master_range<State, BFLOAT16>(v, row, begin, end);
+  if (v.grad == FLOAT16) return master_range<State, FLOAT16>(v, row, begin, end);
+}
+
+// The states, with their numbers in kernels/table.py.
+#ifndef STATES
+#define STATES(DO) DO(0, Float32State) DO(1, Packed32State) DO(2, Packed16State) DO(3, Packed8State)
+#endif
+
 INLINE void any_range(const Variant& v, const Row& row, i64 begin, i64 end) {
-  if (v.param == BFLOAT16) return step_range<BFLOAT16, BFLOAT16, NONE, false>(row, begin, end);
-  if (v.param == FLOAT16) return step_range<FLOAT16, FLOAT16, NONE, false>(row, begin, end);
-  if (v.grad == FLOAT32) return master_range<FLOAT32>(v.copy, v.keep, row, begin, end);
-  if (v.grad == BFLOAT16) return master_range<BFLOAT16>(v.copy, v.keep, row, begin, end);
-  if (v.grad == FLOAT16) return master_range<FLOAT16>(v.copy, v.keep, row, begin, end);
+#define STEP(NUMBER, STATE) \
+  if (v.state == NUMBER) return state_range<STATE>(v, row, begin, end);
+  STATES(STEP)
+#undef STEP
 }
 
 // Sum of squares in double, in an order that depends on nothing but the length: element i goes to lane i % LANES.
@@ -125,17 +142,18 @@ INLINE Measure gradient_range(const Row& row, i64 begin, i64 end) {
 }
 
 // Of the update's direction, as balanced_adam.rule.direction.
+template <class State>
 INLINE Measure direction_range(const Row& row, i64 begin, i64 end) {
   double lanes[LANES] = {};
   float buffer[STAGE];
   u32 greatest = 0;
   for (i64 at = begin; at < end; at += STAGE) {
-    const Float32State::Word* exp_avg = (const Float32State::Word*)row.exp_avg + at;
-    const Float32State::Word* exp_avg_sq = (const Float32State::Word*)row.exp_avg_sq + at;
+    const typename State::Word* first = (const typename State::Word*)row.first + at;
+    const typename State::Word* second = (const typename State::Word*)row.second + at;
     int count = end - at < STAGE ? (int)(end - at) : STAGE;
     for (int i = 0; i < count; i++) {
       float m, v;
-      Float32State::decode(exp_avg[i], exp_avg_sq[i], m, v);
+      State::decode(first[i], State::TWO ? second[i] : first[i], m, v);
       buffer[i] = direction(m, v, row.scalars.eps);
     }
     for (int i = 0; i < count; i++) {
@@ -148,26 +166,30 @@ INLINE Measure direction_range(const Row& row, i64 begin, i64 end) {
 }
 
 // grad: the dtype of the gradients to be measured, or NONE for the directions.
-INLINE Measure any_measure(int grad, const Row& row, i64 begin, i64 end) {
-  return grad == NONE       ? direction_range(row, begin, end)
-         : grad == FLOAT32  ? gradient_range<FLOAT32>(row, begin, end)
-         : grad == BFLOAT16 ? gradient_range<BFLOAT16>(row, begin, end)
-                            : gradient_range<FLOAT16>(row, begin, end);
+INLINE Measure any_measure(int grad, int state, const Row& row, i64 begin, i64 end) {
+  if (grad == FLOAT32) return gradient_range<FLOAT32>(row, begin, end);
+  if (grad == BFLOAT16) return gradient_range<BFLOAT16>(row, begin, end);
+  if (grad == FLOAT16) return gradient_range<FLOAT16>(row, begin, end);
+#define MEASURE(NUMBER, STATE) \
+  if (state == NUMBER) return direction_range<STATE>(row, begin, end);
+  STATES(MEASURE)
+#undef MEASURE
+  return {0.0, 0.0f};
 }
 
 // ---- One copy of the loops for each instruction set.
 
 struct Loops {
   void (*step)(const Variant&, const Row&, i64, i64);
-  Measure (*measure)(int, const Row&, i64, i64);
+  Measure (*measure)(int, int, const Row&, i64, i64);
 };
 
 #define FOR(NAME, TARGET)                                                                           \
   __attribute__((noinline)) TARGET void step_##NAME(const Variant& v, const Row& r, i64 b, i64 e) { \
     any_range(v, r, b, e);                                                                          \
   }                                                                                                 \
-  __attribute__((noinline)) TARGET Measure measure_##NAME(int g, const Row& r, i64 b, i64 e) {      \
-    return any_measure(g, r, b, e);                                                                 \
+  __attribute__((noinline)) TARGET Measure measure_##NAME(int g, int s, const Row& r, i64 b, i64 e) { \
+    return any_measure(g, s, r, b, e);                                                                \
   }
 
 FOR(baseline, )
@@ -246,7 +268,7 @@ struct StepJob {
 struct MeasureJob {
   const Row* rows;
   i64 count, blocks;
-  int grad;
+  int grad, state;
   Measure* measures;  // one per block
   const Loops& loops;
 
@@ -255,7 +277,7 @@ struct MeasureJob {
     for (const Row* row = rows; row < rows + count; row++)
       for (i64 from = 0; from < row->size; from += SUMMED, block++)
         if (begin <= block && block < end)
-          measures[block] = loops.measure(grad, *row, from, from + SUMMED < row->size ? from + SUMMED : row->size);
+          measures[block] = loops.measure(grad, state, *row, from, from + SUMMED < row->size ? from + SUMMED : row->size);
   }
 };
 
@@ -283,18 +305,20 @@ EXPORT void balanced_adam_cpu_use_openmp(void* parallel, void* thread, void* thr
   omp_threads = (int (*)())threads;
 }
 
-// One step of every row. Dtypes are rule.h's; keep stores factor * grad in place of grad.
-EXPORT void balanced_adam_cpu_step(const Row* rows, i64 count, int param, int grad, int copy, int keep, int isa, int threads) {
-  StepJob job{rows, count, 0, {param, grad, copy, keep}, LOOPS[isa]};
+// One step of every row. Dtypes are rule.h's; keep stores factor * grad in place of grad; state is 0 for fp32 moments, or 1, 2, 3
+// for words of 32, 16, 8 bits.
+EXPORT void balanced_adam_cpu_step(const Row* rows, i64 count, int param, int grad, int copy, int keep, int state, int isa,
+                                   int threads) {
+  StepJob job{rows, count, 0, {param, grad, copy, keep, state}, LOOPS[isa]};
   for (i64 k = 0; k < count; k++) job.total += rows[k].size;
   run(job, job.total, threads);
 }
 
 // squares[k] and greatest[k]: the measure of row k's gradient, of dtype grad, or of its direction if grad is NONE.
 // Returns 0, or 1 if there was no memory.
-EXPORT int balanced_adam_cpu_measure(const Row* rows, i64 count, int grad, double* squares, double* greatest, int isa,
-                                     int threads) {
-  MeasureJob job{rows, count, 0, grad, nullptr, LOOPS[isa]};
+EXPORT int balanced_adam_cpu_measure(const Row* rows, i64 count, int grad, int state, double* squares, double* greatest,
+                                     int isa, int threads) {
+  MeasureJob job{rows, count, 0, grad, state, nullptr, LOOPS[isa]};
   i64 total = 0;
   for (i64 k = 0; k < count; k++) total += rows[k].size, job.blocks += (rows[k].size + SUMMED - 1) / SUMMED;
   job.measures = (Measure*)malloc(sizeof(Measure) * (job.blocks ? job.blocks : 1));

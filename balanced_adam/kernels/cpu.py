@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from balanced_adam import rule
-from balanced_adam.kernels.table import NO_DTYPE, ROW_SIZE, KernelUnavailable, Update, scalars
+from balanced_adam.kernels.table import DTYPES, NO_DTYPE, ROW_SIZE, STATES, KernelUnavailable, Update, scalars
 
 ISA = ("baseline", "AVX2", "AVX-512")
 """Names of the instruction sets on x86-64, by number; other architectures have the baseline alone."""
@@ -63,7 +63,7 @@ class Library:
             )
 
     def measure(self, updates: Sequence[Update], *, directions: bool) -> tuple[Tensor, Tensor]:
-        """Of each gradient, all of one dtype, or of each direction (:func:`balanced_adam.rule.direction`): the sum of
+        """Of each gradient, all of one dtype, or of each direction of states of one dtype (:func:`balanced_adam.rule.direction`): the sum of
         squares, and of directions the greatest absolute value; two tensors of shape (len(updates),), float64.
 
         Each depends on its own numbers alone: not on the number of threads, and not on the instruction set.
@@ -74,7 +74,8 @@ class Library:
             failed = self._library.balanced_adam_cpu_measure(
                 b"".join(update.row() for update in updates),
                 ctypes.c_longlong(count),
-                NO_DTYPE if directions else updates[0].variant.grad,
+                NO_DTYPE if directions else DTYPES[updates[0].grad.dtype],
+                STATES[updates[0].first.dtype] if directions else 0,
                 ctypes.c_void_p(squares.data_ptr()),
                 ctypes.c_void_p(greatest.data_ptr()),
                 self.isa,
@@ -125,7 +126,7 @@ def load() -> Library:
     return Library(found[0])
 
 
-def _variant(update: Update) -> tuple[int, int, int, bool]:
+def _variant(update: Update) -> tuple[int, int, int, bool, int]:
     return update.variant
 
 

@@ -1,5 +1,6 @@
 // The CUDA kernels around rule.h. NVRTC compiles them at run time (kernels/cuda.py) for one device and one combination of
-//   PARAM, GRAD, COPY: dtypes as in rule.h (COPY may be NONE).
+//   PARAM, GRAD, COPY: dtypes as in rule.h (COPY may be NONE),
+//   STATE: Float32State or one of rule.h's packed states.
 // THREADS is the size of a block. Chunks and rows are counted in 32 bits, elements in 64.
 // No includes but rule.h, and no shared memory: tests run this very file on the CPU.
 #include "rule.h"
@@ -24,15 +25,15 @@ struct alignas(sizeof(T) * WIDTH) Vector {
 typedef Element<PARAM> Param;
 typedef Element<GRAD> Grad;
 typedef Element<COPY == NONE ? FLOAT32 : COPY> Copy;
-typedef Float32State State;
+typedef STATE State;
 
 // A row's arrays with their types, and the scalars in registers.
 struct Arrays {
   Param::Stored* param;
   const Grad::Stored* grad;
   Copy::Stored* copy;
-  State::Word* exp_avg;
-  State::Word* exp_avg_sq;
+  State::Word* first;
+  State::Word* second;
   float factor;  // -1 times it to maximize
   Scalars scalars;
 };
@@ -43,23 +44,27 @@ __device__ __forceinline__ Arrays arrays_of(const Row& row, i64 begin) {
   a.param = (Param::Stored*)row.param + begin;
   a.grad = (const Grad::Stored*)row.grad + begin;
   a.copy = (Copy::Stored*)row.copy + begin;
-  a.exp_avg = (State::Word*)row.exp_avg + begin;
-  a.exp_avg_sq = (State::Word*)row.exp_avg_sq + begin;
+  a.first = (State::Word*)row.first + begin;
+  a.second = (State::Word*)row.second + begin;
   a.scalars = row.scalars;
   a.factor = row.factor ? *row.factor * row.scalars.sign : row.scalars.sign;
   ASSUME_GLOBAL(a.param);
   ASSUME_GLOBAL(a.grad);
-  ASSUME_GLOBAL(a.exp_avg);
-  ASSUME_GLOBAL(a.exp_avg_sq);
+  ASSUME_GLOBAL(a.first);
+  if (State::TWO) ASSUME_GLOBAL(a.second);
   if (COPY != NONE) ASSUME_GLOBAL(a.copy);
   return a;
 }
 
 __device__ __forceinline__ void step_one(const Arrays& a, int i) {
   float p = Param::load(a.param[i]), g = Grad::load(a.grad[i]) * a.factor, m, v;
-  State::decode(a.exp_avg[i], a.exp_avg_sq[i], m, v);
-  update(a.scalars, p, g, m, v);
-  State::encode(m, v, a.exp_avg[i], a.exp_avg_sq[i]);
+  State::Code first = a.first[i], second = State::TWO ? a.second[i] : first;
+  State::decode(first, second, m, v);
+  const Dither dither(a.scalars, p, g);
+  update<State::BOUNDED>(a.scalars, p, g, m, v);
+  State::encode(dither, m, v, first, second);
+  a.first[i] = (State::Word)first;
+  if (State::TWO) a.second[i] = (State::Word)second;
   a.param[i] = Param::store(p);
   if (COPY != NONE) a.copy[i] = Copy::store(p);
 }
@@ -77,20 +82,25 @@ __device__ __forceinline__ const Vector<T>& four(const T* array, i64 i) {
 __device__ __forceinline__ void step_four(const Arrays& a, int i) {
   Vector<Param::Stored> param = four(a.param, i);
   Vector<Grad::Stored> grad = four(a.grad, i);
-  Vector<State::Word> exp_avg = four(a.exp_avg, i), exp_avg_sq = four(a.exp_avg_sq, i);
+  Vector<State::Word> first = four(a.first, i), second;
+  if (State::TWO) second = four(a.second, i);
   Vector<Copy::Stored> copy;
 #pragma unroll
   for (int k = 0; k < WIDTH; k++) {
     float p = Param::load(param.x[k]), g = Grad::load(grad.x[k]) * a.factor, m, v;
-    State::decode(exp_avg.x[k], exp_avg_sq.x[k], m, v);
-    update(a.scalars, p, g, m, v);
-    State::encode(m, v, exp_avg.x[k], exp_avg_sq.x[k]);
+    State::Code one = first.x[k], two = State::TWO ? second.x[k] : one;
+    State::decode(one, two, m, v);
+    const Dither dither(a.scalars, p, g);
+    update<State::BOUNDED>(a.scalars, p, g, m, v);
+    State::encode(dither, m, v, one, two);
+    first.x[k] = (State::Word)one;
+    if (State::TWO) second.x[k] = (State::Word)two;
     param.x[k] = Param::store(p);
     copy.x[k] = Copy::store(p);
   }
   four(a.param, i) = param;
-  four(a.exp_avg, i) = exp_avg;
-  four(a.exp_avg_sq, i) = exp_avg_sq;
+  four(a.first, i) = first;
+  if (State::TWO) four(a.second, i) = second;
   if (COPY != NONE) four(a.copy, i) = copy;
 }
 
@@ -104,7 +114,8 @@ __device__ __forceinline__ int head_of(const T* array) {
 // The same for all arrays, or -1 if they don't agree (then everything goes one by one).
 __device__ __forceinline__ int head_of(const Arrays& a) {
   int head = head_of(a.param);
-  bool agree = head == head_of(a.grad) && head == head_of(a.exp_avg) && head == head_of(a.exp_avg_sq);
+  bool agree = head == head_of(a.grad) && head == head_of(a.first);
+  if (State::TWO) agree = agree && head == head_of(a.second);
   if (COPY != NONE) agree = agree && head == head_of(a.copy);
   return agree ? head : -1;
 }

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balanced_adam.kernels.table import NO_DTYPE, ROW_SIZE, KernelUnavailable, Recipe, Update, Variant
+from balanced_adam.kernels.table import DTYPES, NO_DTYPE, ROW_SIZE, KernelUnavailable, Recipe, Update, Variant
 
 THREADS = 256
 CHUNK = 16384
 """Elements that one block takes; a multiple of the vector width. Not yet tuned on a GPU."""
 
+STATE_TYPES = ("Float32State", "Packed32State", "Packed16State", "Packed8State")
+"""Those of rule.h, by ``Variant.state``."""
 _FOLDER = Path(__file__).parent
 
 
@@ -37,6 +39,7 @@ def options(variant: Variant, architecture: str) -> list[str]:
         f"-DPARAM={variant.param}",
         f"-DGRAD={variant.grad}",
         f"-DCOPY={variant.copy}",
+        f"-DSTATE={STATE_TYPES[variant.state]}",
         f"-DTHREADS={THREADS}",
     ]
 
@@ -175,7 +178,7 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of squares of each tensor, shape (len(tensors),), float64, on their device; dense and of one dtype."""
     device = tensors[0].device
     pieces = [Update(t, t, t, t, b"") for t in tensors]  # only the gradient's pointer and size are read
-    variant = Variant(1, pieces[0].variant.grad, NO_DTYPE, False)
+    variant = Variant(1, DTYPES[tensors[0].dtype], NO_DTYPE, False)
     with torch.cuda.device(device):
         _make_context_current(device.index)
         table, chunks = rows(pieces)

@@ -12,6 +12,7 @@
 
 namespace balanced_adam {
 
+typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
@@ -109,14 +110,6 @@ struct Element<FLOAT16> {
   }
 };
 
-// ---- The moments as they lie in memory: one or two arrays of words, decoded before the update and encoded after it.
-
-struct Float32State {
-  typedef float Word;  // arrays: exp_avg, exp_avg_sq
-  static HOST_DEVICE void decode(Word a, Word b, float& m, float& v) { m = a, v = b; }
-  static HOST_DEVICE void encode(float m, float v, Word& a, Word& b) { a = m, b = v; }
-};
-
 // ---- The scalars of one step, rounded once from double; kernels/table.py packs them.
 
 struct Scalars {
@@ -127,15 +120,87 @@ struct Scalars {
   float shrink;  // 1 - lr weight_decay
   float sign;    // -1 to maximize
   float spent;   // m becomes 0 where v <= spent: 0 for equal betas, -1 (nowhere) otherwise
+  float limit;   // of a bounded direction: c1 / sqrt(c2)
+  u32 start;     // of the numbers that round packed moments: balanced_adam.packed.start
 };
+
+// ---- The moments as they lie in memory: one or two arrays of words, decoded before the update and encoded after it.
+
+// What rounds w and r of an element: balanced_adam.packed.dither, of the weight before the step and the gradient.
+struct Dither {
+  u32 w, r;
+
+  HOST_DEVICE Dither(const Scalars& s, float param, float grad) {
+    u32 weight = bits(param) & 0x7fffffffu, gradient = bits(grad) & 0x7fffffffu;
+    weight = weight > 0x7f800000u ? 0x7f800000u : weight;
+    u32 mixed = (weight * 0x85ebca6bu + s.start) ^ gradient;
+    w = (mixed ^ (mixed >> 15)) * 0x7feb352du;
+    r = (weight & 0xffc00000u) * 0x00000279u + s.start;
+  }
+};
+
+struct Float32State {
+  typedef float Word, Code;  // arrays: exp_avg, exp_avg_sq
+  static constexpr bool TWO = true, BOUNDED = false;
+  static HOST_DEVICE void decode(Code a, Code b, float& m, float& v) { m = a, v = b; }
+  static HOST_DEVICE void encode(const Dither&, float m, float v, Code& a, Code& b) { a = m, b = v; }
+};
+
+// balanced_adam.packed, whose FORMATS have the same numbers.
+template <class WORD, int W_BITS, int W_SHIFT, u32 W_BASE, int R_BITS, int R_SHIFT, u32 R_BASE, bool NEAREST>
+struct PackedState {
+  typedef WORD Word;
+  typedef u32 Code;  // a word in a register
+  static constexpr bool TWO = false, BOUNDED = true;
+  static constexpr u32 W_TOP = (1u << W_BITS) - 1u, R_TOP = (1u << (R_BITS - 1)) - 1u;
+  static constexpr bool POWERS = W_SHIFT > 23;  // between levels of w lie octaves
+  static constexpr float RATIO_LESS_1 = (float)((1 << (1 << (POWERS ? W_SHIFT - 23 : 0))) - 1);
+
+  static HOST_DEVICE u32 scale(u32 w) { return ((w >> 1) & 0x7f800000u) + 0x20000000u; }
+
+  static HOST_DEVICE void decode(Code code, Code, float& m, float& v) {
+    u32 w = code & (W_TOP << R_BITS);
+    w = (W_SHIFT >= R_BITS ? w << (W_SHIFT - R_BITS) : w >> (R_BITS - W_SHIFT)) + W_BASE;
+    float r = number(((code & R_TOP) << R_SHIFT) + R_BASE) - number(R_BASE);
+    m = number(bits(r * number(scale(w))) | ((code << (32 - R_BITS)) & 0x80000000u));
+    v = number(w) - number(W_BASE);
+  }
+
+  // Levels stay where they are in a float's bits, and conditions are combined as integers: shifts are dear, and GCC
+  // vectorises no other conditions.
+  static HOST_DEVICE void encode(const Dither& dither, float m, float v, Code& code, Code&) {
+    float w = v + number(W_BASE);
+    u32 level = bits(w) - W_BASE;
+    if (!POWERS) {
+      level = (level + (NEAREST ? 1u << (W_SHIFT - 1) : dither.w >> (32 - W_SHIFT))) & (~0u << W_SHIFT);
+      level = level > W_TOP << W_SHIFT ? W_TOP << W_SHIFT : level;
+    } else {
+      level = level & (~0u << W_SHIFT);
+      level = level > (W_TOP - 1u) << W_SHIFT ? (W_TOP - 1u) << W_SHIFT : level;
+      float between = (float)(int)(dither.w >> 9) * (RATIO_LESS_1 * 1.1920928955078125e-07f) + 1.0f;
+      level += w > number(level + W_BASE) * between ? 1u << W_SHIFT : 0u;
+    }
+    float r = number(bits(m) & 0x7fffffffu) * number(0x7f000000u - scale(level + W_BASE));
+    u32 size = bits(r + number(R_BASE)) - R_BASE;
+    size = (size + (NEAREST ? 1u << (R_SHIFT - 1) : dither.r >> (32 - R_SHIFT))) >> R_SHIFT;
+    size = size > R_TOP ? R_TOP : size;
+    u32 sign = bits(m) > 0xff800000u ? 0u : bits(m) & 0x80000000u;  // that of NaN is anybody's guess
+    level = W_SHIFT >= R_BITS ? level >> (W_SHIFT - R_BITS) : level << (R_BITS - W_SHIFT);
+    code = level | (sign >> (32 - R_BITS)) | size;
+  }
+};
+
+typedef PackedState<u32, 17, 13, 0x17800000u, 15, 10, 0x3f000000u, true> Packed32State;
+typedef PackedState<u16, 9, 20, 0x24800000u, 7, 19, 0x3dd00000u, false> Packed16State;
+typedef PackedState<u8, 4, 25, 0x24800000u, 4, 22, 0x3dc00000u, false> Packed8State;
 
 // One tensor, or a piece of one. CUDA reads a table of these from device memory.
 struct Row {
   void* param;
   void* grad;  // written only where the scaled gradient is to be kept
   void* copy;  // 16-bit (or other) copy of the new weights, or null
-  void* exp_avg;
-  void* exp_avg_sq;
+  void* first;   // exp_avg, or packed words
+  void* second;  // exp_avg_sq, or null
   const float* factor;  // multiplies the gradient (unscaling, clipping), or null for 1
   i64 size;             // elements
   i64 first_chunk;      // of the rows before this one (CUDA, several tensors)
@@ -151,11 +216,19 @@ HOST_DEVICE float flush(float x) { return (bits(x) & 0x7fffffffu) < 0x00800000u 
 HOST_DEVICE float direction(float m, float v, float eps) { return quotient(m, root(v) + eps); }
 
 // equation by equation, balanced_adam.rule.update
+template <bool BOUNDED>
 HOST_DEVICE void update(const Scalars& s, float& param, float grad, float& m, float& v) {
-  m = flush(m * s.beta1 + grad * s.rest1);
-  v = flush(v * s.beta2 + (grad * grad) * s.rest2);
-  m = v <= s.spent ? 0.0f : m;
+  m = m * s.beta1 + grad * s.rest1;
+  v = v * s.beta2 + (grad * grad) * s.rest2;
+  if (!BOUNDED) {
+    m = flush(m), v = flush(v);
+    m = number(bits(m) & (v <= s.spent ? 0u : 0xffffffffu));  // of m = ... ? 0 : m GCC makes two divisions
+  }
   float move = direction(m, v, s.eps);
+  if (BOUNDED) {
+    move = s.limit < move ? s.limit : move;
+    move = -s.limit > move ? -s.limit : move;
+  }
   param = param * s.shrink - move * s.rate;
 }
 
@@ -190,6 +263,8 @@ HOST_DEVICE Scalars prepare(const Recipe& r) {
   s.eps = eps > SMALLEST_NORMAL ? (float)eps : SMALLEST_NORMAL;
   s.rate = (float)(lr * scale), s.shrink = (float)(1.0 - lr * r.weight_decay);
   s.sign = (float)r.sign, s.spent = tied ? 0.0f : -1.0f;
+  s.limit = (float)(1.0 / scale);
+  s.start = (u32)step * 0x9e3779b9u;
   return s;
 }
 

@@ -8,14 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from balanced_adam import rule
+from balanced_adam import packed, rule
 
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 """The dtypes that kernels take, with their numbers in ``rule.h``."""
 NO_DTYPE = 0
+STATES = {torch.float32: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}
+"""The dtypes that moments are stored in, with the number that the CPU kernel has for them."""
 
-_POINTERS = struct.Struct("@6P2q")  # param, grad, copy, exp_avg, exp_avg_sq, factor, size, first_chunk
-_SCALARS = struct.Struct("@9f4x")
+_POINTERS = struct.Struct("@6P2q")  # param, grad, copy, first, second, factor, size, first_chunk
+_SCALARS = struct.Struct("@10fI4x")
 _RECIPE = struct.Struct("@2P6d")
 ROW_SIZE = _POINTERS.size + _SCALARS.size
 
@@ -25,12 +27,13 @@ class KernelUnavailable(RuntimeError):
 
 
 class Variant(NamedTuple):
-    """What a kernel is compiled for: dtypes by their numbers, and whether the scaled gradient is kept."""
+    """What a kernel is compiled for: dtypes by their numbers, whether the scaled gradient is kept, and how moments are stored."""
 
     param: int
     grad: int
     copy: int
     keep: bool
+    state: int = 0
 
 
 class Recipe(NamedTuple):
@@ -66,10 +69,10 @@ class Update(NamedTuple):
     """The weights: float32, or bfloat16 or float16 with a gradient of the same dtype."""
     grad: Tensor
     """The gradient of ``param``'s elements ``offset`` to ``offset + grad.numel()``, in memory order."""
-    exp_avg: Tensor
-    """float32, like ``param``."""
-    exp_avg_sq: Tensor
-    """float32, like ``param``."""
+    first: Tensor
+    """``exp_avg`` in float32, or the words of both moments (:mod:`balanced_adam.packed`); as many elements as ``param``."""
+    second: Tensor | None
+    """``exp_avg_sq``; None with packed words."""
     scalars: bytes | Recipe
     """From :func:`scalars`; or a recipe, on CUDA and for whole tensors only; or nothing, where none are read."""
     offset: int = 0
@@ -84,18 +87,18 @@ class Update(NamedTuple):
     def variant(self) -> Variant:
         """What its kernel has to be compiled for."""
         copy = NO_DTYPE if self.copy is None else DTYPES[self.copy.dtype]
-        return Variant(DTYPES[self.param.dtype], DTYPES[self.grad.dtype], copy, self.keep)
+        return Variant(DTYPES[self.param.dtype], DTYPES[self.grad.dtype], copy, self.keep, STATES[self.first.dtype])
 
     def row(self, first_chunk: int = 0) -> bytes:
         """``Row`` of ``rule.h``."""
         at = self.offset
-        copy, factor = self.copy, self.factor
+        copy, factor, second = self.copy, self.factor, self.second
         return _POINTERS.pack(
             self.param.data_ptr() + at * self.param.element_size(),
             self.grad.data_ptr(),
             0 if copy is None else copy.data_ptr() + at * copy.element_size(),
-            self.exp_avg.data_ptr() + at * self.exp_avg.element_size(),
-            self.exp_avg_sq.data_ptr() + at * self.exp_avg_sq.element_size(),
+            self.first.data_ptr() + at * self.first.element_size(),
+            0 if second is None else second.data_ptr() + at * second.element_size(),
             0 if factor is None else factor.data_ptr(),
             self.grad.numel(),
             first_chunk,
@@ -116,4 +119,6 @@ def scalars(step: int, lr: float, betas: rule.Betas, eps: float, weight_decay: f
         1.0 - lr * weight_decay,
         -1.0 if maximize else 1.0,
         0.0 if beta1 == beta2 else -1.0,
+        1.0 / correction.scale,
+        packed.start(step),
     )

@@ -1,6 +1,7 @@
 """Registration by name with DeepSpeed, and the mends of its defects on our paths.
 
-:func:`register` reaches into DeepSpeed at four points (and at those of :mod:`balanced_adam.zero.one_pass`). Two make the name known, since DeepSpeed has no registry for outside
+:func:`register` reaches into DeepSpeed at four points (and at those of :mod:`balanced_adam.zero.one_pass` and
+:mod:`balanced_adam.zero.packed_state`). Two make the name known, since DeepSpeed has no registry for outside
 optimizers: a name in a ds_config that is not one of its own becomes ``getattr(torch.optim, name)`` (runtime/engine.py,
 ``_configure_basic_optimizer``), and ZeRO then asks for ``type(optimizer) in ZERO_SUPPORTED_OPTIMIZERS``
 (runtime/zero/utils.py).
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 
 from balanced_adam.optimizer import BalancedAdam
-from balanced_adam.zero import one_pass
+from balanced_adam.zero import one_pass, packed_state
 
 NAME = "BalancedAdam"
 TESTED_DEEPSPEED = "0.19.8"
@@ -76,8 +77,9 @@ def register() -> None:
         ) from error
     if BalancedAdam not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(BalancedAdam)
-    for override in (*mends, *one_pass.overrides()):
+    for override in (*mends, *one_pass.overrides(), *packed_state.overrides()):
         _wrap(*override)
+    packed_state.patch_fragments()
 
 
 def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
@@ -105,8 +107,8 @@ def _no_phantom_step(original: Callable[..., None], self: Any) -> None:
 
 
 def _settings_per_group(original: Callable[..., None], self: Any, checkpoint_dir: str) -> None:
-    original(self, checkpoint_dir)
+    packed_state.keep_formats(original, self, checkpoint_dir)
     # The file that DeepSpeed itself has just unpickled; it holds settings and step counts, no moments.
     saved = torch.load(Path(checkpoint_dir) / "zero" / "optimizer_state.pt", weights_only=False)
     for group, settings in zip(self.optimizer.param_groups, saved["optimizer_state_dict"]["param_groups"], strict=True):
-        group.update({key: value for key, value in settings.items() if key != "params"})
+        group.update({key: value for key, value in settings.items() if key not in ("params", "state")})

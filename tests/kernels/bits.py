@@ -10,16 +10,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from balanced_adam import rule
+from balanced_adam import packed, rule
 from balanced_adam.kernels.table import Update, Variant, scalars
 from tests.kernels.build import emulated
 
 DTYPES = {0: None, 1: torch.float32, 2: torch.bfloat16, 3: torch.float16}
 MASTER = [Variant(1, grad, copy, False) for grad in (1, 2, 3) for copy in (0, 1, 2, 3)]
 IN_PLACE = [Variant(2, 2, 0, False), Variant(3, 3, 0, False)]
-KEEP = [Variant(1, 1, copy, True) for copy in (0, 1, 2, 3)]
-VARIANTS = MASTER + IN_PLACE
-"""Those that CUDA has; the CPU has KEEP as well."""
+KEEP = [Variant(1, 1, copy, True, state) for copy in (0, 1, 2, 3) for state in (0, 2)]
+PACKED = [
+    Variant(param, grad, copy, False, state)
+    for param, grad, copy in ((1, 1, 0), (1, 2, 2), (1, 3, 3), (2, 2, 0), (3, 3, 0))
+    for state in (1, 2, 3)
+]
+VARIANTS = MASTER + IN_PLACE + PACKED
+"""Those that CUDA has, if not every combination with a packed state; the CPU has KEEP as well."""
+WORDS = (torch.float32, torch.int32, torch.int16, torch.uint8)
 SIZES = (1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 1027)
 BETAS = [(0.95, 0.95), (0.9, 0.999)]
 
@@ -39,8 +45,8 @@ class State(NamedTuple):
 
     param: Tensor
     grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    first: Tensor
+    second: Tensor | None
     copy: Tensor | None
     factor: Tensor | None
 
@@ -74,9 +80,10 @@ def first(variant: Variant, size: int, seed: int, factor: float | None = 0.37, *
     generator = torch.Generator().manual_seed(seed)
     param = torch.randn(size, generator=generator).to(DTYPES[variant.param])
     copy = None if variant.copy == 0 else torch.zeros(size, dtype=DTYPES[variant.copy])
-    zeros = torch.zeros(size)
+    zeros = torch.zeros(size, dtype=WORDS[variant.state])
+    second = None if variant.state else torch.zeros(size)
     grad = gradient(variant, size, seed, tame=tame)
-    return State(param, grad, zeros, zeros.clone(), copy, None if factor is None else torch.tensor([factor]))
+    return State(param, grad, zeros, second, copy, None if factor is None else torch.tensor([factor]))
 
 
 def gradient(variant: Variant, size: int, seed: int, *, tame: bool = False) -> Tensor:
@@ -88,19 +95,23 @@ def gradient(variant: Variant, size: int, seed: int, *, tame: bool = False) -> T
 def expected(state: State, setting: Setting, step: int, keep: bool = False) -> State:
     """The state after a step of the torch rule."""
     scaled = state.grad.float() * (1.0 if state.factor is None else state.factor)
-    param, exp_avg, exp_avg_sq = rule.update(
-        state.param, scaled, state.exp_avg, state.exp_avg_sq, step=step, **setting._asdict()
-    )
+    second: Tensor | None = None
+    if state.second is None:
+        param, first = packed.update(state.param, scaled, state.first, step=step, **setting._asdict())
+    else:
+        param, first, second = rule.update(
+            state.param, scaled, state.first, state.second, step=step, **setting._asdict()
+        )
     copy = None if state.copy is None else param.to(state.copy.dtype)
-    return State(param, scaled if keep else state.grad, exp_avg, exp_avg_sq, copy, state.factor)
+    return State(param, scaled if keep else state.grad, first, second, copy, state.factor)
 
 
 def update(state: State, setting: Setting, step: int, keep: bool = False) -> Update:
     return Update(
         state.param,
         state.grad,
-        state.exp_avg,
-        state.exp_avg_sq,
+        state.first,
+        state.second,
         scalars(step, **setting._asdict()),
         copy=state.copy,
         factor=state.factor,
@@ -114,7 +125,7 @@ def same(ours: State, control: State) -> bool:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    integer = {4: torch.int32, 2: torch.int16}[a.element_size()]
+    integer = {4: torch.int32, 2: torch.int16, 1: torch.int8}[a.element_size()]
     return a.dtype == b.dtype and bool(((a.view(integer) == b.view(integer)) | (a.isnan() & b.isnan())).all())
 
 

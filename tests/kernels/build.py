@@ -14,6 +14,7 @@ import pytest
 import tomllib
 
 import balanced_adam.kernels
+from balanced_adam.kernels.cuda import STATE_TYPES
 from balanced_adam.kernels.table import Variant
 from train.settings import REPOSITORY
 
@@ -59,13 +60,17 @@ def cpu_library(*extra: str) -> Path:
 
 
 def definitions(variant: Variant, threads: int = 8) -> list[str]:
-    return [f"-DPARAM={variant.param}", f"-DGRAD={variant.grad}", f"-DCOPY={variant.copy}", f"-DTHREADS={threads}"]
+    state = STATE_TYPES[variant.state]
+    return [
+        *(f"-DPARAM={variant.param}", f"-DGRAD={variant.grad}", f"-DCOPY={variant.copy}"),
+        *(f"-DSTATE={state}", f"-DTHREADS={threads}"),
+    ]
 
 
 @cache
 def emulated(variant: Variant) -> ctypes.CDLL:
     """The CUDA kernels of a variant, on the CPU."""
-    name = "emulator-{}{}{}.so".format(*variant)
+    name = "emulator-{}{}{}{}{}.so".format(*map(int, variant))
     return ctypes.CDLL(str(compiled(name, HERE / "emulator.cpp", ["-O1", *SHARED, *definitions(variant)])))
 
 

@@ -18,6 +18,7 @@ from tests.kernels.bits import (
     KEEP,
     SIZES,
     VARIANTS,
+    WORDS,
     Run,
     Setting,
     State,
@@ -54,7 +55,7 @@ def run_of(name: str) -> Run:
 
 def name_of(variant: Variant) -> str:
     dtypes = ("none", "fp32", "bf16", "fp16")
-    keep = "-kept" * variant.keep
+    keep = "-kept" * variant.keep + ("", "-packed32", "-packed16", "-packed8")[variant.state]
     return f"param_{dtypes[variant.param]}-grad_{dtypes[variant.grad]}-copy_{dtypes[variant.copy]}{keep}"
 
 
@@ -69,14 +70,16 @@ def test_every_size_and_alignment_has_the_bits_of_the_rule(name: str, variant: V
             setting = Setting(betas=BETAS[number % 2], maximize=shift == 1, eps=0.0 if shift == 2 else 1e-8)
             state = first(variant, size, seed=number).clone(shift)
             if shift == 3:  # arrays that disagree about where a vector begins
-                state = state._replace(exp_avg=state.clone(1).exp_avg)
+                state = state._replace(first=state.clone(1).first)
             assert all(runs(state, setting, 3, variant, size, run, seed=number)), (size, shift)
 
 
 @pytest.mark.parametrize("betas", BETAS, ids=str)
 @pytest.mark.parametrize("name", RUNS)
-def test_a_hundred_steps_have_the_bits_of_the_rule(name: str, betas: tuple[float, float]) -> None:
-    variant = Variant(1, 1, 2, False)
+@pytest.mark.parametrize("words", WORDS, ids=str)
+def test_a_hundred_steps_have_the_bits_of_the_rule(name: str, words: torch.dtype, betas: tuple[float, float]) -> None:
+    number = WORDS.index(words)
+    variant = Variant(1, 2, 2, False, number) if number else Variant(1, 1, 2, False)
     state = first(variant, 257, seed=0).clone()
     assert all(runs(state, Setting(betas=betas), 100, variant, 257, run_of(name), seed=0))
     assert state.param.isfinite().all()
@@ -85,6 +88,7 @@ def test_a_hundred_steps_have_the_bits_of_the_rule(name: str, betas: tuple[float
 @settings(deadline=None, max_examples=150)
 @given(
     words=st.lists(st.tuples(*[st.integers(0, 2**32 - 1)] * 4), min_size=1, max_size=40),
+    stored=st.sampled_from(WORDS),
     step=st.integers(1, 100_000),
     lr=st.floats(0, 1e3),
     betas=st.tuples(st.floats(0, 0.999999), st.floats(0, 0.999999)) | st.floats(0, 0.999999).map(lambda b: (b, b)),
@@ -92,11 +96,13 @@ def test_a_hundred_steps_have_the_bits_of_the_rule(name: str, betas: tuple[float
     weight_decay=st.floats(0, 10),
     factor=st.none() | st.floats(width=32, allow_nan=False, allow_infinity=False),
 )
-def test_any_bits_at_all_have_the_bits_of_the_rule(words, step, lr, betas, eps, weight_decay, factor) -> None:
-    param, grad, exp_avg, exp_avg_sq = torch.tensor(words, dtype=torch.int64).int().view(torch.float32).T.contiguous()
-    exp_avg_sq.abs_()
+def test_any_bits_at_all_have_the_bits_of_the_rule(words, stored, step, lr, betas, eps, weight_decay, factor) -> None:
+    param, grad, first, second = torch.tensor(words, dtype=torch.int64).int().view(torch.float32).T.contiguous()
+    second.abs_()
     scale = None if factor is None else torch.tensor([factor])
-    state = State(param, grad, exp_avg, exp_avg_sq, torch.zeros(len(param), dtype=torch.bfloat16), scale)
+    state = State(param, grad, first, second, torch.zeros(len(param), dtype=torch.bfloat16), scale)
+    if stored != torch.float32:
+        state = state._replace(first=first.view(torch.int32).to(stored), second=None)
     setting = Setting(lr, betas, eps, weight_decay)
     control = expected(state, setting, step)
     for name in RUNS:
@@ -117,7 +123,7 @@ def test_every_16_bit_gradient_is_read_as_torch_reads_it(dtype: torch.dtype) -> 
         state = first(variant, len(words), 0, None)._replace(grad=words.clone())
         RUNS[name]()(update(state, Setting(betas=(0.0, 0.5)), 1))
         flushed = torch.where(words.float().abs() < torch.finfo(torch.float32).tiny, 0.0, words.float())
-        assert torch.equal(state.exp_avg.nan_to_num(nan=7.0), flushed.nan_to_num(nan=7.0)), name
+        assert torch.equal(state.first.nan_to_num(nan=7.0), flushed.nan_to_num(nan=7.0)), name
 
 
 @pytest.mark.parametrize("copy", [2, 3], ids=["bf16", "fp16"])
@@ -138,7 +144,7 @@ def test_weights_of_every_exponent_are_rounded_to_16_bits_as_torch_rounds_them(c
 def test_the_callers_denormal_mode_changes_no_bit_and_is_left_as_it_was() -> None:
     variant = Variant(1, 1, 0, False)
     state, setting = first(variant, 1027, 1), Setting()
-    state.exp_avg.copy_(first(variant, 1027, 5).grad.nan_to_num(0, 0, 0))
+    state.first.copy_(first(variant, 1027, 5).grad.nan_to_num(0, 0, 0))
     control = expected(state, setting, 2)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush denormals")

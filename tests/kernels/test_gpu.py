@@ -114,12 +114,12 @@ def test_two_tensors_beyond_2_31_elements() -> None:
     kernels.step([update(state, Setting(weight_decay=0.0), 1) for state in states])
     small = State(*(t[:8].cpu() if t is not None else None for t in states[0]))
     control = expected(
-        small._replace(param=torch.zeros(8).bfloat16(), exp_avg=torch.zeros(8), exp_avg_sq=torch.zeros(8)),
+        small._replace(param=torch.zeros(8).bfloat16(), first=torch.zeros(8), second=torch.zeros(8)),
         Setting(weight_decay=0.0),
         1,
     )
     for state in states:
-        for tensor, value in ((state.param, control.param[0]), (state.exp_avg_sq, control.exp_avg_sq[0])):
+        for tensor, value in ((state.param, control.param[0]), (state.second, control.second[0])):
             assert bool((tensor == value.cuda()).all())
 
 

@@ -88,7 +88,7 @@ def test_every_kernel_gets_its_arguments(tmp_path: Path, variant: Variant) -> No
     if Path("/dev/nvidiactl").exists():
         pytest.skip("there is a real driver; test_gpu.py uses it")
     flags = ["-O1", *SHARED, *definitions(variant, cuda.THREADS), "-Wl,-soname,libcuda.so.1"]
-    library = compiled("fake_driver-{}{}{}.so".format(*variant), HERE / "fake_driver.cpp", flags)
+    library = compiled("fake_driver-{}{}{}{}{}.so".format(*map(int, variant)), HERE / "fake_driver.cpp", flags)
     shutil.copy(library, tmp_path / "libcuda.so.1")
     environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     program = PROGRAM.replace("{variant}", ", ".join(map(repr, variant)))

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from balanced_adam.packed import FORMATS
+from balanced_adam.state import MOMENTS, moments
 from tests.parity.compare import differences
 from tests.parity.control import TENSORS, Absent, Clip, State, train
 from tests.parity.model import EPS, GROUPS, MICRO, TRAINED, AwkwardModel, share
@@ -39,10 +41,12 @@ class Case(NamedTuple):
     clip: float = 0.0
     path: str = "one_pass"
     mutant: str | None = None
+    state: str = "fp32"
 
     def __str__(self) -> str:
         accum = f"-accum_{self.grad_accum}" if self.grad_accum else ""
         options = "-offload" * self.offload + "-clip" * bool(self.clip)
+        options += f"-{self.state}" * (self.state != "fp32")
         return f"stage{self.stage}-{self.dtype}{accum}{options}-{self.path}"
 
     def config(self, world: int) -> dict[str, Any]:
@@ -61,7 +65,10 @@ class Case(NamedTuple):
             # Each group has its own lr and betas.
             "optimizer": {
                 "type": "BalancedAdam",
-                "params": {"lr": 0.5, "eps": EPS, "allow_unbalanced": True, **PATHS[self.path]},
+                "params": {
+                    **{"lr": 0.5, "eps": EPS, "allow_unbalanced": True, "state": self.state},
+                    **PATHS[self.path],
+                },
             },
             "gradient_clipping": self.clip,  # DeepSpeed's default is 1 (runtime/constants.py)
             "zero_optimization": zero,
@@ -120,6 +127,15 @@ def matrix(world: int) -> Iterator[Case]:
                     # Stage 0 refuses it (runtime/engine.py:2323).
                     for grad_accum in (None, "fp32") if stage else (None,):
                         yield Case(stage, "bf16", offload, grad_accum, clip, path)
+    for state in FORMATS:
+        for stage in range(4):
+            path = "one_pass" if stage else "fused"
+            for offload in (False, True) if stage >= 2 else (False,):
+                yield Case(stage, "fp32", offload, path=path, state=state)
+                yield Case(stage, "bf16", offload, path=path, state=state)
+        yield Case(1, "bf16", grad_accum="fp32", state=state)
+        if world < 3:
+            yield Case(2, "bf16", path="torch", state=state)
 
 
 def start(case: Case, **more: Any) -> Any:
@@ -130,7 +146,7 @@ def start(case: Case, **more: Any) -> Any:
 
     model = AwkwardModel()
     config = case.config(torch.distributed.get_world_size()) | more
-    engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=model.groups())
+    engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=model.groups(case.state))
     return engine
 
 
@@ -174,7 +190,9 @@ def _full(engine: Any, param: Any, key: str) -> Tensor:
     if hasattr(engine.optimizer, "fp16_groups"):
         pairs = zip(chain(*engine.optimizer.fp16_groups), chain(*engine.optimizer.fp32_groups), strict=True)
         master = next(fp32 for fp16, fp32 in pairs if fp16 is param)
-    return torch.as_tensor(master if key == "weights" else engine.optimizer.state[master][key])
+    if key == "weights":
+        return torch.as_tensor(master)
+    return dict(zip(MOMENTS, moments(engine.optimizer.state[master]), strict=True))[key]
 
 
 def run(cases: list[Case]) -> dict[Case, State]:
@@ -196,7 +214,7 @@ def outcomes(world: int) -> dict[Case, dict[str, float]]:
     ranks = spawn(run, world, cases)
     return {
         case: differences(
-            [rank[case] for rank in ranks], train(STEPS, case.absent(), case.control_clip(), device(world))
+            [rank[case] for rank in ranks], train(STEPS, case.absent(), case.control_clip(), device(world), case.state)
         )
         for case in cases
     }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from balanced_adam import rule
+from balanced_adam import packed, rule
 from tests.parity.model import EPS, GROUPS, MICRO, SHAPES, TRAINED, batch, first_weights
 
 TENSORS = ("weights", "exp_avg", "exp_avg_sq")
@@ -48,7 +48,7 @@ def gradient(step: int, name: str) -> Tensor | None:
 
 
 @cache
-def train(steps: int, absent: Absent, clip: Clip | None = None, device: str = "cpu") -> State:
+def train(steps: int, absent: Absent, clip: Clip | None = None, device: str = "cpu", stored: str = "fp32") -> State:
     """Weights and moments after ``steps`` steps, worked out on the ranks' kind of device and returned on the CPU."""
     weights = first_weights()
     state: State = {
@@ -68,17 +68,12 @@ def train(steps: int, absent: Absent, clip: Clip | None = None, device: str = "c
             given = clipped
         for group in GROUPS:
             for name in filter(TRAINED.__contains__, group.names):
-                new = rule.update(
-                    state["weights"][name],
-                    clipped[name].to(device),
-                    state["exp_avg"][name],
-                    state["exp_avg_sq"][name],
-                    step=step + 1,
-                    lr=group.lr,
-                    betas=group.betas,
-                    eps=EPS,
-                    weight_decay=group.weight_decay,
-                )
+                settings = {**group.settings(stored), "step": step + 1, "eps": EPS}
+                old = [state[key][name] for key in TENSORS]
+                new = rule.update(old[0], clipped[name].to(device), *old[1:], **settings, bounded=stored != "fp32")
+                if stored != "fp32":
+                    numbers = packed.dither(old[0], clipped[name].to(device), step + 1)
+                    new = (new[0], *packed.unpack(packed.pack(packed.FORMATS[stored], *new[1:], numbers)))
                 for key, value in zip(TENSORS, new, strict=True):
                     state[key][name] = value
     return {key: {name: value.cpu() for name, value in values.items()} for key, values in state.items()}

@@ -39,8 +39,10 @@ class Group(NamedTuple):
     betas: tuple[float, float]
     weight_decay: float
 
-    def settings(self) -> dict[str, Any]:
-        return {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay}
+    def settings(self, state: str = "fp32") -> dict[str, Any]:
+        """As the optimizer takes them; a packed state has its second beta alone."""
+        betas = self.betas if state == "fp32" else (self.betas[1],) * 2
+        return {"lr": self.lr, "betas": betas, "weight_decay": self.weight_decay}
 
 
 EPS = 2.0**-10  # large enough to be seen
@@ -89,6 +91,6 @@ class AwkwardModel(nn.Module):
         terms = [(getattr(self, name) * value).sum().float() for name, value in inputs.items()]
         return torch.stack(terms).sum()
 
-    def groups(self) -> list[dict[str, Any]]:
+    def groups(self, state: str = "fp32") -> list[dict[str, Any]]:
         """The parameter groups, as users hand them to ``deepspeed.initialize``."""
-        return [{"params": [getattr(self, name) for name in group.names], **group.settings()} for group in GROUPS]
+        return [{"params": [getattr(self, name) for name in group.names], **group.settings(state)} for group in GROUPS]

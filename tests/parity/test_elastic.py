@@ -42,6 +42,18 @@ CHAINS = {
         Case(2, "bf16", offload=True),
         BF16,
     ],
+    "packed16_stages_1_3_2_offload_1": [
+        BF16._replace(state="packed16"),
+        Case(3, "bf16", state="packed16"),
+        Case(2, "bf16", offload=True, state="packed16"),
+        BF16._replace(state="packed16"),
+    ],
+    "packed8_stages_3_1_accumulation_2": [
+        Case(3, "bf16", state="packed8"),
+        BF16._replace(state="packed8"),
+        BF16._replace(grad_accum="fp32", state="packed8"),
+        Case(2, "bf16", state="packed8"),
+    ],
 }
 
 
@@ -92,5 +104,6 @@ def test_each_leg_begins_where_the_last_one_ended_and_goes_on_as_one_process_wou
     if number:
         before = legs()[number - 1][0][chain][1]
         assert differences([begin for begin, _ in ranks], before) == EXACT
-    control = train(CUTS[number + 1], CHAINS[chain][0].absent())
+    first = CHAINS[chain][0]
+    control = train(CUTS[number + 1], first.absent(), stored=first.state)
     assert differences([end for _, end in ranks], control) == EXACT

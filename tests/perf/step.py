@@ -11,6 +11,7 @@ from torch import nn
 
 from balanced_adam import BalancedAdam
 from balanced_adam.kernels.cpu import ISA, load
+from balanced_adam.packed import FORMATS
 from tests.perf.measure import interleaved, machine, ratio, table
 
 SETTINGS: dict[str, Any] = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.1}
@@ -42,6 +43,12 @@ def contenders(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], object]]
 
     found: dict[str, Callable[[], object]] = {
         "BalancedAdam": BalancedAdam(parameters(shapes), betas=BETAS, fused=True, **SETTINGS).step,
+        **{
+            f"BalancedAdam, {state}": BalancedAdam(
+                parameters(shapes), betas=BETAS, fused=True, state=state, **SETTINGS
+            ).step
+            for state in FORMATS
+        },
         "torch AdamW, fused": adamw(fused=True),
         "torch AdamW, foreach": adamw(foreach=True),
         "torch AdamW, for-loop": adamw(foreach=False),

@@ -1,0 +1,148 @@
+"""DeepSpeed's access to optimizer state, where the moments are packed words (:mod:`balanced_adam.packed`).
+
+DeepSpeed asks for ``exp_avg`` and ``exp_avg_sq`` by name: to show them (``safe_get_full_optimizer_state`` and its kin), and to move them
+(``offload_states``). They are decoded for it, and the words moved. Universal checkpoints hold fp32 moments, which the
+first step after loading packs again. To set one of them isn't possible, and refused: a value
+written into a copy would be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from balanced_adam.optimizer import BalancedAdam
+from balanced_adam.state import MOMENTS, WORDS, moments
+
+Override = tuple[type, str, Callable[..., Any]]
+
+
+def overrides() -> Sequence[Override]:
+    """Methods of DeepSpeed's, with the wrappers that run for BalancedAdam."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    return [
+        (DeepSpeedZeroOptimizer, "load_hp_checkpoint_state_from_checkpoint_dir", keep_formats),
+        (BF16_Optimizer, "load_hp_checkpoint_state_from_checkpoint_dir", keep_formats),
+        (DeepSpeedZeroOptimizer, "_lazy_init_hp_params_optimizer_state", _link_again_1),
+        (BF16_Optimizer, "_lazy_init_hp_params_optimizer_state", _link_again_bf16),
+        (DeepSpeedZeroOptimizer_Stage3, "_get_fp32_opt_state_partition", _decoded_3),
+        (DeepSpeedZeroOptimizer_Stage3, "set_full_hp_param", _refuse_3),
+        (DeepSpeedZeroOptimizer_Stage3, "set_local_hp_param", _refuse_3),
+        (DeepSpeedZeroOptimizer_Stage3, "offload_states", _offload_3),
+        (DeepSpeedZeroOptimizer_Stage3, "reload_states", _reload_3),
+    ]
+
+
+def patch_fragments() -> None:
+    """Of stages 1 and 2 and BF16_Optimizer: what a parameter's fragment of the state can tell. Nothing changes for other state."""
+    from deepspeed.utils import mixed_precision_linkage, tensor_fragment
+
+    get, put = tensor_fragment.get_optim_state_fragment, mixed_precision_linkage.set_full_hp_param
+    if hasattr(get, "mended"):
+        return
+
+    def get_decoded(self: Any, key: str) -> Tensor:
+        return _decoded(self.optim_fragment, key) if _is_packed(self.optim_fragment, key) else get(self, key)
+
+    def set_or_refuse(self: Any, value: Tensor, optim_state_key: str | None = None) -> None:
+        if self._hp_mapping is not None and _is_packed(self._hp_mapping.optim_fragment or {}, optim_state_key):
+            _refuse(optim_state_key)
+        put(self, value, optim_state_key)
+
+    get_decoded.mended = True  # type: ignore[attr-defined]
+    tensor_fragment.get_optim_state_fragment = get_decoded
+    mixed_precision_linkage.set_full_hp_param = set_or_refuse
+
+
+def keep_formats(original: Callable[..., None], self: Any, *args: Any) -> None:
+    """Loading a universal checkpoint sets everything in a group as it was saved; the format of the state is this run's own."""
+    own = [group["state"] for group in self.optimizer.param_groups]
+    original(self, *args)
+    for group, state in zip(self.optimizer.param_groups, own, strict=True):
+        group["state"] = state
+
+
+def _is_packed(state: dict[str, Any], key: str | None) -> bool:
+    return key in MOMENTS and WORDS in state
+
+
+def _decoded(state: dict[str, Any], key: str) -> Tensor:
+    return moments(state)[MOMENTS.index(key)]
+
+
+def _refuse(key: str | None) -> None:
+    raise RuntimeError(
+        f"{key} can't be set on its own: BalancedAdam stores it in one word with the other moment; use state='fp32'."
+    )
+
+
+# ---- Stages 1 and 2, and BF16_Optimizer
+
+
+def _link_again_1(original: Callable[..., None], self: Any) -> None:
+    _link_again(original, self, self.bit16_groups, self.single_partition_of_fp32_groups)
+
+
+def _link_again_bf16(original: Callable[..., None], self: Any) -> None:
+    _link_again(original, self, self.bf16_groups, self.fp32_groups_flat_partition)
+
+
+def _link_again(original: Callable[..., None], self: Any, groups: Any, masters: Any) -> None:
+    """DeepSpeed links the fragments to the state once. A step may have made other state since: packed what was loaded."""
+    for params, master in zip(groups, masters, strict=True):
+        mapping = next((p._hp_mapping for p in params if p._hp_mapping is not None), None)
+        if mapping is not None and (WORDS in self.optimizer.state[master]) != (WORDS in (mapping.optim_fragment or {})):
+            self._hp_optimizer_states_linked = False
+    original(self)
+
+
+# ---- Stage 3
+
+
+def _decoded_3(
+    original: Callable[..., Any], self: Any, param: Any, release_swap_buffers: bool, optim_state_key: str | None = None
+) -> Any:
+    if optim_state_key is None or not _is_packed(_state_3(self, param), optim_state_key):
+        return original(self, param, release_swap_buffers, optim_state_key)
+    words, group = original(self, param, release_swap_buffers, WORDS)
+    return _decoded({WORDS: words}, optim_state_key), group
+
+
+def _refuse_3(
+    original: Callable[..., None], self: Any, value: Tensor, param: Any, optim_state_key: str | None = None
+) -> None:
+    if param.requires_grad and _is_packed(_state_3(self, param), optim_state_key):
+        _refuse(optim_state_key)
+    original(self, value, param, optim_state_key)
+
+
+def _state_3(self: Any, param: Any) -> dict[str, Any]:
+    group = self.grad_position[self.get_param_id(param)][0]
+    state: dict[str, Any] = self.optimizer.state[self.fp32_partitioned_groups_flat[group]]
+    return state
+
+
+def _offload_3(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+
+    if OffloadStateTypeEnum.optim_states in self.offloaded_states:
+        _move(self.optimizer, torch.device("cpu"))
+
+
+def _reload_3(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    _move(self.optimizer, None)
+
+
+def _move(optimizer: BalancedAdam, device: torch.device | None) -> None:
+    """Words to a device, or to that of their parameter."""
+    for param, state in optimizer.state.items():
+        if WORDS in state:
+            state[WORDS].data = state[WORDS].data.to(device or param.device)

@@ -1,0 +1,296 @@
+"""Packed moments: exact where they can be, unbiased where they can't, and any format from any other."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from balanced_adam import BalancedAdam, packed, unpacked
+from balanced_adam.packed import FORMATS, Format
+from balanced_adam.state import FORMATS as STATES
+
+SHORT = [FORMATS["packed16"], FORMATS["packed8"]]
+
+
+def every_word(format: Format) -> Tensor:
+    """Each word that the format writes; of 32 bits a sample."""
+    bits = torch.iinfo(format.word).bits
+    words = torch.randint(0, 2**32, (200_000,), generator=torch.Generator().manual_seed(0))
+    words = torch.arange(2**bits) if bits < 32 else words
+    without_size = (words & format.r_top) == 0
+    words = torch.where(without_size, words & ~(1 << (format.r_bits - 1)), words)  # zero has no sign
+    return (words - ((words >> (bits - 1)) << bits) if format.word.is_signed else words).to(format.word)
+
+
+def moments(size: int, seed: int, largest: float = 0.5) -> tuple[Tensor, Tensor]:
+    """m and v over the range that both short formats cover, |m| up to ``largest`` of √v."""
+    generator = torch.Generator().manual_seed(seed)
+    root = 2.0 ** (torch.rand(size, generator=generator) * 26 - 24)
+    return root * (torch.rand(size, generator=generator) * 2 - 1) * largest, root * root
+
+
+def numbers(count: int) -> tuple[Tensor, Tensor]:
+    """All pairs of ``count`` evenly spaced numbers from 0 to 2^32 - 1, as dither has them."""
+    step = 2**32 // count
+    return tuple(t.flatten() for t in torch.meshgrid(*[torch.arange(count) * step + step // 2] * 2, indexing="ij"))
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
+def test_words_that_go_out_to_fp32_and_come_back_are_the_same(format: Format) -> None:
+    words = every_word(format)
+    exp_avg, exp_avg_sq = packed.unpack(words)
+    assert exp_avg.isfinite().all() and (exp_avg_sq >= 0.0).all()
+    assert torch.equal(packed.pack(format, exp_avg, exp_avg_sq), words)
+    for dither in (0, 2**32 - 1, 0x9E3779B9):  # whatever would have rounded them
+        dithers = torch.full(words.shape, dither)
+        assert torch.equal(packed.pack(format, exp_avg, exp_avg_sq, (dithers, dithers)), words)
+
+
+def test_packed32_is_within_a_few_thousandths_of_a_per_cent() -> None:
+    exp_avg, exp_avg_sq = moments(100_000, seed=0, largest=0.99)
+    m, v = packed.unpack(packed.pack(FORMATS["packed32"], exp_avg, exp_avg_sq))
+    root = exp_avg_sq.sqrt()
+    assert ((m - exp_avg).abs() <= root * 2.0**-13).all()  # half a level of r, times the root of 2
+    assert ((v - exp_avg_sq).abs() <= exp_avg_sq * 2.0**-11).all()  # half a level of w
+
+
+@pytest.mark.parametrize("format", SHORT, ids=lambda format: format.name)
+def test_the_expectation_of_what_is_stored_is_what_was_to_be_stored(format: Format) -> None:
+    count = 256
+    dithers = numbers(count)
+    for exp_avg, exp_avg_sq in zip(*(t.tolist() for t in moments(60, seed=1, largest=0.17)), strict=True):
+        shape = dithers[0].shape
+        m, v = packed.unpack(packed.pack(format, torch.full(shape, exp_avg), torch.full(shape, exp_avg_sq), dithers))
+        # Midpoints of 256 intervals: off by at most half an interval of the distance between two levels, which is at most this.
+        between_v, between_m = {"packed16": (1 / 8, 0.05), "packed8": (15.0, 1.0)}[format.name]
+        assert len(v.unique()) <= 2
+        assert abs(float(v.double().mean()) - exp_avg_sq) <= between_v / count * exp_avg_sq
+        assert abs(float(m.double().mean()) - exp_avg) <= between_m / count * math.sqrt(exp_avg_sq)
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
+def test_at_the_ends_of_the_range_values_are_cut_off_and_nothing_is_nan(format: Format) -> None:
+    top = math.sqrt(format.w_floor * 2.0 ** (2**format.w_bits / 2 ** (23 - format.w_shift)))
+    v = torch.tensor([0.0, 1e-45, format.w_floor / 64, top * top, 1e37, math.inf, math.nan, 1.0])
+    m = torch.tensor([0.0, 1e-30, math.sqrt(format.w_floor) / 8, 1.0, 3e18, math.inf, math.nan, math.nan])
+    for dither in (None, 0, 2**32 - 1):
+        dithers = None if dither is None else (torch.full(v.shape, dither),) * 2
+        got_m, got_v = packed.unpack(packed.pack(format, m, v, dithers))
+        assert got_m.isfinite().all() and got_v.isfinite().all()
+        assert got_v[0] == 0.0 and got_m[0] == 0.0
+        assert (got_v.sqrt() <= top).all() and (got_m.abs() <= 2.2 * top).all()
+
+
+def distance(numbers: Tensor) -> float:
+    """Kolmogorov's, of numbers from 0 to 2^32 - 1 from the uniform distribution, times the root of their count."""
+    values = numbers.double().sort().values / 2**32
+    return float((values - (torch.arange(len(values)) + 0.5) / len(values)).abs().max()) * math.sqrt(len(values))
+
+
+def test_the_hash_that_rounds_v_is_uniform_and_its_bits_are_independent_however_alike_its_inputs_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    size = 100_000
+    normal, one = torch.randn(size, generator=generator), torch.ones(size)
+    neighbours = (one.view(torch.int32) + torch.arange(size, dtype=torch.int32)).view(torch.float32)
+    steps = torch.stack(
+        [packed.dither(torch.tensor([0.5]), torch.tensor([1e-3]), t)[0] for t in range(1, 20_001)]
+    ).flatten()
+    cases = {
+        "any": packed.dither(normal, normal.flip(0), 7)[0],
+        "equal weights": packed.dither(one, 1e-4 * normal, 7)[0],
+        "no gradient": packed.dither(normal, torch.zeros(size), 7)[0],
+        "neighbouring weights": packed.dither(neighbours, one, 7)[0],
+        "neighbouring gradients": packed.dither(one, neighbours, 7)[0],
+        "steps": steps,
+    }
+    for name, values in cases.items():
+        assert distance(values) < 1.95, name  # with chance 0.1 % for independent numbers
+        if name == "neighbouring gradients":  # which are spread more evenly than independent numbers
+            continue
+        # From one element (or step) to the next.
+        x = values.double() / 2**32 - 0.5
+        assert abs(float((x[1:] * x[:-1]).mean()) * 12) < 3.3 / math.sqrt(len(x)), name
+    following = packed.dither(normal, normal.flip(0), 8)[0].double() / 2**32 - 0.5
+    now = cases["any"].double() / 2**32 - 0.5
+    assert abs(float((now * following).mean()) * 12) < 3.3 / math.sqrt(size)
+
+
+def test_the_rotation_that_rounds_m_is_spread_more_evenly_than_chance_would_over_steps_and_sizes() -> None:
+    zero = torch.zeros(1)
+    over_steps = torch.stack([packed.dither(zero, zero, t)[1] for t in range(1, 1001)]).flatten()
+    weights = torch.cat([2.0 ** torch.arange(-40, 0), 1.6 * 2.0 ** torch.arange(-40, 0)])
+    assert distance(over_steps) < 0.1 and distance(packed.dither(weights, weights, 1)[1]) < 0.5
+
+
+@pytest.mark.parametrize("format", SHORT, ids=lambda format: format.name)
+def test_averages_rounded_at_every_step_stay_where_the_true_ones_are_but_for_m_in_packed8(format: Format) -> None:
+    generator = torch.Generator().manual_seed(2)
+    size, beta = 4000, 0.95
+    words, weight = torch.zeros(size, dtype=format.word), torch.randn(size, generator=generator)
+    m, v = torch.zeros(size), torch.zeros(size)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for step in range(1, 201):
+        grad = 1e-3 * (torch.randn(size, generator=generator) + 0.3)
+        weight, words = packed.update(
+            weight, grad, words, step=step, lr=1e-3, betas=(beta, beta), eps=1e-8, weight_decay=0.0
+        )
+        m, v = m * beta + grad * (1 - beta), v * beta + grad * grad * (1 - beta)
+        if step > 100:
+            ours = packed.unpack(words)
+            sums += torch.stack([ours[0].double().sum(), m.double().sum(), ours[1].double().sum(), v.double().sum()])
+    # Two octaves lie between levels of packed8's d: where it goes down to a quarter, r would exceed its greatest level.
+    low, high = {"packed16": (0.995, 1.005), "packed8": (0.7, 0.8)}[format.name]
+    assert low <= float(sums[0] / sums[1]) <= high
+    assert float(sums[2] / sums[3]) == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("fused", [None, False], ids=["kernel", "torch"])
+def test_no_step_exceeds_lr_however_the_gradient_runs(state: str, fused: bool | None) -> None:
+    param = nn.Parameter(torch.zeros(64))
+    optimizer = BalancedAdam([param], lr=1.0, betas=0.9, weight_decay=0.0, state=state, fused=fused)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(150):
+        before = param.detach().clone()
+        growth = 1.2 ** (step % 40) * 1e-6
+        param.grad = growth * torch.where(torch.arange(64) % 2 == 0, 1.0, torch.randn(64, generator=generator))
+        optimizer.step()
+        assert (param - before).abs().max() <= 1.0 + 1e-4  # of fp32 numbers around 100
+        assert optimizer.update_size().greatest <= (1.0 + 1e-6 if state == "fp32" else math.inf)
+
+
+def parameters() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(33, 5), (1,), (0,), (1000,)]
+    return [
+        nn.Parameter(torch.randn(s, generator=generator).to(d)) for s in shapes for d in (torch.float32, torch.bfloat16)
+    ]
+
+
+def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(100 + step)
+        for param in params:
+            param.grad = (0.01 * torch.randn(param.shape, generator=generator)).to(param.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_kernel_and_torch_have_the_same_bits_and_a_cut_run_those_of_one_that_was_not(state: str) -> None:
+    uncut, cut = parameters(), parameters()
+    whole = BalancedAdam(uncut, lr=0.1, state=state, fused=False)
+    train(whole, uncut, range(6))
+    first = BalancedAdam(cut, lr=0.1, state=state)
+    train(first, cut, range(3))
+    saved = copy.deepcopy(first.state_dict())
+    assert saved["param_groups"][0]["state"] == state
+    second = BalancedAdam(cut, lr=0.1, state=state)
+    second.load_state_dict(saved)
+    train(second, cut, range(3, 6))
+    for ours, theirs in zip(cut, uncut, strict=True):
+        assert torch.equal(ours, theirs)
+        for name, value in whole.state[theirs].items():
+            assert torch.equal(second.state[ours][name], value), name
+    bytes_each = {"fp32": 8, "packed32": 4, "packed16": 2, "packed8": 1}[state]
+    stored = [v for k, v in second.state[cut[0]].items() if k != "step"]
+    assert sum(v.element_size() for v in stored) == bytes_each
+
+
+@pytest.mark.parametrize("before", STATES)
+@pytest.mark.parametrize("after", STATES)
+def test_a_run_may_change_from_any_format_to_any_other(before: str, after: str) -> None:
+    params = parameters()
+    old = BalancedAdam(params, lr=0.01, state=before)
+    train(old, params, range(3))
+    saved = copy.deepcopy(old.state_dict())
+    new = BalancedAdam(params, lr=0.01, state=after)
+    new.load_state_dict(copy.deepcopy(saved))
+    assert new.param_groups[0]["state"] == after
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    new.step()
+    for number, param in enumerate(params):
+        state = new.state[param]
+        assert ("packed" in state) == (after != "fp32") and state["step"] == 4
+        if after == "fp32":  # one step without a gradient from what was decoded
+            was = unpacked(saved)["state"][number]["exp_avg"]
+            assert torch.equal(state["exp_avg"], was * torch.tensor(0.95))
+
+
+@pytest.mark.parametrize("state", FORMATS)
+def test_torchs_adamw_goes_on_from_an_unpacked_state_and_back_again(state: str) -> None:
+    params = [nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(0)))]
+    ours = BalancedAdam(params, lr=0.01, state=state)
+    train(ours, params, range(3))
+    theirs = torch.optim.AdamW(params)
+    theirs.load_state_dict(unpacked(ours.state_dict()))
+    assert theirs.param_groups[0]["betas"] == (0.95, 0.95)
+    train(theirs, params, range(3, 5))
+    back = BalancedAdam(params, lr=0.01, state=state)
+    back.load_state_dict(theirs.state_dict())
+    train(back, params, range(5, 6))
+    assert back.state[params[0]]["step"] == 6 and back.state[params[0]]["packed"].dtype == FORMATS[state].word
+
+
+@pytest.mark.parametrize("state", FORMATS)
+def test_moments_of_unequal_betas_are_cut_and_counted_once(state: str) -> None:
+    params = [nn.Parameter(torch.zeros(4))]
+    plain = BalancedAdam(params, betas=(0.0, 0.999), allow_unbalanced=True)
+    train(plain, params, range(1))  # m = g, v = g^2 / 1000
+    ours = BalancedAdam(params, state=state, betas=0.95)
+    with pytest.warns(UserWarning, match="goes on with"):
+        ours.load_state_dict(plain.state_dict())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(ours, params, range(1, 4))
+    told = [str(w.message) for w in said if "|m| > sqrt(v)" in str(w.message)]
+    assert len(told) <= 1  # once a process: another format's test may have had it
+    m, v = packed.unpack(ours.state[params[0]]["packed"])
+    assert (m.abs() <= v.sqrt() * 1.5 + 1e-8).all()
+
+
+BAD = [
+    ({"state": "packed12"}, "state is 'packed12'; it must be one of fp32, packed32, packed16, packed8"),
+    ({"state": "packed16", "betas": (0.9, 0.95), "allow_unbalanced": True}, "packed moments need equal betas"),
+    ({"state": None}, "state is None"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD, ids=str)
+def test_a_format_that_cannot_be_is_refused_in_one_sentence(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BalancedAdam([nn.Parameter(torch.zeros(2))], **settings)
+
+
+def test_float64_parameters_keep_their_moments_and_say_so() -> None:
+    with pytest.raises(ValueError, match="a parameter is float64; its moments must be 'fp32'"):
+        BalancedAdam([nn.Parameter(torch.zeros(2, dtype=torch.float64))], state="packed16")
+
+
+def test_a_checkpoint_in_an_unknown_format_or_not_in_the_one_it_names_is_refused_and_nothing_changes() -> None:
+    params = [nn.Parameter(torch.zeros(4))]
+    optimizer = BalancedAdam(params, state="packed16")
+    train(optimizer, params, range(2))
+    words = optimizer.state[params[0]]["packed"].clone()
+    for name, message in (("packed12", "is in the format 'packed12'; this version"), ("packed8", "it is damaged")):
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0]["state"] = name
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(saved)
+        assert torch.equal(optimizer.state[params[0]]["packed"], words)
+
+
+def test_betas_may_change_over_time_while_they_are_equal() -> None:
+    params = [nn.Parameter(torch.zeros(4))]
+    optimizer = BalancedAdam(params, betas=0.9, state="packed16")
+    for beta in (0.9, 0.95, 0.99):
+        optimizer.param_groups[0]["betas"] = (beta, beta)
+        train(optimizer, params, range(1))
+    optimizer.param_groups[0]["betas"] = (0.9, 0.95)
+    with pytest.raises(ValueError, match=r"betas are equal|equal betas"):
+        optimizer.step()
