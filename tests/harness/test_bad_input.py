@@ -282,6 +282,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 COMPARISONS = [
     ("--arms 0.95 1.5", "arms has '1.5'; an arm is one beta or beta1,beta2"),
     ("--arms 0.95 0.95", "arms is 0.95 0.95; give each only once"),
+    ("--arms 0.95 0.95:fp32", "give each only once"),
+    ("--arms 0.95 0.95:packed12", "arms has '0.95:packed12'; after the colon comes one of fp32, packed32"),
+    ("--arms 0.95 0.9,0.95:packed16", "packed moments need equal betas"),
     ("--seeds 1 1", "seeds is 1 1; give each only once"),
     ("--ranks 0", "ranks is 0"),
     ("--launcher python", "the launcher python starts one"),

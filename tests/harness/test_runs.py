@@ -82,6 +82,25 @@ def test_every_shipped_ds_config_trains_and_starts_from_the_same_weights(
 
 
 @pytest.mark.ranks
+def test_with_a_packed_state_it_trains_as_well_and_writes_smaller_checkpoints(
+    small_run: list[str], tmp_path: Path
+) -> None:
+    runs = {state: change(small_run, state=state, out=tmp_path / state) for state in ("fp32", "packed16")}
+    for options in runs.values():
+        assert finish(options, "python", 1)[0] == 0
+    sizes = {
+        state: sum(
+            f.stat().st_size for f in (tmp_path / state / "checkpoints" / "step-0000006").glob("*optim_states.pt")
+        )
+        for state in runs
+    }
+    # fp32 master weights and the state: 4 + 8 and 4 + 2 bytes a weight.
+    assert sizes["packed16"] / sizes["fp32"] == pytest.approx(0.5, abs=0.03)
+    assert losses(runs["packed16"]) == pytest.approx(losses(runs["fp32"]), rel=1e-3)
+    assert losses(runs["packed16"]) != losses(runs["fp32"])
+
+
+@pytest.mark.ranks
 def test_two_ranks_say_it_once_and_end_with_a_failure(small_run: list[str]) -> None:
     code, said = finish(change(small_run, sequence_length=2000))
     assert code != 0

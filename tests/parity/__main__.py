@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from tests.parity.cases import PHANTOM, Case, matrix, outcomes
+from tests.parity.cases import PHANTOM, Case, matrix, of_the_wrong, outcomes
 from tests.parity.compare import differences
 from tests.parity.control import TENSORS
 from tests.parity.model import WORLDS
@@ -53,7 +53,7 @@ def real() -> list[dict[str, str]]:
 
 
 def unmended() -> list[dict[str, str]]:
-    phantom = outcomes(2)[PHANTOM]
+    phantom = of_the_wrong()[PHANTOM]
     with TemporaryDirectory() as folder:
         checkpoints = Checkpoints(folder)
         uncut = checkpoints.uncut[0][SETTINGS_OF_GROUP_0._replace(mutant=None)][1]

@@ -210,7 +210,16 @@ def run(cases: list[Case]) -> dict[Case, State]:
 @once
 def outcomes(world: int) -> dict[Case, dict[str, float]]:
     """All cases of one world size, in one spawn: case -> greatest differences from the control in ulp."""
-    cases = [*matrix(world), *((*mutant_cases(), PHANTOM) if world == 2 else ())]
+    return _compared(world, list(matrix(world)))
+
+
+@once
+def of_the_wrong() -> dict[Case, dict[str, float]]:
+    """The same of every deliberately wrong optimizer, on 2 ranks."""
+    return _compared(2, [*mutant_cases(), PHANTOM])
+
+
+def _compared(world: int, cases: list[Case]) -> dict[Case, dict[str, float]]:
     ranks = spawn(run, world, cases)
     return {
         case: differences(

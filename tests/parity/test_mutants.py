@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.parity.cases import Case, mutant_cases, outcomes
+from tests.parity.cases import Case, mutant_cases, of_the_wrong
 from tests.parity.compare import EXACT
 from tests.parity.mutants import MUTANTS
 
@@ -20,7 +20,7 @@ SPOILT = {
 
 @pytest.mark.parametrize("case", list(mutant_cases()), ids=lambda case: f"{case.mutant}-stage{case.stage}")
 def test_a_wrong_optimizer_is_found(case: Case) -> None:
-    found = outcomes(2)[case]
+    found = of_the_wrong()[case]
     assert found != EXACT
     assert {key for key, ulp in found.items() if ulp and key != "model"} == SPOILT[str(case.mutant)]
 
