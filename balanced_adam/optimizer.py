@@ -129,6 +129,8 @@ class BalancedAdam(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a state dict."""
         super().__setstate__(state)
+        for settings in (self.defaults, *self.param_groups):
+            settings.setdefault("state", "fp32")  # of a time when there was no other
         self._counted = set()
         self.handed = {}
         self._moved = {}
@@ -200,7 +202,8 @@ class BalancedAdam(torch.optim.Optimizer):
         if self._cut:
             cut, self._cut = self._cut, 0
             _warn_once(
-                f"{cut} elements of the loaded state had |m| > sqrt(v), as only unequal betas make it; packing has cut m off there."
+                f"{cut} elements of the loaded state had |m| > sqrt(v), as only unequal betas make it; packing has cut m off there.",
+                "cut",
             )
         for update in updates:  # autograd must know that they have changed
             for tensor in (update.param, update.first, update.second, update.copy):
@@ -349,8 +352,13 @@ class BalancedAdam(torch.optim.Optimizer):
                 update = _update_of(param, self.state[param], kernels.scalars(step, 0.0, betas, eps, 0.0, False))
                 in_kernel.setdefault(update.first.dtype, []).append((update, correction.scale))
                 continue
-            for m, v in zip(*map(_parts, states.moments(self.state[param])), strict=True):
+            state = self.state[param]
+            names = [name for name in states.TENSORS if name in state]
+            for values in zip(*(_parts(state[name]) for name in names), strict=True):
+                m, v = states.moments(dict(zip(names, values, strict=True)))
                 size = rule.direction(m, v, correction).abs_()
+                if names == [states.WORDS]:
+                    size = size.clamp_(max=1.0 / correction.scale)
                 greatest.append(size.amax().double() * correction.scale)
                 squares.append(torch.dot(size, size).double() * correction.scale**2)
         for found in in_kernel.values():
@@ -416,7 +424,7 @@ class BalancedAdam(torch.optim.Optimizer):
         for group, (betas, format) in zip(self.param_groups, own, strict=True):
             group["state"] = format
             beta1, beta2 = group["betas"]
-            if beta1 != beta2 and not self.defaults["allow_unbalanced"]:
+            if beta1 != beta2 and not (self.defaults["allow_unbalanced"] and format == "fp32"):
                 group["betas"] = betas
                 warnings.warn(
                     f"the loaded state was made with betas ({beta1}, {beta2}); this BalancedAdam goes on with {betas}. "
@@ -428,11 +436,11 @@ class BalancedAdam(torch.optim.Optimizer):
 _warned: set[str] = set()
 
 
-def _warn_once(message: str) -> None:
-    """Warn once per process, and of all ranks on the first alone."""
-    if message not in _warned and os.environ.get("RANK", "0") == "0":
+def _warn_once(message: str, key: str = "") -> None:
+    """Warn once per process of this, or of anything with this key; and of all ranks on the first alone."""
+    if (key or message) not in _warned and os.environ.get("RANK", "0") == "0":
         warnings.warn(message, stacklevel=2)
-    _warned.add(message)
+    _warned.add(key or message)
 
 
 def _update_of(param: Tensor, state: dict[str, Any], scalars: bytes | kernels.Recipe) -> kernels.Update:

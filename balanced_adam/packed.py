@@ -98,9 +98,9 @@ FORMATS = {
 BY_WORD = {format.word: format for format in FORMATS.values()}
 
 
-def unpack(words: Tensor) -> tuple[Tensor, Tensor]:
-    """The moments m and v that packed words stand for; float32, the words' shape. The words' dtype tells the format."""
-    format = BY_WORD[words.dtype]
+def unpack(words: Tensor, format: Format | None = None) -> tuple[Tensor, Tensor]:
+    """The moments m and v that packed words stand for; float32, the words' shape. Of FORMATS the words' dtype tells which."""
+    format = format or BY_WORD[words.dtype]
     code = words.to(torch.int64) & (2 ** (format.w_bits + format.r_bits) - 1)
     w = _number(((code >> format.r_bits) << format.w_shift) + format.w_base)
     m = (_number(((code & format.r_top) << format.r_shift) + format.r_base) - format.r_floor) * _scale(w)
@@ -111,7 +111,7 @@ def unpack(words: Tensor) -> tuple[Tensor, Tensor]:
 def pack(format: Format, exp_avg: Tensor, exp_avg_sq: Tensor, dither: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The words for moments m and v, float32 of one shape; moments that came from words of this format give the same words.
 
-    What is out of range is cut off. NaN becomes the greatest level.
+    What is out of range is cut off. NaN becomes some finite number: what matters is the weight, which is NaN then.
 
     Args:
         format: one of FORMATS.
@@ -129,9 +129,9 @@ def pack(format: Format, exp_avg: Tensor, exp_avg_sq: Tensor, dither: tuple[Tens
     else:
         level = (above >> format.w_shift).clamp(max=format.w_top - 1)
         low = _number((level << format.w_shift) + format.w_base)
-        u = (dither[0] >> 9).to(torch.float32) * 2.0**-23
-        up = w - low > u * (low * (2.0**2 ** (format.w_shift - 23) - 1.0))
-        level = level + up.to(torch.int64)
+        ratio = 2.0**2 ** (format.w_shift - 23)  # of a level to the one before
+        between = (dither[0] >> 9).to(torch.float32) * ((ratio - 1.0) * 2.0**-23) + 1.0
+        level = level + (w > low * between).to(torch.int64)
     level = level.clamp(max=format.w_top)
     scale = _scale(_number((level << format.w_shift) + format.w_base))
     above = _bits(exp_avg.abs() * _number(0x7F000000 - _bits(scale)) + format.r_floor) - format.r_base

@@ -20,58 +20,65 @@ State = dict[str, Any]
 
 def moments(state: State) -> tuple[Tensor, Tensor]:
     """m and v; decoded from words if need be."""
-    if WORDS in state:
-        return packed.unpack(state[WORDS])
-    return state["exp_avg"], state["exp_avg_sq"]
+    if "exp_avg" in state:
+        return state["exp_avg"], state["exp_avg_sq"]
+    return packed.unpack(state[WORDS])
 
 
 def bring_to(format: str, state: State, param: Tensor) -> int:
     """Make, or change, a parameter's state in place so that it is in this format.
 
     Words of another format are decoded first. Moments that are there beside words are newer: DeepSpeed puts them there when it
-    loads a universal checkpoint.
+    loads a universal checkpoint. Nothing is lost if there is no memory for it.
 
     Returns:
-        The number of elements whose |m| was above √v, where packing has cut it off.
+        The number of elements of loaded moments whose |m| was above √v, as only unequal betas make it: packing cuts m off.
     """
     known = packed.FORMATS.get(format)
-    if "exp_avg" in state:
-        state.pop(WORDS, None)
-    elif WORDS in state:
-        if known is not None and state[WORDS].dtype == known.word:
-            return 0
-        state["exp_avg"], state["exp_avg_sq"] = packed.unpack(state.pop(WORDS))
-    else:
+    loaded = "exp_avg" in state
+    if not loaded and WORDS not in state:
         dtypes = dict.fromkeys(MOMENTS, rule.moments_dtype(param.dtype)) if known is None else {WORDS: known.word}
         for name, dtype in dtypes.items():
             state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         return 0
     if known is None:
+        if not loaded:
+            values = [value.to(rule.moments_dtype(param.dtype)) for value in packed.unpack(state[WORDS])]
+            state.update(zip(MOMENTS, values, strict=True))
+        state.pop(WORDS, None)
         return 0
-    exp_avg, exp_avg_sq = (state.pop(name).to(torch.float32) for name in MOMENTS)
-    # As a step would round them, if not by a gradient; moments that have come from words are those words again.
-    numbers = packed.dither(param.detach().to(torch.float32), exp_avg, int(state["step"]))
-    state[WORDS] = packed.pack(known, exp_avg, exp_avg_sq, numbers)
-    # Beyond what rounding explains.
-    return int((exp_avg.abs() > rule.root(exp_avg_sq) * (1.0 + 1e-3) + known.w_floor**0.5).sum())
+    if not loaded and state[WORDS].dtype == known.word:
+        return 0
+    source = [state[name] for name in MOMENTS] if loaded else [state[WORDS]]
+    words, beyond = torch.empty_like(param, dtype=known.word), 0
+    # Part by part: the oracle's intermediate results take eighty bytes an element.
+    whole = (words, param.detach(), *source)
+    for target, weights, *values in zip(*(t.reshape(-1).split(2**20) for t in whole), strict=True):
+        exp_avg, exp_avg_sq = (v.to(torch.float32) for v in values) if loaded else packed.unpack(values[0])
+        # As a step would round them, if not by a gradient; moments that have come from words are those words again.
+        numbers = packed.dither(weights.to(torch.float32), exp_avg, int(state["step"]))
+        target.copy_(packed.pack(known, exp_avg, exp_avg_sq, numbers))
+        if loaded:  # beyond what rounding explains
+            beyond += int((exp_avg.abs() > rule.root(exp_avg_sq) * 1.001 + known.w_floor**0.5).sum())
+    state[WORDS] = words
+    for name in MOMENTS:
+        state.pop(name, None)
+    return beyond
 
 
 def check_loaded(format: Any, state: State) -> None:
     """See that a loaded state can be read.
 
     Raises:
-        ValueError: if it is in a format that isn't known, or not in the one that it is said to be in.
+        ValueError: if it is in a format that isn't known, or its words aren't words.
     """
-    if WORDS not in state:
-        return
-    if format not in packed.FORMATS:
+    if format not in FORMATS:
         raise ValueError(
             f"the loaded state is in the format {format!r}; this version of BalancedAdam reads {', '.join(FORMATS)}."
         )
-    if state[WORDS].dtype != packed.FORMATS[format].word:
+    if WORDS in state and state[WORDS].dtype not in packed.BY_WORD:
         raise ValueError(
-            f"the loaded state is said to be {format}, whose words are {packed.FORMATS[format].word}, and they are "
-            f"{state[WORDS].dtype}; it is damaged."
+            f"the loaded state has packed moments of {state[WORDS].dtype}, which no format has; it is damaged."
         )
 
 
@@ -85,9 +92,10 @@ def unpacked(saved: Any) -> Any:
         return [unpacked(item) for item in saved]
     if not isinstance(saved, dict):
         return saved
-    copy = {key: unpacked(value) for key, value in saved.items() if key != WORDS}
-    if isinstance(saved.get(WORDS), Tensor):
-        copy |= zip(MOMENTS, packed.unpack(saved[WORDS]), strict=True)
+    copy = {key: unpacked(value) for key, value in saved.items()}
+    if "step" in saved and isinstance(saved.get(WORDS), Tensor):  # not a parameter of this name
+        copy |= zip(MOMENTS, moments(saved), strict=True)
+        del copy[WORDS]
     if isinstance(saved.get("param_groups"), list):
         copy["param_groups"] = [
             {**group, "state": "fp32"} if "state" in group else group for group in copy["param_groups"]

@@ -36,6 +36,7 @@ POLL_SECONDS = 0.5
 COMPARED = {
     "--out",
     "--betas",
+    "--state",
     "--allow-unbalanced",
     "--lr",
     "--seed",
@@ -194,11 +195,11 @@ def read_manifest(file: Path) -> dict[str, Any]:
                 )
             identity = settings.identity()
             for key in ARM:
-                del identity["optimizer"][key]
+                identity["optimizer"].pop(key, None)
             shared.append({**identity, "seed": None, "dry_run": settings.dry_run})
         require(
             all(each == {**shared[0], "dry_run": False} for each in shared),
-            f"{file} has runs that differ in more than betas, lr and seed, which would be no comparison.",
+            f"{file} has runs that differ in more than betas, state, lr and seed, which would be no comparison.",
         )
         cells = [(run["arm"], run["lr"], run["seed"]) for run in runs.values()]
         require(len(set(cells)) == len(cells), f"{file} has an arm twice with one lr and seed.")

@@ -280,6 +280,8 @@ class Run:
         if (path := Path(self.data.data)).exists():  # however it is spelled
             whole["data"]["data"] = str(path.resolve())
         kept = {key: whole[key] for key in ("seed", "model", "data", "optimizer", "schedule")}
+        if self.optimizer.state == "fp32":  # so that runs from before there were others go on
+            del whole["optimizer"]["state"]
         parallelism = whole["parallelism"]
         kept["parallelism"] = {key: parallelism[key] for key in ("batch", "precision")}
         return kept

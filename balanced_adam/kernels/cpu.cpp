@@ -154,7 +154,12 @@ INLINE Measure direction_range(const Row& row, i64 begin, i64 end) {
     for (int i = 0; i < count; i++) {
       float m, v;
       State::decode(first[i], State::TWO ? second[i] : first[i], m, v);
-      buffer[i] = direction(m, v, row.scalars.eps);
+      float move = direction(m, v, row.scalars.eps);
+      if (State::BOUNDED) {
+        move = row.scalars.limit < move ? row.scalars.limit : move;
+        move = -row.scalars.limit > move ? -row.scalars.limit : move;
+      }
+      buffer[i] = move;
     }
     for (int i = 0; i < count; i++) {
       u32 size = bits(buffer[i]) & 0x7fffffffu;  // ordered as the numbers are, with NaN beyond infinity

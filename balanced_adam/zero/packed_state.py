@@ -1,7 +1,6 @@
 """DeepSpeed's access to optimizer state, where the moments are packed words (:mod:`balanced_adam.packed`).
 
-DeepSpeed asks for ``exp_avg`` and ``exp_avg_sq`` by name: to show them (``safe_get_full_optimizer_state`` and its kin), and to move them
-(``offload_states``). They are decoded for it, and the words moved. Universal checkpoints hold fp32 moments, which the
+DeepSpeed asks for ``exp_avg`` and ``exp_avg_sq`` by name, to show them (``safe_get_full_optimizer_state`` and its kin). They are decoded for it. Universal checkpoints hold fp32 moments, which the
 first step after loading packs again. To set one of them isn't possible, and refused: a value
 written into a copy would be lost.
 """
@@ -11,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from balanced_adam.optimizer import BalancedAdam
 from balanced_adam.state import MOMENTS, WORDS, moments
 
 Override = tuple[type, str, Callable[..., Any]]
@@ -34,8 +31,6 @@ def overrides() -> Sequence[Override]:
         (DeepSpeedZeroOptimizer_Stage3, "_get_fp32_opt_state_partition", _decoded_3),
         (DeepSpeedZeroOptimizer_Stage3, "set_full_hp_param", _refuse_3),
         (DeepSpeedZeroOptimizer_Stage3, "set_local_hp_param", _refuse_3),
-        (DeepSpeedZeroOptimizer_Stage3, "offload_states", _offload_3),
-        (DeepSpeedZeroOptimizer_Stage3, "reload_states", _reload_3),
     ]
 
 
@@ -63,9 +58,14 @@ def patch_fragments() -> None:
 def keep_formats(original: Callable[..., None], self: Any, *args: Any) -> None:
     """Loading a universal checkpoint sets everything in a group as it was saved; the format of the state is this run's own."""
     own = [group["state"] for group in self.optimizer.param_groups]
-    original(self, *args)
-    for group, state in zip(self.optimizer.param_groups, own, strict=True):
-        group["state"] = state
+    try:
+        original(self, *args)
+    finally:
+        for group, state in zip(self.optimizer.param_groups, own, strict=True):
+            group["state"] = state
+        for loaded in self.optimizer.state.values():
+            if "exp_avg" in loaded:
+                loaded.pop(WORDS, None)  # of before
 
 
 def _is_packed(state: dict[str, Any], key: str | None) -> bool:
@@ -97,9 +97,15 @@ def _link_again(original: Callable[..., None], self: Any, groups: Any, masters: 
     """DeepSpeed links the fragments to the state once. A step may have made other state since: packed what was loaded."""
     for params, master in zip(groups, masters, strict=True):
         mapping = next((p._hp_mapping for p in params if p._hp_mapping is not None), None)
-        if mapping is not None and (WORDS in self.optimizer.state[master]) != (WORDS in (mapping.optim_fragment or {})):
-            self._hp_optimizer_states_linked = False
+        if mapping is not None:
+            linked = (mapping.optim_fragment or {}).get(WORDS)
+            if _memory(linked) != _memory(self.optimizer.state[master].get(WORDS)):
+                self._hp_optimizer_states_linked = False
     original(self)
+
+
+def _memory(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.untyped_storage().data_ptr()
 
 
 # ---- Stage 3
@@ -126,23 +132,3 @@ def _state_3(self: Any, param: Any) -> dict[str, Any]:
     group = self.grad_position[self.get_param_id(param)][0]
     state: dict[str, Any] = self.optimizer.state[self.fp32_partitioned_groups_flat[group]]
     return state
-
-
-def _offload_3(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    original(self, *args, **kwargs)
-    from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
-
-    if OffloadStateTypeEnum.optim_states in self.offloaded_states:
-        _move(self.optimizer, torch.device("cpu"))
-
-
-def _reload_3(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    original(self, *args, **kwargs)
-    _move(self.optimizer, None)
-
-
-def _move(optimizer: BalancedAdam, device: torch.device | None) -> None:
-    """Words to a device, or to that of their parameter."""
-    for param, state in optimizer.state.items():
-        if WORDS in state:
-            state[WORDS].data = state[WORDS].data.to(device or param.device)

@@ -60,8 +60,10 @@ def register() -> None:
             (FP16_UnfusedOptimizer, "initialize_optimizer_states", _no_phantom_step),
             (DeepSpeedZeroOptimizer_Stage3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", _settings_per_group),
         ]
-        for cls, method, _ in mends:
+        packed = packed_state.overrides()
+        for cls, method, _ in (*mends, *packed):
             getattr(cls, method)
+        packed_state.patch_fragments()
         known = hasattr(torch.optim, NAME)
         if getattr(torch.optim, NAME, BalancedAdam) is not BalancedAdam:
             raise RuntimeError(f"torch.optim.{NAME} is another class already; only one can have the name.")
@@ -77,9 +79,8 @@ def register() -> None:
         ) from error
     if BalancedAdam not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(BalancedAdam)
-    for override in (*mends, *one_pass.overrides(), *packed_state.overrides()):
+    for override in (*mends, *one_pass.overrides(), *packed):
         _wrap(*override)
-    packed_state.patch_fragments()
 
 
 def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:

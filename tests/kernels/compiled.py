@@ -17,6 +17,7 @@ from balanced_adam.kernels.table import Variant
 from tests.kernels.bits import VARIANTS
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+SM, GHZ, TERABYTES = 132, 1.7, 3.0
 KERNELS = ("flat", "multi", "squares", "prepare")
 
 
@@ -45,8 +46,8 @@ def compiled(variant: Variant, architecture: str) -> tuple[bytes, dict[str, Reso
 
 
 @cache
-def machine_code(variant: Variant, architecture: str) -> dict[str, list[str]]:
-    """Kernel -> its instructions, as cuobjdump shows them."""
+def _listing(variant: Variant, architecture: str) -> dict[str, list[tuple[int, str]]]:
+    """Kernel -> its instructions with their addresses, as cuobjdump shows them."""
     tools = Path(next(iter(find_spec("nvidia").submodule_search_locations))) / "cu13" / "bin"  # type: ignore
     with TemporaryDirectory() as folder:
         file = Path(folder) / "kernels.cubin"
@@ -56,7 +57,21 @@ def machine_code(variant: Variant, architecture: str) -> dict[str, list[str]]:
             command, capture_output=True, text=True, env={"PATH": f"{tools}:/usr/bin:/bin"}, check=True
         )
     functions = re.split(r"Function : balanced_adam_", done.stdout)[1:]
-    return {f.split()[0]: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", f) for f in functions}
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]+);"
+    return {f.split()[0]: [(int(at, 16), what) for at, what in re.findall(pattern, f)] for f in functions}
+
+
+def machine_code(variant: Variant, architecture: str) -> dict[str, list[str]]:
+    """Kernel -> its instructions."""
+    return {name: [what for _, what in found] for name, found in _listing(variant, architecture).items()}
+
+
+def vector_loop(variant: Variant, architecture: str) -> int:
+    """Instructions in one turn of the flat kernel's loop over vectors of four elements: the shortest with four roots in it."""
+    found = _listing(variant, architecture)["flat"]
+    ends = [(at, re.match(r"BRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)", what)) for at, what in found]
+    loops = [[what for at, what in found if int(target[1], 16) <= at <= end] for end, target in ends if target]
+    return min(len(loop) for loop in loops if sum("MUFU.RSQ" in what for what in loop) >= 4)
 
 
 def accesses(instructions: list[str]) -> Counter[str]:
@@ -79,6 +94,18 @@ def main() -> None:
         assert not any(resources.spilled for kernels in found for resources in kernels.values())
         greatest = [max(kernels[k].registers for kernels in found) for k in KERNELS[:3]]
         print(f"| {architecture} | " + " | ".join(map(str, greatest)) + " |")
+
+    print(
+        f"\nInstructions for one element on {SM} SM x 4 x {GHZ} GHz, and the part of the issue slots that they take while memory "
+        f"moves {TERABYTES} TB/s (an estimate for an H100):\n"
+    )
+    print("| moments | gradient, copy | bytes | instructions | issue slots |\n|---|---|---|---|---|")
+    for state, (name, stored) in enumerate((("fp32", 8), ("packed32", 4), ("packed16", 2), ("packed8", 1))):
+        for grad, copy, what, moved in ((1, 0, "fp32, none", 4), (2, 2, "bf16, bf16", 4)):
+            instructions = vector_loop(Variant(1, grad, copy, False, state), "sm_90") / 4
+            size = 8 + 2 * stored + moved
+            slots = instructions / 32 * (TERABYTES * 1e12 / size) / (SM * 4 * GHZ * 1e9)
+            print(f"| {name} | {what} | {size} | {instructions:.0f} | {slots:.0%} |")
 
 
 if __name__ == "__main__":

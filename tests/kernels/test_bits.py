@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balanced_adam import rule
+from balanced_adam import packed, rule
 from balanced_adam.kernels import cpu
 from balanced_adam.kernels.cpu import ISA, Library, load
 from balanced_adam.kernels.table import Recipe, Update, Variant, scalars
@@ -215,6 +215,41 @@ def test_directions_are_measured_as_the_rule_has_them_for_any_isa_and_threads(is
             assert torch.equal(squares, load().measure(updates, directions=True)[0])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", range(len(ISA)), ids=ISA)
+@pytest.mark.parametrize("words", WORDS[1:], ids=str)
+def test_directions_of_packed_moments_are_those_of_the_rule_within_their_bound(words: torch.dtype, isa: int) -> None:
+    run_of(ISA[isa])
+    generator = torch.Generator().manual_seed(5)
+    state = torch.randint(0, 2**31, (1027,), generator=generator).to(words)
+    step, betas, eps = 7, (0.95, 0.95), 1e-8
+    correction = rule.bias_correction(step, betas, eps)
+    limit = 1.0 / correction.scale
+    direction = rule.direction(*packed.unpack(state), correction).clamp(-limit, limit)
+    update = Update(state, state, state, None, scalars(step, 0.0, betas, eps, 0.0, False))
+    squares, greatest = Library(cpu_library(), isa).measure([update], directions=True)
+    assert float(squares) == pytest.approx(math.fsum(x * x for x in direction.double().tolist()), rel=1e-14)
+    assert float(greatest) == float(direction.abs().max())
+
+
+def test_a_tie_between_two_levels_of_packed8_is_decided_alike() -> None:
+    """Gradients whose w is exactly on, or one bit beside, the threshold that their own hash sets; beta is 0, so that v is g^2."""
+    found = []
+    for exponent in range(-12, -2):
+        grad = 2.0**exponent * (1.0 + torch.arange(2**20) * 2.0**-20)
+        param = torch.full(grad.shape, 0.5)
+        w = grad * grad + packed.FORMATS["packed8"].w_floor
+        level = 16.0 ** torch.floor(torch.log2(w) / 4 + 13.5) * packed.FORMATS["packed8"].w_floor
+        between = (packed.dither(param, grad, 1)[0] >> 9).float() * (15.0 * 2.0**-23) + 1.0
+        found.append(grad[((w / (level * between) - 1.0).abs() < 2.0**-20)])
+    grad = torch.cat(found)
+    assert len(grad) > 5
+    param, words = torch.full(grad.shape, 0.5), torch.zeros(grad.shape, dtype=torch.uint8)
+    settings = {"lr": 0.1, "betas": (0.0, 0.0), "eps": 1e-8, "weight_decay": 0.0}
+    _, right = packed.update(param, grad, words, step=1, **settings)
+    load().step([Update(param, grad, words, None, scalars(1, **settings, maximize=False))])
+    assert torch.equal(words, right)
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

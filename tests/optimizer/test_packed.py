@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from balanced_adam import BalancedAdam, packed, unpacked
+from balanced_adam.optimizer import _warned
 from balanced_adam.packed import FORMATS, Format
 from balanced_adam.state import FORMATS as STATES
 
@@ -18,12 +19,10 @@ SHORT = [FORMATS["packed16"], FORMATS["packed8"]]
 
 
 def every_word(format: Format) -> Tensor:
-    """Each word that the format writes; of 32 bits a sample."""
+    """Each word there is; of 32 bits a sample."""
     bits = torch.iinfo(format.word).bits
     words = torch.randint(0, 2**32, (200_000,), generator=torch.Generator().manual_seed(0))
     words = torch.arange(2**bits) if bits < 32 else words
-    without_size = (words & format.r_top) == 0
-    words = torch.where(without_size, words & ~(1 << (format.r_bits - 1)), words)  # zero has no sign
     return (words - ((words >> (bits - 1)) << bits) if format.word.is_signed else words).to(format.word)
 
 
@@ -161,7 +160,7 @@ def test_no_step_exceeds_lr_however_the_gradient_runs(state: str, fused: bool | 
         param.grad = growth * torch.where(torch.arange(64) % 2 == 0, 1.0, torch.randn(64, generator=generator))
         optimizer.step()
         assert (param - before).abs().max() <= 1.0 + 1e-4  # of fp32 numbers around 100
-        assert optimizer.update_size().greatest <= (1.0 + 1e-6 if state == "fp32" else math.inf)
+        assert optimizer.update_size().greatest <= 1.0 + 1e-6
 
 
 def parameters() -> list[nn.Parameter]:
@@ -240,6 +239,7 @@ def test_torchs_adamw_goes_on_from_an_unpacked_state_and_back_again(state: str) 
 @pytest.mark.parametrize("state", FORMATS)
 def test_moments_of_unequal_betas_are_cut_and_counted_once(state: str) -> None:
     params = [nn.Parameter(torch.zeros(4))]
+    _warned.discard("cut")  # once a process
     plain = BalancedAdam(params, betas=(0.0, 0.999), allow_unbalanced=True)
     train(plain, params, range(1))  # m = g, v = g^2 / 1000
     ours = BalancedAdam(params, state=state, betas=0.95)
@@ -249,9 +249,58 @@ def test_moments_of_unequal_betas_are_cut_and_counted_once(state: str) -> None:
         warnings.simplefilter("always")
         train(ours, params, range(1, 4))
     told = [str(w.message) for w in said if "|m| > sqrt(v)" in str(w.message)]
-    assert len(told) <= 1  # once a process: another format's test may have had it
+    assert len(told) == 1 and told[0].startswith("4 elements")
     m, v = packed.unpack(ours.state[params[0]]["packed"])
     assert (m.abs() <= v.sqrt() * 1.5 + 1e-8).all()
+
+
+def test_a_state_that_is_loaded_and_saved_before_a_step_loads_again_in_any_format() -> None:
+    params = [nn.Parameter(torch.ones(4))]
+    first = BalancedAdam(params, state="packed16")
+    train(first, params, range(2))
+    second = BalancedAdam(params, state="packed8")
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for state in STATES:
+        third = BalancedAdam(params, state=state)
+        third.load_state_dict(copy.deepcopy(second.state_dict()))
+        train(third, params, range(2, 3))
+        assert third.state[params[0]]["step"] == 3
+
+
+def test_moments_that_were_put_beside_words_are_the_newer_ones() -> None:
+    params = [nn.Parameter(torch.ones(4))]
+    optimizer = BalancedAdam(params, state="packed16")
+    train(optimizer, params, range(2))
+    newer = {"exp_avg": torch.full((4,), 0.25), "exp_avg_sq": torch.full((4,), 1.0)}
+    optimizer.state[params[0]].update(newer)
+    assert torch.equal(unpacked(optimizer.state_dict())["state"][0]["exp_avg"], newer["exp_avg"])
+    params[0].grad = torch.zeros(4)
+    optimizer.step()
+    assert "exp_avg" not in optimizer.state[params[0]]
+    assert packed.unpack(optimizer.state[params[0]]["packed"])[0].allclose(torch.tensor(0.2375), rtol=0.2)
+
+
+def test_unequal_betas_of_a_loaded_state_are_not_taken_over_where_the_state_is_packed() -> None:
+    params = [nn.Parameter(torch.ones(4))]
+    plain = torch.optim.AdamW(params, betas=(0.9, 0.999))
+    train(plain, params, range(2))
+    ours = BalancedAdam(params, state="packed16", allow_unbalanced=True)
+    with pytest.warns(UserWarning, match="goes on with"):
+        ours.load_state_dict(plain.state_dict())
+    train(ours, params, range(2, 3))
+    assert ours.param_groups[0]["betas"] == (0.95, 0.95)
+
+
+def test_words_decoded_for_float64_parameters_are_float64() -> None:
+    words = BalancedAdam([nn.Parameter(torch.ones(4))], state="packed16")
+    train(words, words.param_groups[0]["params"], range(2))
+    param = nn.Parameter(torch.full((4,), 1 / 3, dtype=torch.float64))
+    optimizer = BalancedAdam([param], lr=0.0, weight_decay=0.0)
+    optimizer.load_state_dict(copy.deepcopy(words.state_dict()))
+    param.grad = torch.zeros(4, dtype=torch.float64)
+    optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    optimizer.step()
+    assert torch.equal(param, torch.full((4,), 1 / 3, dtype=torch.float64))
 
 
 BAD = [
@@ -272,14 +321,18 @@ def test_float64_parameters_keep_their_moments_and_say_so() -> None:
         BalancedAdam([nn.Parameter(torch.zeros(2, dtype=torch.float64))], state="packed16")
 
 
-def test_a_checkpoint_in_an_unknown_format_or_not_in_the_one_it_names_is_refused_and_nothing_changes() -> None:
+def test_a_checkpoint_in_an_unknown_format_is_refused_and_nothing_changes() -> None:
     params = [nn.Parameter(torch.zeros(4))]
     optimizer = BalancedAdam(params, state="packed16")
     train(optimizer, params, range(2))
     words = optimizer.state[params[0]]["packed"].clone()
-    for name, message in (("packed12", "is in the format 'packed12'; this version"), ("packed8", "it is damaged")):
+    for name, dtype, message in (
+        ("packed12", torch.int16, "is in the format 'packed12'; this version"),
+        ("packed16", torch.int64, "packed moments of torch.int64, which no format has; it is damaged"),
+    ):
         saved = copy.deepcopy(optimizer.state_dict())
         saved["param_groups"][0]["state"] = name
+        saved["state"][0]["packed"] = saved["state"][0]["packed"].to(dtype)
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(saved)
         assert torch.equal(optimizer.state[params[0]]["packed"], words)

@@ -1,10 +1,16 @@
-"""``python -m tests.perf [step] [engine] [harness] [scaling]`` prints the benchmarks' tables as Markdown; README.md shows them."""
+"""``python -m tests.perf [step] [engine] [harness] [scaling] [formats]`` prints the benchmarks' tables as Markdown; README.md shows them."""
 
 import sys
 
-from tests.perf import engine, harness, scaling, step
+from tests.perf import engine, formats, harness, scaling, step
 
-PARTS = {"step": step.main, "engine": engine.main, "harness": harness.main, "scaling": scaling.main}
+PARTS = {
+    "step": step.main,
+    "engine": engine.main,
+    "harness": harness.main,
+    "scaling": scaling.main,
+    "formats": formats.main,
+}
 
 if __name__ == "__main__":
     for part in sys.argv[1:] or PARTS:

@@ -1,0 +1,130 @@
+"""Formats of the packed state against fp32 moments, on the gradients of a real run; ``python -m tests.perf formats``.
+
+A run of ``tiny`` is recorded: the clipped gradients of some thousand elements. On these each format takes the same steps, and
+its updates are compared with those of fp32 moments. How well a format trains is another question, which train.compare answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from balanced_adam import packed, rule
+from balanced_adam.packed import FORMATS, Format
+from tests.parity.worker import spawn
+from tests.perf.measure import machine, table
+from train import deepspeed_config
+from train.pretrain import initialize
+from train.ranks import start
+from train.settings import REPOSITORY, Run, parse
+
+STEPS, EACH, SKIPPED = 400, 256, 100
+LR, EPS = 1e-3, 1e-8
+Numbers = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+class Recording(NamedTuple):
+    """Of EACH elements of every tensor."""
+
+    weights: Tensor
+    """Before the first step."""
+    gradients: Tensor
+    """(STEPS, elements)."""
+
+
+def record(place: str) -> Recording:
+    """Job of one rank."""
+    config = str(REPOSITORY / "ds_configs" / "zero0.json")
+    arguments = ["--out", place, "--ds-config", config, "--steps", str(STEPS), "--lr", str(LR), "--batch", "16"]
+    settings = parse(Run, arguments, "train.pretrain", None)
+    ranks = start(settings.timeout)
+    trainer = initialize(settings, ranks, deepspeed_config.resolve(settings, ranks.world, False))
+    optimizer = trainer.engine.basic_optimizer
+    generator = torch.Generator().manual_seed(0)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    chosen = [torch.randperm(param.numel(), generator=generator)[:EACH] for param in params]
+    seen: list[Tensor] = []
+
+    def see(*_: Any) -> None:
+        seen.append(torch.cat([param.grad.flatten()[index] for param, index in zip(params, chosen, strict=True)]))
+
+    weights = torch.cat([param.detach().flatten()[index] for param, index in zip(params, chosen, strict=True)])
+    optimizer.register_step_pre_hook(see)
+    for _ in range(STEPS):
+        trainer.train_step()
+    ranks.watch.end()
+    return Recording(weights.clone(), torch.stack(seen))
+
+
+def by_hash_alone(param: Tensor, grad: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Both numbers from hashes."""
+    return packed.dither(param, grad, step)[0], packed.dither(param, grad, step + 10**6)[0]
+
+
+def candidates() -> list[tuple[str, Format, Numbers | None]]:
+    sixteen, eight = FORMATS["packed16"], FORMATS["packed8"]
+    coarse = eight._replace(w_bits=5, w_shift=24, r_bits=3, r_shift=23, r_floor=1 / 8)
+    return [
+        ("packed32", FORMATS["packed32"], packed.dither),
+        ("packed16: 9 + 7 bits", sixteen, packed.dither),
+        ("both by a hash", sixteen, by_hash_alone),
+        ("to nearest", sixteen, None),
+        ("8 + 8 bits", sixteen._replace(w_bits=8, w_shift=21, r_bits=8, r_shift=18), packed.dither),
+        ("10 + 6 bits", sixteen._replace(w_bits=10, w_shift=19, r_bits=6, r_shift=20, r_floor=7 / 64), packed.dither),
+        ("packed8: 4 + 4 bits, r to 0.91", eight, packed.dither),
+        ("both by a hash", eight, by_hash_alone),
+        ("r to 0.69", eight._replace(r_floor=1 / 16), packed.dither),
+        ("r to 1.38", eight._replace(r_floor=1 / 8), packed.dither),
+        ("5 + 3 bits, octaves of sqrt(v)", coarse, packed.dither),
+        ("6 + 2 bits, half octaves", eight._replace(w_bits=6, w_shift=23, r_bits=2, r_shift=22, r_floor=1.0), packed.dither),
+        ("4 bits: 2 + 2", eight._replace(w_bits=2, w_shift=27, r_bits=2, r_shift=23, r_floor=0.5), packed.dither),
+    ]  # fmt: skip
+
+
+def follow(found: Recording, beta: float, format: Format | None, numbers: Numbers | None) -> Tensor:
+    """The update (step / lr) of every element in every step but the first SKIPPED; without a format, of fp32 moments."""
+    weights, m = found.weights.clone(), torch.zeros_like(found.weights)
+    v, moves = m.clone(), []
+    for step, grad in enumerate(found.gradients, 1):
+        before = weights
+        weights, m, v = rule.update(
+            weights,
+            grad,
+            m,
+            v,
+            step=step,
+            lr=LR,
+            betas=(beta, beta),
+            eps=EPS,
+            weight_decay=0.0,
+            bounded=format is not None,
+        )
+        if step > SKIPPED:
+            moves.append((before.double() - weights.double()) / LR)
+        if format is not None:
+            dither = None if numbers is None else numbers(before, grad, step)
+            m, v = packed.unpack(packed.pack(format, m, v, dither), format)
+    return torch.stack(moves)
+
+
+def main() -> None:
+    print(f"{machine()}\n\n`tiny`, {STEPS} steps recorded, the first {SKIPPED} not counted.\n")
+    with TemporaryDirectory() as place:
+        (Path(place) / "run").mkdir()
+        (found,) = spawn(record, 1, f"{place}/run", seconds=600)
+    rows = []
+    exact = {beta: follow(found, beta, None, None) for beta in (0.9, 0.95, 0.99)}
+    for name, format, numbers in candidates():
+        row = {"format": name}
+        for beta, right in exact.items():
+            ours = follow(found, beta, format, numbers)
+            error = float(((ours - right) ** 2).mean().sqrt() / (right**2).mean().sqrt())
+            alike = float((ours * right).sum() / (ours.norm() * right.norm()))
+            row |= {f"error, {beta}": f"{error:.3f}", f"cosine, {beta}": f"{alike:.3f}"}
+        rows.append(row)
+    print(table(rows) + "\n")
