@@ -61,7 +61,7 @@ def pretrain(cluster: Cluster, project: Path, out: Path, options: list[str], *sb
 @pytest.fixture(scope="module")
 def long(options: list[str]) -> list[str]:
     """Long enough to be disturbed."""
-    return [*options, "--steps", "600", "--save-every", "50"]
+    return [*options, "--steps", "400", "--save-every", "50"]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_out_of_time_preempted_and_with_a_crashed_node_it_goes_on_and_ends_with_
     cluster.revive(node2)
     job.ends("COMPLETED", 150)
     assert events(out)[-1]["event"] == "finished"
-    assert len(losses(out)) == 600 and same(out, straight)
+    assert len(losses(out)) == 400 and same(out, straight)
 
 
 def test_cancelled_it_ends_for_good(cluster: Cluster, project: Path, long: list[str], tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
 ) -> None:
     out = tmp_path / "comparison"
     kept = small_run[small_run.index("--data") : small_run.index("--data") + 4]
-    text = "--arms 0.9 --seeds 0 --steps 1000 --batch 4 --sequence-length 32"
+    text = "--arms 0.9 --seeds 0 --steps 600 --batch 4 --sequence-length 32"
     line = [
         *("env", "--default-signal=INT"),  # a job in the background of a shell ignores it
         *(sys.executable, "-m", "train.compare"),
@@ -172,7 +172,7 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
     run = out / "beta-0.9_lr-0.001_seed-0"
     process = subprocess.Popen(line, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 100
-    while not (run / "checkpoints" / "step-0000250" / "complete.json").exists() and time.monotonic() < until:
+    while not (run / "checkpoints" / "step-0000150" / "complete.json").exists() and time.monotonic() < until:
         time.sleep(0.02)
     ranks = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks) >= 3  # the launcher and two ranks
@@ -183,10 +183,10 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
     assert folder.result(run) is None
     done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"Going on from .*step-0000(250|500|750)", (run / "log.txt").read_text())
+    assert re.search(r"Going on from .*step-0000(150|300|450)", (run / "log.txt").read_text())
     steps = [entry["step"] for entry in folder.read_metrics(run) if "loss" in entry]
-    assert steps == list(range(1, 1001)) and (out / "report.html").exists()
-    assert "1000/1000" in done.stderr  # the progress line
+    assert steps == list(range(1, 601)) and (out / "report.html").exists()
+    assert "600/600" in done.stderr  # the progress line
 
 
 def test_python_that_runs_the_tests_is_the_one_that_runs_the_harness() -> None:
