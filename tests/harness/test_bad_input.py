@@ -335,7 +335,7 @@ def test_a_plan_that_somebody_has_edited_is_run_or_refused(tmp_path: Path, capsy
         (
             ("runs", 1, "arguments"),
             [*plan["runs"][1]["arguments"], "--batch", "8"],
-            "differ in more than betas, lr and seed",
+            "differ in more than betas, state, lr and seed",
         ),
         (("launcher",), "mpirun", "launcher is 'mpirun'; it must be one of"),
         (("launcher",), "python", "the launcher python starts one"),
