@@ -50,7 +50,8 @@ def bring_to(format: str, state: State, param: Tensor) -> int:
     if not loaded and state[WORDS].dtype == known.word:
         return 0
     source = [state[name] for name in MOMENTS] if loaded else [state[WORDS]]
-    words, beyond = torch.empty_like(param, dtype=known.word), 0
+    # In logical order, whatever the parameter's: only of a contiguous tensor are the parts views.
+    words, beyond = torch.empty(param.shape, dtype=known.word, device=param.device), 0
     # Part by part: the oracle's intermediate results take eighty bytes an element.
     whole = (words, param.detach(), *source)
     for target, weights, *values in zip(*(t.reshape(-1).split(2**20) for t in whole), strict=True):

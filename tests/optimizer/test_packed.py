@@ -222,6 +222,24 @@ def test_a_run_may_change_from_any_format_to_any_other(before: str, after: str) 
 
 
 @pytest.mark.parametrize("state", FORMATS)
+def test_parameters_in_any_order_in_memory_are_packed_as_contiguous_ones_are(state: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain = [torch.randn(2, 3, 4, 5, generator=generator), torch.randn(6, 4, generator=generator)]
+    laid = [plain[0].to(memory_format=torch.channels_last), plain[1].T.contiguous().T]
+    found = []
+    for tensors in (plain, laid):
+        params = [nn.Parameter(tensor.clone(memory_format=torch.preserve_format)) for tensor in tensors]
+        first = BalancedAdam(params, lr=0.01)
+        train(first, params, range(2))
+        second = BalancedAdam(params, lr=0.01, state=state)
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        train(second, params, range(2, 4))
+        found.append([(param.detach(), second.state[param]["packed"]) for param in params])
+    for ours, theirs in zip(*found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("state", FORMATS)
 def test_torchs_adamw_goes_on_from_an_unpacked_state_and_back_again(state: str) -> None:
     params = [nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(0)))]
     ours = BalancedAdam(params, lr=0.01, state=state)
