@@ -280,9 +280,10 @@ class BalancedAdam(torch.optim.Optimizer):
         if grad is not None and handed is None and grad.dtype != param.dtype and not self.defaults["capturable"]:
             fused = False  # a gradient of another dtype (Tensor.grad_dtype) is cast by the rule
         state = self.state[param]
-        state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         self._cut += states.bring_to(group["state"], state, param)
-        names = [name for name in states.TENSORS if name in state]
+        stored = states.stored(state)
         betas, eps = group["betas"], group["eps"]
         settings = {name: group[name] for name in ("betas", "eps", "weight_decay", "maximize")}
         scalars: bytes | kernels.Recipe
@@ -306,9 +307,9 @@ class BalancedAdam(torch.optim.Optimizer):
             self._moved[param] = (step, betas, eps)
             if not fused:
                 assert param.grad is not None
-                old = [param, *(state[name] for name in names)]
+                old = [param, *stored.values()]
                 new: tuple[Tensor, ...]
-                if names == [states.WORDS]:
+                if states.WORDS in stored:
                     new = packed.update(param, param.grad, *old[1:], step=step, lr=lr, **settings)
                 else:
                     new = rule.update(param, param.grad, *old[1:], step=step, lr=lr, **settings)
@@ -317,9 +318,12 @@ class BalancedAdam(torch.optim.Optimizer):
                     tensor.copy_(value)
                 return
             scalars = kernels.scalars(step, lr, **settings)
-        for name in names:  # of the wrong kind only if somebody has changed the model or the state by hand
-            dtype = state[name].dtype if name == states.WORDS else torch.float32
-            state[name] = _laid_out_as(param, state[name].to(param.device, dtype))
+        for (
+            name,
+            tensor,
+        ) in stored.items():  # of the wrong kind only if somebody has changed the model or the state by hand
+            dtype = tensor.dtype if name == states.WORDS else torch.float32
+            state[name] = _laid_out_as(param, tensor.to(param.device, dtype))
         update = _update_of(param, state, scalars)
         if handed is None:
             assert param.grad is not None
@@ -352,12 +356,11 @@ class BalancedAdam(torch.optim.Optimizer):
                 update = _update_of(param, self.state[param], kernels.scalars(step, 0.0, betas, eps, 0.0, False))
                 in_kernel.setdefault(update.first.dtype, []).append((update, correction.scale))
                 continue
-            state = self.state[param]
-            names = [name for name in states.TENSORS if name in state]
-            for values in zip(*(_parts(state[name]) for name in names), strict=True):
-                m, v = states.moments(dict(zip(names, values, strict=True)))
+            stored = states.stored(self.state[param])
+            for values in zip(*map(_parts, stored.values()), strict=True):
+                m, v = states.moments(dict(zip(stored, values, strict=True)))
                 size = rule.direction(m, v, correction).abs_()
-                if names == [states.WORDS]:
+                if states.WORDS in stored:
                     size = size.clamp_(max=1.0 / correction.scale)
                 greatest.append(size.amax().double() * correction.scale)
                 squares.append(torch.dot(size, size).double() * correction.scale**2)
@@ -402,10 +405,10 @@ class BalancedAdam(torch.optim.Optimizer):
             formats = [group.get("state", "fp32") for group in seen["param_groups"] for _ in group["params"]]
             for format, (param, state) in zip(formats, loaded.items(), strict=False):
                 states.check_loaded(format, state)
-                for name in states.TENSORS:
-                    if name in state and state[name].shape != param.shape:
+                for name, tensor in states.stored(state).items():
+                    if tensor.shape != param.shape:
                         raise ValueError(
-                            f"the loaded {name} has shape {tuple(state[name].shape)}, its parameter {tuple(param.shape)}."
+                            f"the loaded {name} has shape {tuple(tensor.shape)}, its parameter {tuple(param.shape)}."
                         )
 
         own = [(group["betas"], group["state"]) for group in self.param_groups]
@@ -416,11 +419,10 @@ class BalancedAdam(torch.optim.Optimizer):
             hook.remove()
 
         for param, state in loaded.items():
-            for name in states.TENSORS:
-                if name in state:
-                    dtype = state[name].dtype if name == states.WORDS else rule.moments_dtype(param.dtype)
-                    if self.state[param][name].dtype != dtype:
-                        self.state[param][name] = state[name].to(device=param.device, dtype=dtype, copy=True)
+            for name, tensor in states.stored(state).items():
+                dtype = tensor.dtype if name == states.WORDS else rule.moments_dtype(param.dtype)
+                if self.state[param][name].dtype != dtype:
+                    self.state[param][name] = tensor.to(device=param.device, dtype=dtype, copy=True)
         for group, (betas, format) in zip(self.param_groups, own, strict=True):
             group["state"] = format
             beta1, beta2 = group["betas"]
@@ -445,9 +447,9 @@ def _warn_once(message: str, key: str = "") -> None:
 
 def _update_of(param: Tensor, state: dict[str, Any], scalars: bytes | kernels.Recipe) -> kernels.Update:
     """What a kernel is told of a parameter and its state; the gradient is still missing."""
-    if states.WORDS in state:
-        return kernels.Update(param, param, state[states.WORDS], None, scalars)
-    return kernels.Update(param, param, state["exp_avg"], state["exp_avg_sq"], scalars)
+    first, second = (*states.stored(state).values(), None)[:2]
+    assert first is not None
+    return kernels.Update(param, param, first, second, scalars)
 
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:

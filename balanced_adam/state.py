@@ -18,6 +18,11 @@ TENSORS = (*MOMENTS, WORDS)
 State = dict[str, Any]
 
 
+def stored(state: State) -> dict[str, Tensor]:
+    """The tensors that hold the moments, by name: two moments, or the words."""
+    return {name: state[name] for name in TENSORS if name in state}
+
+
 def moments(state: State) -> tuple[Tensor, Tensor]:
     """m and v; decoded from words if need be."""
     if "exp_avg" in state:

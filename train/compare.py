@@ -70,7 +70,12 @@ class Arm(NamedTuple):
     def of(optimizer: Optimizer) -> Arm:
         """That of a run."""
         betas = optimizer.betas if isinstance(optimizer.betas, tuple) else (optimizer.betas,)
-        return Arm(betas[:1] if betas[0] == betas[-1] else betas, optimizer.state)
+        return Arm.shortened(betas, optimizer.state)
+
+    @staticmethod
+    def shortened(betas: tuple[float, ...], state: str) -> Arm:
+        """With one beta where both are equal."""
+        return Arm(betas[:1] if betas[0] == betas[-1] else betas, state)
 
     @staticmethod
     def parse(text: str) -> Arm:
@@ -83,7 +88,7 @@ class Arm(NamedTuple):
         except ValueError:
             raise SettingsError(f"arms has {text!r}; an arm is one beta or beta1,beta2, each in [0, 1).") from None
         require(state in ("", *FORMATS), f"arms has {text!r}; after the colon comes one of {', '.join(FORMATS)}.")
-        return Arm(betas[:1] if betas[0] == betas[-1] else betas, state or "fp32")
+        return Arm.shortened(betas, state or "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,12 +211,7 @@ class Metrics:
         """Open the file, dropping what a run that was cut wrote after ``step``, where it goes on."""
         path = out / "metrics.jsonl"
         kept = [line for line in read_metrics(out) if line["step"] <= step]
-        aside = path.with_suffix(".tmp")
-        with aside.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self.seconds = sum(line.get("step_seconds", 0.0) for line in kept)
         """Time spent in training steps, also before a resume."""

@@ -52,13 +52,10 @@ INLINE void step_range(const Row& row, i64 begin, i64 end) {
     // The arrays are distinct; __restrict on local pointers does not tell GCC so.
 #pragma GCC ivdep
     for (i64 i = at; i < stop; i++) {
-      float p = Element<PARAM>::load(param[i]), g = Element<GRAD>::load(grad[i]) * factor, m, v;
+      float p = Element<PARAM>::load(param[i]), g = Element<GRAD>::load(grad[i]) * factor;
       if (KEEP) grad[i] = Element<GRAD>::store(g * s.sign);
       typename State::Code a = first[i], b = State::TWO ? second[i] : a;
-      State::decode(a, b, m, v);
-      const Dither dither(s, p, g);
-      update<State::BOUNDED>(s, p, g, m, v);
-      State::encode(dither, m, v, a, b);
+      step<State>(s, p, g, a, b);
       first[i] = (typename State::Word)a;
       if (State::TWO) second[i] = (typename State::Word)b;
       param[i] = Element<PARAM>::store(p);
@@ -154,12 +151,7 @@ INLINE Measure direction_range(const Row& row, i64 begin, i64 end) {
     for (int i = 0; i < count; i++) {
       float m, v;
       State::decode(first[i], State::TWO ? second[i] : first[i], m, v);
-      float move = direction(m, v, row.scalars.eps);
-      if (State::BOUNDED) {
-        move = row.scalars.limit < move ? row.scalars.limit : move;
-        move = -row.scalars.limit > move ? -row.scalars.limit : move;
-      }
-      buffer[i] = move;
+      buffer[i] = bounded_direction<State::BOUNDED>(row.scalars, m, v);
     }
     for (int i = 0; i < count; i++) {
       u32 size = bits(buffer[i]) & 0x7fffffffu;  // ordered as the numbers are, with NaN beyond infinity

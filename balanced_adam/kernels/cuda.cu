@@ -57,12 +57,9 @@ __device__ __forceinline__ Arrays arrays_of(const Row& row, i64 begin) {
 }
 
 __device__ __forceinline__ void step_one(const Arrays& a, int i) {
-  float p = Param::load(a.param[i]), g = Grad::load(a.grad[i]) * a.factor, m, v;
+  float p = Param::load(a.param[i]), g = Grad::load(a.grad[i]) * a.factor;
   State::Code first = a.first[i], second = State::TWO ? a.second[i] : first;
-  State::decode(first, second, m, v);
-  const Dither dither(a.scalars, p, g);
-  update<State::BOUNDED>(a.scalars, p, g, m, v);
-  State::encode(dither, m, v, first, second);
+  step<State>(a.scalars, p, g, first, second);
   a.first[i] = (State::Word)first;
   if (State::TWO) a.second[i] = (State::Word)second;
   a.param[i] = Param::store(p);
@@ -87,12 +84,9 @@ __device__ __forceinline__ void step_four(const Arrays& a, int i) {
   Vector<Copy::Stored> copy;
 #pragma unroll
   for (int k = 0; k < WIDTH; k++) {
-    float p = Param::load(param.x[k]), g = Grad::load(grad.x[k]) * a.factor, m, v;
+    float p = Param::load(param.x[k]), g = Grad::load(grad.x[k]) * a.factor;
     State::Code one = first.x[k], two = State::TWO ? second.x[k] : one;
-    State::decode(one, two, m, v);
-    const Dither dither(a.scalars, p, g);
-    update<State::BOUNDED>(a.scalars, p, g, m, v);
-    State::encode(dither, m, v, one, two);
+    step<State>(a.scalars, p, g, one, two);
     first.x[k] = (State::Word)one;
     if (State::TWO) second.x[k] = (State::Word)two;
     param.x[k] = Param::store(p);

@@ -213,7 +213,15 @@ constexpr float SMALLEST_NORMAL = 1.17549435e-38f;
 HOST_DEVICE float flush(float x) { return (bits(x) & 0x7fffffffu) < 0x00800000u ? 0.0f : x; }
 
 // balanced_adam.rule.direction
-HOST_DEVICE float direction(float m, float v, float eps) { return quotient(m, root(v) + eps); }
+template <bool BOUNDED>
+HOST_DEVICE float bounded_direction(const Scalars& s, float m, float v) {
+  float move = quotient(m, root(v) + s.eps);
+  if (BOUNDED) {
+    move = s.limit < move ? s.limit : move;
+    move = -s.limit > move ? -s.limit : move;
+  }
+  return move;
+}
 
 // equation by equation, balanced_adam.rule.update
 template <bool BOUNDED>
@@ -224,12 +232,18 @@ HOST_DEVICE void update(const Scalars& s, float& param, float grad, float& m, fl
     m = flush(m), v = flush(v);
     m = number(bits(m) & (v <= s.spent ? 0u : 0xffffffffu));  // of m = ... ? 0 : m GCC makes two divisions
   }
-  float move = direction(m, v, s.eps);
-  if (BOUNDED) {
-    move = s.limit < move ? s.limit : move;
-    move = -s.limit > move ? -s.limit : move;
-  }
+  float move = bounded_direction<BOUNDED>(s, m, v);
   param = param * s.shrink - move * s.rate;
+}
+
+// One step of an element: its moments decoded, updated, encoded.
+template <class State>
+HOST_DEVICE void step(const Scalars& s, float& param, float grad, typename State::Code& first, typename State::Code& second) {
+  float m, v;
+  State::decode(first, second, m, v);
+  const Dither dither(s, param, grad);
+  update<State::BOUNDED>(s, param, grad, m, v);
+  State::encode(dither, m, v, first, second);
 }
 
 // ---- What balanced_adam.rule.bias_correction does, where the step count and lr live on the device (CUDA graphs).

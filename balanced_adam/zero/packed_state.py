@@ -1,8 +1,8 @@
 """DeepSpeed's access to optimizer state, where the moments are packed words (:mod:`balanced_adam.packed`).
 
-DeepSpeed asks for ``exp_avg`` and ``exp_avg_sq`` by name, to show them (``safe_get_full_optimizer_state`` and its kin). They are decoded for it. Universal checkpoints hold fp32 moments, which the
-first step after loading packs again. To set one of them isn't possible, and refused: a value
-written into a copy would be lost.
+DeepSpeed asks for ``exp_avg`` and ``exp_avg_sq`` by name, to show them (``safe_get_full_optimizer_state`` and its kin): they are
+decoded for it. To set one of them isn't possible, and refused: a value written into a copy would be lost. Universal
+checkpoints hold fp32 moments, which the first step after loading packs again.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from balanced_adam.state import MOMENTS, WORDS, moments
-
-Override = tuple[type, str, Callable[..., Any]]
+from balanced_adam.zero.one_pass import Override
 
 
 def overrides() -> Sequence[Override]:

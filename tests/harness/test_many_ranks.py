@@ -97,6 +97,5 @@ def test_a_step_costs_the_same_collectives_and_no_file_on_2_and_on_16_ranks(tmp_
         assert len(list((place / "run" / "checkpoints").glob("step-*/zero_pp_rank_*"))) == world
     assert costs[16] == costs[2]
     assert costs[2].files == set()
-    assert (
-        costs[2].calls == {"sum_and_max": 1} and costs[2].numbers == 5
-    )  # of train_step: sums of 3 numbers, maxima of 2
+    # Of train_step: sums of 3 numbers, maxima of 2.
+    assert costs[2].calls == {"sum_and_max": 1} and costs[2].numbers == 5
