@@ -1,7 +1,8 @@
 """Many runs: arms (beta settings) x learning rates x seeds, one after the other, and the report at the end.
 
 The plan is a manifest file. Start it again after a Ctrl-C or a crash: finished runs are skipped, a cut one goes on from
-its newest checkpoint.
+its newest checkpoint. Start it several times, on one machine or on many that share the folder: each takes runs that no other
+one is at.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -104,6 +105,8 @@ class Comparison:
     """Seeds; every arm starts from the same weights and sees the same batches for the same seed."""
     lr: tuple[float, ...] = (1e-3,)
     """Peak learning rates; every arm is run with each."""
+    lr_from: Path | None = None
+    """Instead of lr: the folder of a comparison in which these arms were tuned; each is run at its best learning rate there."""
     steps: int = 200
     """Optimizer steps of one run."""
     tokens: int | None = None
@@ -129,9 +132,10 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
 
     Raises:
         SettingsError: if an arm is no pair of betas, an arm or a seed is given twice, an option after "--" is one of those
-            that are compared, or train.pretrain would refuse a run's settings.
+            that are compared, an arm was not tuned, or train.pretrain would refuse a run's settings.
     """
     arms = {str(arm): arm for arm in map(Arm.parse, comparison.arms)}
+    rates = dict.fromkeys(arms, comparison.lr) if comparison.lr_from is None else _tuned(comparison.lr_from, arms)
     for name, values in (("arms", comparison.arms), ("seeds", comparison.seeds), ("lr", comparison.lr)):
         different = arms if name == "arms" else set(values)
         require(bool(values), f"{name} is empty; give at least one.")
@@ -152,7 +156,8 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
     often = str(max(1, steps // 4))
     runs = []
     # Seed by seed, so that whatever is finished when somebody stops can be compared in pairs.
-    for seed, lr, (label, arm) in product(comparison.seeds, comparison.lr, arms.items()):
+    cells = [(lr, label, arm) for label, arm in arms.items() for lr in rates[label]]
+    for seed, (lr, label, arm) in product(comparison.seeds, cells):
         arguments = ["--betas", *map(repr, arm.betas), "--lr", repr(lr), "--seed", str(seed), "--steps", str(steps)]
         arguments += ["--batch", str(comparison.batch), "--sequence-length", str(comparison.sequence_length)]
         arguments += ["--warmup", str(steps // 10), "--save-every", often, "--validate-every", often]
@@ -164,6 +169,14 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
         _checked(run, ranks)
         runs.append(run)
     return {"steps": steps, "ranks": ranks, "launcher": launcher, "runs": runs}
+
+
+def _tuned(out: Path, arms: Iterable[str]) -> dict[str, tuple[float, ...]]:
+    """Of each arm, its best learning rate in the comparison in ``out``."""
+    best = report.best_lr(report.load(out)[1]).groupby("arm")["lr"].first().to_dict()
+    for arm in arms:
+        require(arm in best, f"lr_from is {out}, where no run of the arm {arm} has ended; there are {', '.join(best)}.")
+    return {arm: (float(best[arm]),) for arm in arms}
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
@@ -294,7 +307,7 @@ def end(process: subprocess.Popen[Any], patience: float = 10.0) -> None:
 
 
 def execute(plan: dict[str, Any], out: Path) -> None:
-    """Run what isn't finished, one run after the other, with one progress line for all of it.
+    """Run what isn't finished and no other worker is at, one run after the other, until all runs have ended.
 
     Raises:
         SettingsError: if a run fails (one that diverges doesn't: that is a result), with its own sentence.
@@ -302,26 +315,34 @@ def execute(plan: dict[str, Any], out: Path) -> None:
     runs, steps = plan["runs"], plan["steps"]
     for run in runs:  # none of them may be another run of that name, made before the plan was edited
         folder.check(_settings(run, out))
-    finished = [run for run in runs if folder.result(out / run["name"])]
-    if finished:
-        print(f"{len(finished)} of {len(runs)} runs are finished already.", flush=True)
-    with Progress(len(runs) * steps, len(finished) * steps, "compare", enabled=True) as progress:
-        done = len(finished) * steps
-        for number, run in enumerate(runs, 1):
-            target = out / run["name"]
-            if folder.result(target):
-                continue
-            target.mkdir(parents=True, exist_ok=True)
-            log = target / "log.txt"
-            with _started(command(plan, run, out), log) as process:
-                while process.poll() is None:
-                    time.sleep(POLL_SECONDS)
-                    lines = folder.read_metrics(target)
-                    progress.show(done + (lines[-1]["step"] if lines else 0), f"run {number}/{len(runs)} {run['name']}")
-            if folder.result(target) is None:
-                said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
-                raise SettingsError(f"run {run['name']} failed: {said[-1][7:] if said else f'see {log}'}")
-            done += steps
+
+    def left() -> list[dict[str, Any]]:
+        return [run for run in runs if folder.result(out / run["name"]) is None]
+
+    done = len(runs) - len(left())
+    if done:
+        print(f"{done} of {len(runs)} runs are finished already.", flush=True)
+    with Progress(len(runs) * steps, done * steps, "compare", enabled=True) as progress:
+        while pending := left():
+            for run in pending:
+                with folder.sole_worker(out / run["name"]) as mine:
+                    if mine and folder.result(out / run["name"]) is None:
+                        _execute(plan, run, out, progress, (len(runs) - len(left())) * steps)
+            time.sleep(POLL_SECONDS)  # what is left now, another worker is at
+        progress.show(len(runs) * steps)
+
+
+def _execute(plan: dict[str, Any], run: dict[str, Any], out: Path, progress: Progress, done: int) -> None:
+    """One run, ``done`` steps being behind it."""
+    log = out / run["name"] / "log.txt"
+    with _started(command(plan, run, out), log) as process:
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            lines = folder.read_metrics(out / run["name"])
+            progress.show(done + (lines[-1]["step"] if lines else 0), run["name"])
+    if folder.result(out / run["name"]) is None:
+        said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+        raise SettingsError(f"run {run['name']} failed: {said[-1][7:] if said else f'see {log}'}")
 
 
 def compare(comparison: Comparison) -> None:

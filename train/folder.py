@@ -16,6 +16,8 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -155,6 +157,22 @@ def claim(run: Run) -> FileLock:
             f"out is {run.out}, where another run is at work now; wait for it, or give another folder."
         ) from None
     return lock
+
+
+@contextmanager
+def sole_worker(out: Path) -> Iterator[bool]:
+    """Whether this process alone is to start the run in ``out``, for as long as the block takes."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".worker")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def note(out: Path, event: str, **values: Any) -> None:

@@ -31,36 +31,55 @@ LEVEL = 0.05
 class Report:
     """Where the runs are."""
 
-    runs: Annotated[Path, tyro.conf.Positional] = Path("runs/compare")
-    """The folder of a comparison (it holds manifest.json)."""
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (Path("runs/compare"),)
+    """Folders of comparisons (each holds manifest.json), which are put together; the report goes into the first one."""
     baseline: str = ""
     """The arm the others are compared with. Default: the first arm."""
 
 
-def load(out: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str, pd.DataFrame]]:
-    """The manifest, one row per run that ended (arm, lr, seed, status, validation_loss), and each run's metrics by name.
+def load(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str, pd.DataFrame]]:
+    """The first manifest with all runs, one row per run that ended (arm, lr, seed, status, validation_loss), and each run's metrics by name.
 
     Raises:
-        SettingsError: if there is no manifest or no run has ended.
+        SettingsError: if there is no manifest, no run has ended, or the folders don't belong together.
     """
-    file = out / "manifest.json"
-    require(file.exists(), f"runs is {out}, which holds no manifest.json; give the folder of a comparison.")
-    plan = folder.read_json(file, "runs", "command")
+    plan: dict[str, Any] = {}
     rows, metrics = [], {}
-    for run in plan["runs"]:
-        try:
-            result = folder.result(out / run["name"])
-        except SettingsError as error:
-            print(f"left out: {error}", file=sys.stderr)  # one damaged run is no reason to hide the others
-            continue
-        lines = folder.read_metrics(out / run["name"])
-        if result and lines:
-            rows.append({**{k: run[k] for k in ("name", "arm", "lr", "seed")}, **result})
-            metrics[run["name"]] = pd.DataFrame(lines, columns=sorted({*PLOTS, *(k for line in lines for k in line)}))
-    require(bool(rows), f"runs is {out}, where no run has ended yet.")
+    shared: dict[str, Any] = {}
+    cells: set[tuple[str, float, int]] = set()
+    for out in folders:
+        file = out / "manifest.json"
+        require(file.exists(), f"runs is {out}, which holds no manifest.json; give the folder of a comparison.")
+        found = folder.read_json(file, "runs", "command")
+        plan = plan or {**found, "runs": []}
+        for run in found["runs"]:
+            cell = (run["arm"], run["lr"], run["seed"])
+            require(
+                cell not in cells, f"runs has {run['name']} twice, in {out} and in another folder; give one of them."
+            )
+            cells.add(cell)
+            plan["runs"].append(run)
+            try:
+                result = folder.result(out / run["name"])
+            except SettingsError as error:
+                print(f"left out: {error}", file=sys.stderr)  # one damaged run is no reason to hide the others
+                continue
+            lines = folder.read_metrics(out / run["name"])
+            if result and lines:
+                rows.append({**{k: run[k] for k in ("name", "arm", "lr", "seed")}, **result})
+                metrics[run["name"]] = pd.DataFrame(
+                    lines, columns=sorted({*PLOTS, *(k for line in lines for k in line)})
+                )
+                settings = common_settings(out / run["name"])
+                shared = shared or settings
+                require(
+                    settings == shared,
+                    f"runs has {out}, whose runs differ from those of {folders[0]} in more than arm, lr and seed.",
+                )
+    require(bool(rows), f"runs is {', '.join(map(str, folders))}, where no run has ended yet.")
     table = pd.DataFrame(rows)
     table["validation_loss"] = table["validation_loss"].astype(float)
-    return plan, table, metrics
+    return {**plan, "settings": shared}, table, metrics
 
 
 def best_lr(table: pd.DataFrame) -> pd.DataFrame:
@@ -78,7 +97,8 @@ def best_lr(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """One row per arm: mean loss, and the paired difference from the baseline with its interval and verdict.
+    """One row per arm: mean loss, and the paired difference from the baseline with its interval and verdict; ``percent`` times a
+    difference is that in percent of the baseline's loss.
 
     Differences are paired by seed; intervals and p-values are Student's t over seeds, Holm-corrected over arms for the
     verdict (level 0.05). A diverged run counts in ``diverged`` and leaves its seed without a pair.
@@ -97,6 +117,7 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
             "loss": losses.mean(),
         }
         difference = (losses - by_seed[baseline]).dropna()
+        row["percent"] = 100.0 / by_seed.loc[difference.index, baseline].mean()
         row |= {"pairs": len(difference), "difference": math.nan, "low": math.nan, "high": math.nan, "p": math.nan}
         if arm != baseline and len(difference):
             row["difference"] = difference.mean()
@@ -131,13 +152,16 @@ def verdict(row: dict[str, Any], baseline: str) -> str:
 def caveats(table: pd.DataFrame) -> list[str]:
     """What a reader must know before believing the table."""
     rates = sorted(table["lr"].unique())
+    by_arm = {arm: sorted(rows["lr"].unique()) for arm, rows in table.groupby("arm", sort=False)}
     said = []
     if len(rates) == 1:
         said.append(f"One learning rate ({rates[0]:g}) was used for all arms; an arm tuned on its own might do better.")
+    elif max(map(len, by_arm.values())) == 1:
+        said.append("Each arm was run at one learning rate, chosen for it beforehand.")
     else:
         said.append(f"Each arm is shown at its best of the learning rates {', '.join(f'{r:g}' for r in rates)}.")
         for arm, rows in best_lr(table).groupby("arm", sort=False):
-            if rows["lr"].iloc[0] in (rates[0], rates[-1]):
+            if rows["lr"].iloc[0] in (by_arm[arm][0], by_arm[arm][-1]):
                 said.append(f"({arm}) is best at the edge of the learning rates tried, so its optimum may lie beyond.")
     if table["seed"].nunique() == 1:
         said.append("There is one seed, and one seed proves nothing.")
@@ -179,35 +203,38 @@ PLOTS = {
 def markdown(summary: pd.DataFrame, notes: list[str]) -> str:
     """The table of arms as Markdown, with verdicts and caveats."""
     lines = [
-        "| betas | lr | runs | diverged | validation loss | difference | 95 % interval | p (Holm) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| betas | lr | runs | diverged | validation loss | difference | 95 % interval | in % | p (Holm) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in summary.to_dict("records"):
         interval = f"{row['low']:+.4f} to {row['high']:+.4f}" if not math.isnan(row["low"]) else "n/a"
         difference = f"{row['difference']:+.4f}" if not math.isnan(row["difference"]) else "n/a"
+        percent = (
+            " to ".join(f"{row[k] * row['percent']:+.2f}" for k in ("low", "high")) if interval != "n/a" else "n/a"
+        )
         p = f"{row['p_holm']:.3f}" if not math.isnan(row["p_holm"]) else "n/a"
         loss = f"{row['loss']:.4f}" if not math.isnan(row["loss"]) else "n/a"
         lines.append(
-            f"| {row['arm']} | {row['lr']:g} | {row['runs']} | {row['diverged']} | {loss} | {difference} | {interval} | {p} |"
+            f"| {row['arm']} | {row['lr']:g} | {row['runs']} | {row['diverged']} | {loss} | {difference} | {interval} | {percent} | {p} |"
         )
     lines += ["", *(f"- {sentence}" for sentence in [*summary["verdict"], *notes])]
     return "\n".join(lines) + "\n"
 
 
-def common_settings(out: Path, run: str) -> str:
-    """What all runs share, from the run.json of one of them, as one line."""
-    identity = folder.read_json(out / run / "run.json", "identity")["identity"]
-    values = {k: v for part in identity.values() if isinstance(part, dict) for k, v in part.items() if k not in ARM}
-    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+def common_settings(run: Path) -> dict[str, Any]:
+    """What the runs of a comparison share, from the run.json of one of them."""
+    identity = folder.read_json(run / "run.json", "identity")["identity"]
+    return {k: v for part in identity.values() if isinstance(part, dict) for k, v in part.items() if k not in ARM}
 
 
-def write(out: Path, baseline: str = "") -> None:
-    """Write report.md, report.csv and report.html into ``out`` and print the table.
+def write(*folders: Path, baseline: str = "") -> None:
+    """Write report.md, report.csv and report.html into the first folder and print the table.
 
     Raises:
         SettingsError: if there is nothing to report, or no such baseline.
     """
-    plan, table, metrics = load(out)
+    out = folders[0]
+    plan, table, metrics = load(*folders)
     best = best_lr(table)
     summary = summarize(best, baseline or plan["runs"][0]["arm"])
     notes = caveats(table)
@@ -225,7 +252,7 @@ def write(out: Path, baseline: str = "") -> None:
         plots=[(label, curves(best, metrics, column)) for column, label in PLOTS.items()],
         runs=table.to_dict("records"),
         plan=plan,
-        settings=common_settings(out, table["name"].iloc[0]),
+        settings=", ".join(f"{key} {value}" for key, value in plan["settings"].items() if value is not None),
         speed={
             arm: float(np.median(np.concatenate([metrics[n]["step_seconds"].dropna() for n in rows["name"]])))
             for arm, rows in best.groupby("arm", sort=False)
@@ -240,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: ``python -m train.report FOLDER``."""
     try:
         report = parse(Report, sys.argv[1:] if arguments is None else arguments, "train.report", __doc__)
-        write(report.runs, report.baseline)
+        write(*report.runs, baseline=report.baseline)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

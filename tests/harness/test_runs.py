@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from train import compare, folder
+from train import compare, folder, report
 from train.settings import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "ds_configs").glob("zero*.json"))
@@ -118,22 +119,28 @@ def test_a_dry_run_estimates_memory_and_writes_nothing(small_run: list[str]) -> 
 
 
 @pytest.mark.ranks
-def test_compare_skips_what_is_finished_goes_on_with_what_was_cut_and_reports(
+def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_what_was_cut_and_reports(
     small_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "comparison"
     kept = small_run[small_run.index("--data") : small_run.index("--data") + 4]
-    text = "--arms 0.9 0.9,0.99 --seeds 0 1 --steps 4 --batch 4 --sequence-length 32 --ranks 1 --launcher python"
-    arguments = [*text.split(), "--out", str(out), "--", *kept, "--validation-fraction", "0.2"]
-    compare.main(arguments)
+    text = "--seeds 0 1 --steps 4 --batch 4 --sequence-length 32 --ranks 1 --launcher python"
+    rest = [*text.split(), "--", *kept, "--validation-fraction", "0.2"]
+    arguments = ["--arms", "0.9", "0.9,0.99", "--lr", "0.002", "--out", str(out), *rest]
+    with subprocess.Popen([sys.executable, "-m", "train.compare", *arguments], cwd=REPOSITORY) as other:
+        compare.main(arguments)
+    assert other.returncode == 0
     said = capsys.readouterr().out
     assert "| 0.9,0.99 |" in said and str(out / "report.html") in said
     page = (out / "report.html").read_text()
-    assert "One learning rate (0.001) was used for all arms" in page and "http" not in page.replace(
+    assert "One learning rate (0.002) was used for all arms" in page and "http" not in page.replace(
         "http://www.w3.org", ""
     )
     plan = json.loads((out / "manifest.json").read_text())
     assert [run["arm"] for run in plan["runs"]] == ["0.9", "0.9,0.99"] * 2 and plan["packages"]["torch"]
+    for run in plan["runs"]:
+        events = [line["event"] for line in folder.read_lines(out / run["name"] / "attempts.jsonl")]
+        assert events == ["begins", "finished"]  # by one worker
     first = {run["name"]: losses(["--out", str(out / run["name"])])[0] for run in plan["runs"]}
     assert len(set(first.values())) == 2  # arms of a seed start alike
     stamps = [(out / run["name"] / "metrics.jsonl").stat().st_mtime_ns for run in plan["runs"]]
@@ -149,6 +156,26 @@ def test_compare_skips_what_is_finished_goes_on_with_what_was_cut_and_reports(
         process.kill()
         process.wait()
         assert {file: file.read_bytes() for file in out.glob("report.*")} == reports
+
+    tuned = tmp_path / "tuned"
+    compare.main(["--arms", "0.9", "--lr-from", str(out), "--out", str(tuned), "--plan-only", *rest])
+    assert {run["lr"] for run in json.loads((tuned / "manifest.json").read_text())["runs"]} == {0.002}
+    with pytest.raises(SystemExit):
+        compare.main(["--arms", "0.8", "--lr-from", str(out), "--out", str(tuned), "--plan-only", *rest])
+    assert "where no run of the arm 0.8 has ended; there are 0.9, 0.9,0.99." in capsys.readouterr().err
+
+    for run in ("beta-0.9_lr-0.002_seed-0", "beta-0.9-0.99_lr-0.002_seed-0"):  # as if the arms were two comparisons
+        half = tmp_path / run
+        shutil.copytree(out / run, half / run)
+        folder.write_json(
+            half / "manifest.json", {**plan, "runs": [each for each in plan["runs"] if each["name"] == run]}
+        )
+    halves = sorted(tmp_path.glob("beta-*"), reverse=True)
+    report.main(list(map(str, halves)))
+    assert "| 0.9 | 0.002 | 1 |" in (said := capsys.readouterr().out) and "| 0.9,0.99 | 0.002 | 1 |" in said
+    with pytest.raises(SystemExit):
+        report.main([str(halves[0]), str(out)])
+    assert "runs has beta-0.9_lr-0.002_seed-0 twice" in capsys.readouterr().err
 
 
 @pytest.mark.ranks

@@ -1,0 +1,162 @@
+"""Other optimizers with a small state, on the runs of a comparison: ``python -m tests.perf.rivals --help``.
+
+Each takes BalancedAdam's place in train.pretrain, at ZeRO stage 0; weights, batches, schedule, clipping and validation are the
+same, so that ``python -m train.report`` may put its runs beside those of a comparison. A run that is cut begins anew.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from balanced_adam import rule
+from train import compare, folder, report
+from train.settings import REPOSITORY, SettingsError, parse, require
+
+Groups = list[dict[str, Any]]
+
+
+class Rival(Protocol):
+    """What of torch.optim.Optimizer is used."""
+
+    param_groups: Groups
+
+    def step(self) -> Any: ...
+
+
+class BFloat16Moments:
+    """The same rule; both moments rounded to the nearest bfloat16 after each step: 4 bytes a weight."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.param_groups, self.steps = groups, 0
+        self.state: dict[Tensor, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.steps += 1
+        for group in self.param_groups:
+            for param in group["params"]:
+                m, v = self.state.get(param, (torch.zeros_like(param).bfloat16(), torch.zeros_like(param).bfloat16()))
+                hyper = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+                new, m, v = rule.update(
+                    param, param.grad, m.float(), v.float(), step=self.steps, bounded=False, **hyper
+                )
+                param.copy_(new)
+                self.state[param] = m.bfloat16(), v.bfloat16()
+
+
+def bitsandbytes(groups: Groups) -> Rival:
+    """AdamW8bit: int8 by a table, an absolute maximum for each 256 elements; tensors below 4096 elements in fp32."""
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(groups)  # type: ignore[no-any-return]
+
+
+def torchao(groups: Groups) -> Rival:
+    """AdamW8bit: as that of bitsandbytes, compiled by torch."""
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(groups)  # type: ignore[no-any-return]
+
+
+def torchao4(groups: Groups) -> Rival:
+    """AdamW4bit: 4 bits, an absolute maximum for each 128 elements."""
+    from torchao.optim import AdamW4bit
+
+    return AdamW4bit(groups)  # type: ignore[no-any-return]
+
+
+RIVALS: dict[str, Callable[[Groups], Rival]] = {
+    "bf16": BFloat16Moments,
+    "bitsandbytes8": bitsandbytes,
+    "torchao8": torchao,
+    "torchao4": torchao4,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rivals(compare.Comparison):
+    """A comparison of rivals; its arms are betas alone."""
+
+    rivals: tuple[str, ...] = tuple(RIVALS)
+    """Which of them; bitsandbytes and torchao must have been installed (pip install --no-deps)."""
+
+
+def plan(settings: Rivals) -> dict[str, Any]:
+    """A comparison's plan with every run once for each rival."""
+    require(not set(settings.rivals) - set(RIVALS), f"rivals is {settings.rivals}; there are {', '.join(RIVALS)}.")
+    found = compare.manifest(settings)
+    stage_0 = ["--ds-config", str(REPOSITORY / "ds_configs" / "zero0.json"), "--save-every", "0"]
+    found["runs"] = [
+        {
+            **run,
+            "arm": f"{run['arm']}:{rival}",
+            "name": run["name"].replace("_lr", f"-{rival}_lr"),
+            "arguments": [*run["arguments"], *stage_0],
+            "rival": rival,
+        }
+        for run in found["runs"]
+        for rival in settings.rivals
+    ]
+    return found
+
+
+def train(rival: str, arguments: list[str]) -> int:
+    """train.pretrain, whose engine's optimizer has the rival take its steps."""
+    import deepspeed
+
+    from train import pretrain
+
+    initialize = deepspeed.initialize
+
+    def with_rival(*positional: Any, **named: Any) -> Any:
+        engine, *rest = initialize(*positional, **named)
+        optimizer = (
+            engine.optimizer
+        )  # at stage 0 in fp32, BalancedAdam itself, whose groups the schedule and DeepSpeed know
+        groups = [{k: g[k] for k in ("params", "lr", "betas", "eps", "weight_decay")} for g in optimizer.param_groups]
+        other = RIVALS[rival](groups)
+
+        def step(*_: Any, **__: Any) -> None:
+            for mine, theirs in zip(optimizer.param_groups, other.param_groups, strict=True):
+                if isinstance(theirs["lr"], Tensor):
+                    theirs["lr"].fill_(mine["lr"])
+                else:
+                    theirs["lr"] = mine["lr"]
+            other.step()
+
+        optimizer.step = step
+        return engine, *rest
+
+    deepspeed.initialize = with_rival
+    return pretrain.main(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    if arguments and arguments[0] in RIVALS:
+        sys.exit(train(arguments[0], arguments[1:]))
+    try:
+        settings = parse(Rivals, arguments, "tests.perf.rivals", __doc__)
+        chosen = plan(settings)
+
+        def command(_: dict[str, Any], run: dict[str, Any], out: Path) -> list[str]:
+            place = ["--out", str(out / run["name"])]
+            return [sys.executable, "-m", "tests.perf.rivals", run["rival"], *place, *run["arguments"]]
+
+        compare.command = command
+        settings.out.mkdir(parents=True, exist_ok=True)
+        folder.write_json(settings.out / "manifest.json", {**chosen, **folder.environment()})
+        compare.execute(chosen, settings.out.resolve())
+        report.write(settings.out)
+    except SettingsError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
