@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from balanced_adam import rule
+from balanced_adam import packed, rule
 from balanced_adam.kernels.table import DTYPES, NO_DTYPE, ROW_SIZE, STATES, KernelUnavailable, Update, scalars
 
 ISA = ("baseline", "AVX2", "AVX-512")
@@ -98,17 +99,22 @@ class Library:
         generator = torch.Generator("cpu").manual_seed(0)
         # Whatever the caller has made torch's defaults.
         numbers = torch.randn(4, 1003, generator=generator, dtype=torch.float32, device="cpu")
-        param, grad, exp_avg, exp_avg_sq = numbers
-        step, lr, betas, eps, decay = 3, 0.1, (0.9, 0.95), 1e-8, 0.1
-        expected = rule.update(
-            param, grad, exp_avg, exp_avg_sq.square_(), step=step, lr=lr, betas=betas, eps=eps, weight_decay=decay
-        )
-        self.step([Update(param, grad, exp_avg, exp_avg_sq, scalars(step, lr, betas, eps, decay, False))])
-        if not all(torch.equal(a, b) for a, b in zip((param, exp_avg, exp_avg_sq), expected, strict=True)):
-            raise KernelUnavailable(
-                f"the CPU kernel's bits are not those of the update rule ({ISA[self.isa]}); was it built with "
-                "-ffast-math or the like in CFLAGS?"
-            )
+        for state in ("fp32", *packed.FORMATS):
+            param, grad, m, v = numbers.clone()
+            v.square_()
+            betas = (0.9, 0.95) if state == "fp32" else (0.95, 0.95)
+            setting: dict[str, Any] = {"lr": 0.1, "betas": betas, "eps": 1e-8, "weight_decay": 0.1}
+            words = () if state == "fp32" else (packed.pack(packed.FORMATS[state], m, v),)
+            tensors = (param, *(words or (m, v)))
+            update = packed.update if words else rule.update
+            expected = update(param, grad, *tensors[1:], step=3, **setting)
+            numbers_of_step = scalars(3, **setting, maximize=False)
+            self.step([Update(param, grad, tensors[1], None if words else v, numbers_of_step)])
+            if not all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True)):
+                raise KernelUnavailable(
+                    f"the CPU kernel's bits are not those of the update rule ({ISA[self.isa]}, {state}); was it built with "
+                    "-ffast-math or the like in CFLAGS?"
+                )
 
 
 @cache

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from balanced_adam import BalancedAdam, kernels
+from balanced_adam.packed import FORMATS
 from tests.kernels.bits import SIZES, VARIANTS, Setting, State, expected, first, same, update
 from train.settings import REPOSITORY
 
@@ -77,7 +78,8 @@ def test_two_streams_do_not_wait_for_each_other_and_have_the_same_bits() -> None
     assert all(same(back(state), control) for state, control in zip(states, controls, strict=True))
 
 
-def test_a_captured_graph_replays_steps_with_a_changing_lr_bit_for_bit() -> None:
+@pytest.mark.parametrize("state", ["fp32", *FORMATS])
+def test_a_captured_graph_replays_steps_with_a_changing_lr_bit_for_bit(state: str) -> None:
     def parameters(device: str) -> list[nn.Parameter]:
         generator = torch.Generator().manual_seed(0)
         return [nn.Parameter(torch.randn(n, generator=generator).to(device)) for n in (7, 1000, 65_537)]
@@ -87,7 +89,8 @@ def test_a_captured_graph_replays_steps_with_a_changing_lr_bit_for_bit() -> None
     for mine, theirs in zip(ours, control, strict=True):
         theirs.grad = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1))
         mine.grad = theirs.grad.cuda()
-    optimizer, plain = BalancedAdam(ours, lr=lr, capturable=True), BalancedAdam(control, lr=0.1, fused=False)
+    optimizer = BalancedAdam(ours, lr=lr, capturable=True, state=state)
+    plain = BalancedAdam(control, lr=0.1, fused=False, state=state)
     optimizer.step()
     plain.step()
     graph = torch.cuda.CUDAGraph()

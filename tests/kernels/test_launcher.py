@@ -82,7 +82,9 @@ print("right")
 
 
 @pytest.mark.parametrize(
-    "variant", [Variant(1, 1, 0, False), Variant(1, 2, 2, False), Variant(2, 2, 0, False)], ids=str
+    "variant",
+    [Variant(1, 1, 0, False), Variant(1, 2, 2, False), Variant(2, 2, 0, False), Variant(1, 2, 2, False, 2)],
+    ids=str,
 )
 def test_every_kernel_gets_its_arguments(tmp_path: Path, variant: Variant) -> None:
     if Path("/dev/nvidiactl").exists():

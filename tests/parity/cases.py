@@ -132,7 +132,9 @@ def matrix(world: int) -> Iterator[Case]:
             path = "one_pass" if stage else "fused"
             for offload in (False, True) if stage >= 2 else (False,):
                 yield Case(stage, "fp32", offload, path=path, state=state)
-                yield Case(stage, "bf16", offload, path=path, state=state)
+                yield Case(stage, "bf16", offload, clip=1.0, path=path, state=state)
+                if world == 2 and stage:
+                    yield Case(stage, "bf16", offload, path="fused", state=state)
         yield Case(1, "bf16", grad_accum="fp32", state=state)
         if world < 3:
             yield Case(2, "bf16", path="torch", state=state)

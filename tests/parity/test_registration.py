@@ -15,7 +15,8 @@ from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from balanced_adam import BalancedAdam, register, zero
-from tests.parity.cases import PHANTOM, Case, of_the_wrong, start
+from tests.parity.cases import PHANTOM, Case, advance, of_the_wrong, read, start
+from tests.parity.control import TENSORS
 from tests.parity.worker import spawn
 
 UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
@@ -128,3 +129,33 @@ def lower_case_name(case: Case) -> str:
 @pytest.mark.ranks
 def test_a_lower_case_name_fails_as_deepspeed_says() -> None:
     assert spawn(lower_case_name, 1, Case(2, "bf16")) == ["balancedadam is not a supported DeepSpeed Optimizer"]
+
+
+def set_a_moment(cases: list[Case]) -> list[str]:
+    """Job: what an engine says to whom sets one moment of a packed state."""
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    said = []
+    for case in cases:
+        engine = start(case)
+        advance(engine, 0, 1)
+        before = read(engine)
+        param = next(p for p in engine.module.parameters() if p.requires_grad)
+        for set_state in (safe_set_full_optimizer_state, safe_set_local_optimizer_state)[: case.stage - 1]:
+            try:
+                set_state(param, torch.zeros(getattr(param, "ds_shape", param.shape)), "exp_avg")
+            except RuntimeError as error:
+                said.append(str(error))
+        after = read(engine)
+        assert all(torch.equal(after[key][name], value) for key in TENSORS for name, value in before[key].items())
+        engine.destroy()
+    return said
+
+
+@pytest.mark.ranks
+def test_one_moment_of_a_packed_state_can_not_be_set() -> None:
+    (said,) = spawn(set_a_moment, 1, [Case(2, "bf16", state="packed16"), Case(3, "bf16", state="packed16")])
+    refusal = (
+        "exp_avg can't be set on its own: BalancedAdam stores it in one word with the other moment; use state='fp32'."
+    )
+    assert said == [refusal] * 3

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from balanced_adam.packed import FORMATS
 from tests.parity.worker import spawn
 from tests.perf.measure import WARM_UP, machine, ratio, table
 
@@ -24,8 +25,8 @@ ADAM = {"type": "Adam", "params": {**COMMON, "betas": [0.95, 0.95]}}
 TORCH_ADAM = {"type": "Adam", "params": {**COMMON, "betas": [0.95, 0.95], "torch_adam": True}}
 
 
-def balanced(**path: bool) -> dict[str, Any]:
-    return {"type": "BalancedAdam", "params": {**COMMON, "betas": 0.95, **path}}
+def balanced(**more: bool | str) -> dict[str, Any]:
+    return {"type": "BalancedAdam", "params": {**COMMON, "betas": 0.95, **more}}
 
 
 class Contender(NamedTuple):
@@ -36,14 +37,17 @@ class Contender(NamedTuple):
 
 ONE_PASS = Contender("BalancedAdam, one pass", balanced())
 UNFUSED = Contender("BalancedAdam, DeepSpeed's passes", balanced(fused_zero=False))
+PACKED = [Contender(f"BalancedAdam, one pass, {state}", balanced(state=state)) for state in FORMATS]
 CONTENDERS = [
     ONE_PASS,
+    *PACKED,
     UNFUSED,
     Contender("DeepSpeed Adam", ADAM),
     Contender("DeepSpeed Adam, torch_adam", TORCH_ADAM),
 ]
 OFFLOADED = [
     ONE_PASS._replace(offload=True),
+    *(contender._replace(offload=True) for contender in PACKED),
     UNFUSED._replace(offload=True),
     Contender("DeepSpeed Adam (DeepSpeedCPUAdam)", ADAM, True),
 ]

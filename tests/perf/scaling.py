@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tests.parity.worker import spawn
-from tests.perf.engine import ONE_PASS, SIZE, TENSORS, start
+from tests.perf.engine import MEGABYTE, ONE_PASS, SIZE, TENSORS, balanced, start, status
 from tests.perf.measure import machine, table
 
 MODELS = {"1.3B": (1.3e9, 0.5e9, 8), "7B": (7e9, 0.55e9, 64), "70B": (70e9, 2e9, 512)}
@@ -47,16 +47,20 @@ def model_states(stage: int, weights: float, ranks: int, state: float) -> Bytes:
     )
 
 
-def measured(stage: int) -> dict[str, float]:
-    """Job: bytes of all tensors alive in this rank, after the backward pass and after the step; and of a checkpoint."""
-    before = alive()
-    engine = start(ONE_PASS, stage, bucket=2 * SIZE)
+def measured(job: tuple[int, bool, str]) -> dict[str, float]:
+    """Job: bytes of all tensors alive in this rank after the backward pass, the most that it held, and of a checkpoint."""
+    stage, offload, state = job
+    before, resident = alive(), status("VmRSS")
+    engine = start(ONE_PASS._replace(optimizer=balanced(state=state), offload=offload), stage, bucket=2 * SIZE)
     inputs = [torch.full((SIZE + 7 * k,), 1e-3, dtype=torch.bfloat16) for k in range(TENSORS)]
+    ours = 2 * sum(x.numel() for x in inputs)
     sizes = {}
     for _ in range(2):  # the optimizer makes its state in the first step
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from now
         engine.backward(engine(inputs))
-        sizes["backward"] = alive() - before - 2 * sum(x.numel() for x in inputs)
+        sizes["backward"] = alive() - before - ours
         engine.step()
+        sizes["peak"] = (status("VmHWM") - resident) * MEGABYTE - ours
     with TemporaryDirectory() as folder:
         box = [folder]
         torch.distributed.broadcast_object_list(box)
@@ -105,17 +109,20 @@ def main() -> None:
     print(f"{machine()}\n")
     weights = float(sum(SIZE + 7 * k for k in range(TENSORS)))
     rows = []
-    for stage in (1, 2, 3):
-        found = spawn(measured, WORLD, stage)[0]
-        expected = model_states(stage, weights, WORLD, 8).whole
-        rows.append(
-            {
-                f"stage, {WORLD} ranks, 40 M weights": str(stage),
-                "measured, bytes a weight": f"{found['backward'] / weights:.2f}",
-                "formula": f"{expected / weights:.2f}",
-                "checkpoint, bytes a weight": f"{found['checkpoint'] / weights:.2f}",
-            }
-        )
+    for stage, offload in ((1, False), (2, False), (3, False), (2, True), (3, True)):
+        for name, size in STATES.items():
+            state = name.partition(",")[0]
+            found = spawn(measured, WORLD, (stage, offload, state))[0]
+            rows.append(
+                {
+                    f"ZeRO, {WORLD} ranks, 40 M weights": f"{stage}, offload" if offload else str(stage),
+                    "state": state,
+                    "allocated, bytes a weight": f"{found['backward'] / weights:.2f}",
+                    "formula": "" if offload else f"{model_states(stage, weights, WORLD, size).whole / weights:.2f}",
+                    "peak": f"{found['peak'] / weights:.2f}",
+                    "checkpoint": f"{found['checkpoint'] / weights:.2f}",
+                }
+            )
     print(table(rows) + "\n", flush=True)
     rows = []
     for name, (weights, largest, gpus) in MODELS.items():
