@@ -86,7 +86,9 @@ def candidates() -> list[tuple[str, Format, Numbers | None]]:
     ]  # fmt: skip
 
 
-def follow(found: Recording, beta: float, format: Format | None, numbers: Numbers | None) -> Tensor:
+def follow(
+    found: Recording, beta: float, format: Format | None, numbers: Numbers | None = None, eps: float = EPS
+) -> Tensor:
     """The update (step / lr) of every element in every step but the first SKIPPED; without a format, of fp32 moments."""
     weights, m = found.weights.clone(), torch.zeros_like(found.weights)
     v, moves = m.clone(), []
@@ -100,7 +102,7 @@ def follow(found: Recording, beta: float, format: Format | None, numbers: Number
             step=step,
             lr=LR,
             betas=(beta, beta),
-            eps=EPS,
+            eps=eps,
             weight_decay=0.0,
             bounded=format is not None,
         )
@@ -112,19 +114,98 @@ def follow(found: Recording, beta: float, format: Format | None, numbers: Number
     return torch.stack(moves)
 
 
+class Hardship(NamedTuple):
+    """Something that may be hard for a format: other gradients, or another setting."""
+
+    name: str
+    gradients: Callable[[Tensor], Tensor] = lambda gradients: gradients
+    beta: float = 0.95
+    eps: float = EPS
+
+
+def seen_once_in(steps: int) -> Callable[[Tensor], Tensor]:
+    """Rows of an embedding: the gradient is zero but for one step in so many, at a time of each element's own."""
+
+    def sparse(gradients: Tensor) -> Tensor:
+        step, element = torch.arange(len(gradients))[:, None], torch.arange(gradients.shape[1])
+        return torch.where((step + element) % steps == 0, gradients, 0.0)
+
+    return sparse
+
+
+def silent_after(step: int) -> Callable[[Tensor], Tensor]:
+    return lambda gradients: torch.cat([gradients[:step], torch.zeros_like(gradients[step:])])
+
+
+def fading(gradients: Tensor) -> Tensor:
+    """By a factor of a million over the recording."""
+    return gradients * torch.logspace(0, -6, len(gradients))[:, None]
+
+
+def spiked(gradients: Tensor) -> Tensor:
+    """Once, a thousand times as large."""
+    return torch.cat([gradients[:150], gradients[150:151] * 1000.0, gradients[151:]])
+
+
+HARDSHIPS = [
+    Hardship("as recorded"),
+    *(Hardship(f"β = {beta}", beta=beta) for beta in (0.8, 0.9, 0.99, 0.999)),
+    Hardship("2^-10 of the gradients", lambda gradients: gradients * 2.0**-10),
+    Hardship("2^-10 of the gradients, eps = 1e-12", lambda gradients: gradients * 2.0**-10, eps=1e-12),
+    Hardship("2^-20 of the gradients, eps = 1e-15", lambda gradients: gradients * 2.0**-20, eps=1e-15),
+    Hardship("2^16 times the gradients (a loss scale left in)", lambda gradients: gradients * 2.0**16),
+    Hardship("eps = 1e-4", eps=1e-4),
+    Hardship("a gradient in one step of 30", seen_once_in(30)),
+    Hardship("a gradient in one step of 200", seen_once_in(200)),
+    Hardship("no gradient from step 200 on", silent_after(200)),
+    Hardship("fading to a millionth", fading),
+    Hardship("one step's gradient 1000 times as large", spiked),
+    Hardship("no noise: one gradient for ever", lambda gradients: gradients[200:201].expand_as(gradients)),
+    Hardship("noise alone: signs by chance", lambda g: g.abs() * (torch.rand(g.shape, generator=torch.Generator().manual_seed(0)) - 0.5).sign()),
+]  # fmt: skip
+
+
+def error(ours: Tensor, right: Tensor) -> float:
+    """Root mean square, relative to that of the right updates."""
+    return float(((ours - right) ** 2).mean().sqrt() / (right**2).mean().sqrt())
+
+
+def cosine(ours: Tensor, right: Tensor) -> float:
+    return float((ours * right).sum() / (ours.norm() * right.norm()))
+
+
+def splits(found: Recording) -> list[dict[str, str]]:
+    """Table: every candidate at three betas."""
+    rows = []
+    exact = {beta: follow(found, beta, None) for beta in (0.9, 0.95, 0.99)}
+    for name, format, numbers in candidates():
+        row = {"format": name}
+        for beta, right in exact.items():
+            ours = follow(found, beta, format, numbers)
+            row |= {f"error, {beta}": f"{error(ours, right):.3f}", f"cosine, {beta}": f"{cosine(ours, right):.3f}"}
+        rows.append(row)
+    return rows
+
+
+def hardships(found: Recording) -> list[dict[str, str]]:
+    """Table: every format's error, and how large its updates are in comparison (their projection on the right ones)."""
+    rows = []
+    for hardship in HARDSHIPS:
+        changed = found._replace(gradients=hardship.gradients(found.gradients))
+        right = follow(changed, hardship.beta, None, eps=hardship.eps)
+        row = {"β = 0.95, eps = 1e-8, but": hardship.name}
+        for format in FORMATS.values():
+            ours = follow(changed, hardship.beta, format, packed.dither, hardship.eps)
+            row[f"{format.name}: error"] = f"{error(ours, right):.3f}"
+            row["size" + " " * (len(row) // 2)] = f"{float((ours * right).sum() / (right * right).sum()):.2f}"
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     print(f"{machine()}\n\n`tiny`, {STEPS} steps recorded, the first {SKIPPED} not counted.\n")
     with TemporaryDirectory() as place:
         (Path(place) / "run").mkdir()
         (found,) = spawn(record, 1, f"{place}/run", seconds=600)
-    rows = []
-    exact = {beta: follow(found, beta, None, None) for beta in (0.9, 0.95, 0.99)}
-    for name, format, numbers in candidates():
-        row = {"format": name}
-        for beta, right in exact.items():
-            ours = follow(found, beta, format, numbers)
-            error = float(((ours - right) ** 2).mean().sqrt() / (right**2).mean().sqrt())
-            alike = float((ours * right).sum() / (ours.norm() * right.norm()))
-            row |= {f"error, {beta}": f"{error:.3f}", f"cosine, {beta}": f"{alike:.3f}"}
-        rows.append(row)
-    print(table(rows) + "\n")
+    print(table(splits(found)) + "\n", flush=True)
+    print(table(hardships(found)) + "\n")
