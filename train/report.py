@@ -6,6 +6,8 @@ import base64
 import io
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,7 +115,7 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
             "arm": arm,
             "lr": table.loc[table["arm"] == arm, "lr"].iloc[0],
             "runs": int((table["arm"] == arm).sum()),
-            "diverged": int(losses.isna().sum()),
+            "diverged": int(table.loc[table["arm"] == arm, "validation_loss"].isna().sum()),
             "loss": losses.mean(),
         }
         difference = (losses - by_seed[baseline]).dropna()
@@ -169,25 +171,68 @@ def caveats(table: pd.DataFrame) -> list[str]:
 
 
 def curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], column: str) -> str:
-    """A plot of one column over steps, an arm's mean and range over seeds, as a data URL of an SVG."""
+    """A plot of one column over steps, an arm's mean and range over seeds, as SVG."""
+    with _axes() as (axes, svg):
+        for arm, runs in table.groupby("arm", sort=False):
+            series = [metrics[n].set_index("step")[column].dropna() for n in runs["name"] if column in metrics[n]]
+            if series:
+                values = pd.concat(series, axis=1)
+                _line(axes, f"({arm})", values.mean(axis=1), values.min(axis=1), values.max(axis=1))
+    return svg.getvalue()
+
+
+def paired_differences(ours: list[pd.Series], theirs: list[pd.Series]) -> pd.DataFrame:
+    """Of losses by step, one series a seed in both lists: the mean difference over seeds, ``middle``, and its 95 % interval (Student's
+    t), ``low`` to ``high``; each of the rolling mean over a twentieth of the steps. Without a second seed the interval is empty."""
+    paired = pd.concat([a - b for a, b in zip(ours, theirs, strict=True)], axis=1)
+    paired = paired.rolling(max(1, len(paired) // 20)).mean()
+    middle = paired.mean(axis=1)
+    half = stats.t.ppf(1 - LEVEL / 2, len(ours) - 1) * paired.sem(axis=1) if len(ours) > 1 else 0.0
+    return pd.DataFrame({"middle": middle, "low": middle - half, "high": middle + half})
+
+
+def difference_curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], baseline: str) -> str:
+    """A plot of :func:`paired_differences` of each arm's training loss from the baseline's, as SVG."""
+    losses = {
+        arm: {
+            seed: metrics[name].set_index("step")["loss"].dropna()
+            for seed, name in zip(runs["seed"], runs["name"], strict=True)
+        }
+        for arm, runs in table.groupby("arm", sort=False)
+    }
+    base = losses.pop(baseline)
+    with _axes() as (axes, svg):
+        axes.axhline(0.0, color="black", linewidth=0.8)
+        for arm, by_seed in losses.items():
+            if seeds := sorted(by_seed.keys() & base.keys()):
+                found = paired_differences([by_seed[s] for s in seeds], [base[s] for s in seeds])
+                _line(axes, f"({arm})", found["middle"], found["low"], found["high"])
+    return svg.getvalue()
+
+
+@contextmanager
+def _axes() -> Iterator[tuple[Any, io.StringIO]]:
+    """Empty axes over steps; the SVG is there after the block."""
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for arm, runs in table.groupby("arm", sort=False):
-        series = [metrics[n].set_index("step")[column].dropna() for n in runs["name"] if column in metrics[n]]
-        if not series:
-            continue
-        values = pd.concat(series, axis=1)
-        (line,) = axes.plot(values.index, values.mean(axis=1), label=f"({arm})", linewidth=1.4)
-        axes.fill_between(
-            values.index, values.min(axis=1), values.max(axis=1), color=line.get_color(), alpha=0.18, linewidth=0
-        )
+    svg = io.StringIO()
+    yield axes, svg
     axes.set_xlabel("step")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    figure.savefig(svg, format="svg", metadata={"Date": None})
     plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _line(axes: Any, label: str, middle: pd.Series, low: pd.Series, high: pd.Series) -> None:
+    (line,) = axes.plot(middle.index, middle, label=label, linewidth=1.4)
+    axes.fill_between(middle.index, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+
+
+def as_url(svg: str) -> str:
+    """An image for an HTML page."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
 PLOTS = {
@@ -228,7 +273,7 @@ def common_settings(run: Path) -> dict[str, Any]:
 
 
 def write(*folders: Path, baseline: str = "") -> None:
-    """Write report.md, report.csv and report.html into the first folder and print the table.
+    """Write report.md, report.csv, report.html and differences.svg into the first folder and print the table.
 
     Raises:
         SettingsError: if there is nothing to report, or no such baseline.
@@ -236,7 +281,8 @@ def write(*folders: Path, baseline: str = "") -> None:
     out = folders[0]
     plan, table, metrics = load(*folders)
     best = best_lr(table)
-    summary = summarize(best, baseline or plan["runs"][0]["arm"])
+    baseline = baseline or plan["runs"][0]["arm"]
+    summary = summarize(best, baseline)
     notes = caveats(table)
     if len(table) < len(plan["runs"]):
         notes.append(
@@ -245,11 +291,17 @@ def write(*folders: Path, baseline: str = "") -> None:
     text = markdown(summary, notes)
     folder.write_text(out / "report.md", text)
     folder.write_text(out / "report.csv", table.to_csv(index=False))
+    figures = {label: curves(best, metrics, column) for column, label in PLOTS.items()}
+    differences = (
+        f"training loss less that of ({baseline}), mean over {max(1, plan['steps'] // 20)} steps, with 95 % intervals"
+    )
+    figures = {differences: difference_curves(best, metrics, baseline), **figures}
+    folder.write_text(out / "differences.svg", figures[differences])
     template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
     page = template.render(
         summary=summary.to_dict("records"),
         notes=notes,
-        plots=[(label, curves(best, metrics, column)) for column, label in PLOTS.items()],
+        plots=[(label, as_url(svg)) for label, svg in figures.items()],
         runs=table.to_dict("records"),
         plan=plan,
         settings=", ".join(f"{key} {value}" for key, value in plan["settings"].items() if value is not None),

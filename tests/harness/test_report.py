@@ -57,3 +57,23 @@ def test_each_arm_is_shown_at_its_best_learning_rate_and_an_edge_is_flagged() ->
     best = report.best_lr(table).groupby("arm")["lr"].first()
     assert best.to_dict() == {"0.95": 1e-3, "x": 1e-3}  # a divergence loses to any loss
     assert sum("at the edge" in note for note in report.caveats(table)) == 2
+
+
+def test_a_run_that_has_not_ended_is_not_counted_as_diverged() -> None:
+    table = runs({"0.95": [2.0, 2.1, 2.2], "x": [2.5, math.nan, 2.6]})
+    summary = report.summarize(table[table["name"] != "x-2"], "0.95").set_index("arm")
+    assert summary.loc["x", ["runs", "diverged", "pairs"]].tolist() == [2, 1, 1]
+
+
+def test_differences_over_steps_are_rolling_means_with_students_interval_over_seeds() -> None:
+    generator = np.random.default_rng(0)
+    ours, theirs = generator.normal(size=(2, 3, 60))  # (arm, seed, step): means over three steps
+    found = report.paired_differences([pd.Series(x) for x in ours], [pd.Series(x) for x in theirs])
+    assert found["middle"].isna().tolist() == [True] * 2 + [False] * 58
+    for step in (2, 30, 59):
+        means = (ours - theirs)[:, step - 2 : step + 1].mean(axis=1)
+        expected = stats.ttest_1samp(means, 0.0)
+        interval = expected.confidence_interval(0.95)
+        np.testing.assert_allclose(found.loc[step], [means.mean(), interval.low, interval.high], rtol=1e-12)
+    alone = report.paired_differences([pd.Series(ours[0])], [pd.Series(theirs[0])])
+    assert (alone["low"].dropna() == alone["middle"].dropna()).all()
