@@ -105,8 +105,8 @@ class Comparison:
     """Seeds; every arm starts from the same weights and sees the same batches for the same seed."""
     lr: tuple[float, ...] = (1e-3,)
     """Peak learning rates; every arm is run with each."""
-    lr_from: Path | None = None
-    """Instead of lr: the folder of a comparison in which these arms were tuned; each is run at its best learning rate there."""
+    lr_from: tuple[Path, ...] = ()
+    """Instead of lr: folders of comparisons in which these arms were tuned; each is run at its best learning rate there."""
     steps: int = 200
     """Optimizer steps of one run."""
     tokens: int | None = None
@@ -135,7 +135,7 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
             that are compared, an arm was not tuned, or train.pretrain would refuse a run's settings.
     """
     arms = {str(arm): arm for arm in map(Arm.parse, comparison.arms)}
-    rates = dict.fromkeys(arms, comparison.lr) if comparison.lr_from is None else _tuned(comparison.lr_from, arms)
+    rates = _tuned(comparison.lr_from, arms) if comparison.lr_from else dict.fromkeys(arms, comparison.lr)
     for name, values in (("arms", comparison.arms), ("seeds", comparison.seeds), ("lr", comparison.lr)):
         different = arms if name == "arms" else set(values)
         require(bool(values), f"{name} is empty; give at least one.")
@@ -171,11 +171,14 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
     return {"steps": steps, "ranks": ranks, "launcher": launcher, "runs": runs}
 
 
-def _tuned(out: Path, arms: Iterable[str]) -> dict[str, tuple[float, ...]]:
-    """Of each arm, its best learning rate in the comparison in ``out``."""
-    best = report.best_lr(report.load(out)[1]).groupby("arm")["lr"].first().to_dict()
+def _tuned(folders: tuple[Path, ...], arms: Iterable[str]) -> dict[str, tuple[float, ...]]:
+    """Of each arm, its best learning rate in these comparisons."""
+    best = report.best_lr(report.load(*folders)[1]).groupby("arm")["lr"].first().to_dict()
     for arm in arms:
-        require(arm in best, f"lr_from is {out}, where no run of the arm {arm} has ended; there are {', '.join(best)}.")
+        require(
+            arm in best,
+            f"lr_from is {' '.join(map(str, folders))}, where no run of the arm {arm} has ended; there are {', '.join(best)}.",
+        )
     return {arm: (float(best[arm]),) for arm in arms}
 
 
