@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+STATE := # of `make compare STATE=...`, not of whatever the environment calls so
 
 .PHONY: help install compare test test-long bench drill lint clean
 

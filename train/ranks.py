@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import platform
 import random
 import socket
 import sys
@@ -182,13 +183,18 @@ def free_port() -> int:
 
     Any port that the system would give may be the next outgoing connection's a moment later; these lie below its range,
     and are drawn at random, so that jobs that begin together on one node get different ones.
+
+    Raises:
+        SettingsError: if none can be found.
     """
     draw = random.SystemRandom()  # of the operating system, so that no seed makes two runs choose alike
-    while True:
+    end = _first_of_connections()
+    for _ in range(1000):
         with socket.socket() as probe, suppress(OSError):
-            port = draw.randrange(10000, _first_of_connections())
+            port = draw.randrange(10000, end)
             probe.bind(("", port))
             return port
+    raise SettingsError(f"none of a thousand TCP ports from 10000 to {end - 1} is free on {platform.node()}; free some.")
 
 
 def _first_of_connections() -> int:

@@ -124,6 +124,14 @@ def test_ranks_meet_at_a_port_that_nobody_has_and_no_outgoing_connection_gets() 
         assert ports[0] not in [free_port() for _ in range(200)]
 
 
+def test_a_machine_without_a_free_port_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 10000))
+        monkeypatch.setattr("train.ranks._first_of_connections", lambda: 10001)
+        with pytest.raises(SettingsError, match=r"^none of a thousand TCP ports from 10000 to 10000 is free on "):
+            free_port()
+
+
 def test_a_token_file_that_has_changed_is_refused(make: Make, tmp_path: Path) -> None:
     run = make("--data-cache", str(tmp_path / "cache"))
     pretrain(run)
