@@ -26,6 +26,7 @@ import psutil
 import torch
 import tyro
 
+from balanced_adam import horizon
 from balanced_adam.state import FORMATS
 from train import folder, report
 from train.progress import Progress
@@ -60,36 +61,47 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD
 class Arm(NamedTuple):
     """What the runs of a comparison differ in, but for lr and seed."""
 
-    betas: tuple[float, ...]
-    """One number where both are equal."""
+    betas: tuple[float, ...] | str
+    """One number where both are equal; or the rule that chooses it."""
     state: str
 
+    @property
+    def words(self) -> list[str]:
+        """The betas, for a command line."""
+        return [self.betas] if isinstance(self.betas, str) else list(map(repr, self.betas))
+
     def __str__(self) -> str:
-        return ",".join(map(repr, self.betas)) + (f":{self.state}" if self.state != "fp32" else "")
+        return ",".join(self.words) + (f":{self.state}" if self.state != "fp32" else "")
 
     @staticmethod
     def of(optimizer: Optimizer) -> Arm:
         """That of a run."""
-        betas = optimizer.betas if isinstance(optimizer.betas, tuple) else (optimizer.betas,)
+        betas = (optimizer.betas,) if isinstance(optimizer.betas, float) else optimizer.betas
         return Arm.shortened(betas, optimizer.state)
 
     @staticmethod
-    def shortened(betas: tuple[float, ...], state: str) -> Arm:
+    def shortened(betas: tuple[float, ...] | str, state: str) -> Arm:
         """With one beta where both are equal."""
-        return Arm(betas[:1] if betas[0] == betas[-1] else betas, state)
+        return Arm(betas[:1] if isinstance(betas, tuple) and betas[0] == betas[-1] else betas, state)
 
     @staticmethod
     def parse(text: str) -> Arm:
         """From the command line; raises :class:`SettingsError`."""
-        numbers, _, state = text.partition(":")
+        said, _, state = text.rpartition(":")
+        if state not in FORMATS:
+            said, state = text, "fp32"
+        if said.partition(":")[0] in horizon.RULES:
+            return Arm(said, state)
         try:
-            betas = tuple(float(part) for part in numbers.split(","))
+            betas = tuple(float(part) for part in said.split(","))
             if len(betas) not in (1, 2) or not all(0.0 <= beta < 1.0 for beta in betas):
                 raise ValueError
         except ValueError:
-            raise SettingsError(f"arms has {text!r}; an arm is one beta or beta1,beta2, each in [0, 1).") from None
-        require(state in ("", *FORMATS), f"arms has {text!r}; after the colon comes one of {', '.join(FORMATS)}.")
-        return Arm.shortened(betas, state or "fp32")
+            raise SettingsError(
+                f"arms has {text!r}; an arm is one beta or beta1,beta2, each in [0, 1), or a rule such as refresh:1000; and then, after a "
+                f"colon, one of {', '.join(FORMATS)}."
+            ) from None
+        return Arm.shortened(betas, state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +111,8 @@ class Comparison:
     out: Path = Path("runs/compare")
     """The folder of the comparison: manifest.json, one folder for each run, and the report."""
     arms: tuple[str, ...] = ("0.95", "0.9,0.95", "0.9,0.999")
-    """Beta settings: one number, or beta1,beta2; and, after a colon, how the optimizer's state is stored, as in 0.95:packed16.
+    """Beta settings: one number, beta1,beta2, or a rule as --betas of train.pretrain takes it; and, after a colon, how the optimizer's
+    state is stored, as in 0.95:packed16 or refresh:1000:packed16.
     The first one is what the others are compared with."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; every arm starts from the same weights and sees the same batches for the same seed."""
@@ -158,10 +171,10 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
     # Seed by seed, so that whatever is finished when somebody stops can be compared in pairs.
     cells = [(lr, label, arm) for label, arm in arms.items() for lr in rates[label]]
     for seed, (lr, label, arm) in product(comparison.seeds, cells):
-        arguments = ["--betas", *map(repr, arm.betas), "--lr", repr(lr), "--seed", str(seed), "--steps", str(steps)]
+        arguments = ["--betas", *arm.words, "--lr", repr(lr), "--seed", str(seed), "--steps", str(steps)]
         arguments += ["--batch", str(comparison.batch), "--sequence-length", str(comparison.sequence_length)]
         arguments += ["--warmup", str(steps // 10), "--save-every", often, "--validate-every", often]
-        arguments += ["--allow-unbalanced"] if len(arm.betas) == 2 else []
+        arguments += ["--allow-unbalanced"] if len(arm.words) == 2 else []
         arguments += [] if arm.state == "fp32" else ["--state", arm.state]
         arguments += comparison.rest
         name = f"beta-{label.replace(',', '-').replace(':', '-')}_lr-{lr!r}_seed-{seed}"

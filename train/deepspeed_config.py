@@ -87,12 +87,12 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
         ),
         (config, "gradient_clipping", run.optimizer.clip, "clip"),
     ]
-    unknown = set(params) - set(run.optimizer.parameters()) - PATHS
+    unknown = set(params) - set(run.parameters()) - PATHS
     require(
         not unknown,
         f"ds_config {path} has optimizer.params.{min(unknown, default='')}, which {OPTIMIZER} does not have.",
     )
-    wanted += [(params, key, value, key) for key, value in run.optimizer.parameters().items()]
+    wanted += [(params, key, value, key) for key, value in run.parameters().items()]
     for section, key, value, flag in wanted:
         _fill(section, key, value, flag, path)
     for section, section_name in ((bf16, "bf16"), (fp16, "fp16")):

@@ -194,7 +194,9 @@ def free_port() -> int:
             port = draw.randrange(10000, end)
             probe.bind(("", port))
             return port
-    raise SettingsError(f"none of a thousand TCP ports from 10000 to {end - 1} is free on {platform.node()}; free some.")
+    raise SettingsError(
+        f"none of a thousand TCP ports from 10000 to {end - 1} is free on {platform.node()}; free some."
+    )
 
 
 def _first_of_connections() -> int:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
-from balanced_adam import BalancedAdam
+from balanced_adam import BalancedAdam, horizon
 
 Settings = TypeVar("Settings")
 ARM = (
@@ -91,8 +91,9 @@ class Optimizer:
 
     lr: float = 1e-3
     """Peak learning rate."""
-    betas: float | tuple[float, float] = 0.95
-    """One number (beta1 = beta2), or two, which need --allow-unbalanced where they differ."""
+    betas: float | tuple[float, float] | str = 0.95
+    """One number (beta1 = beta2), or two, which need --allow-unbalanced where they differ; or a rule that chooses one number: refresh:R
+    (R / steps is 1 - beta), half_life:STEPS, half_life_tokens:TOKENS or horizon:STEPS."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
@@ -105,26 +106,9 @@ class Optimizer:
     """Greatest norm of the gradient; 0 for no clipping."""
 
     def check(self) -> None:
-        """Raise :class:`SettingsError` on a value out of range."""
-        import torch
-
+        """Raise :class:`SettingsError` on a value out of range, but for betas (:meth:`Run.parameters`)."""
         require(self.lr > 0.0, f"lr is {self.lr}; it must be above 0.")
         require(self.clip >= 0.0, f"clip is {self.clip}; it must be at least 0.")
-        try:
-            BalancedAdam([torch.zeros(1)], **self.parameters())
-        except ValueError as error:
-            raise SettingsError(str(error).replace("allow_unbalanced=True", "--allow-unbalanced")) from None
-
-    def parameters(self) -> dict[str, Any]:
-        """``optimizer.params`` of the ds_config."""
-        return {
-            "lr": self.lr,
-            "betas": list(self.betas) if isinstance(self.betas, tuple) else [self.betas, self.betas],
-            "eps": self.eps,
-            "weight_decay": self.weight_decay,
-            "state": self.state,
-            "allow_unbalanced": self.allow_unbalanced,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +253,27 @@ class Run:
                 if isinstance(value, float):
                     require(math.isfinite(value), f"{name} is {value}; it must be a finite number.")
             concern.check()
+        self.parameters()
+
+    def parameters(self) -> dict[str, Any]:
+        """``optimizer.params`` of the ds_config, betas being two numbers.
+
+        Raises:
+            SettingsError: if BalancedAdam would refuse them, or betas is a rule that comes to no number here.
+        """
+        import torch
+
+        params = {name: value for name, value in dataclasses.asdict(self.optimizer).items() if name != "clip"}
+        try:
+            if isinstance(params["betas"], str):
+                tokens = self.parallelism.batch * self.data.sequence_length
+                params["betas"] = horizon.choose(params["betas"], steps=self.schedule.steps, tokens_per_step=tokens)
+            if isinstance(params["betas"], float):
+                params["betas"] = (params["betas"],) * 2
+            BalancedAdam([torch.zeros(1)], **params)
+        except ValueError as error:
+            raise SettingsError(str(error).replace("allow_unbalanced=True", "--allow-unbalanced")) from None
+        return {**params, "betas": list(params["betas"])}
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: everything that decides the weights, as plain data for JSON.
