@@ -65,6 +65,67 @@ def drift_sensitivity(beta1: float, beta2: float) -> float:
     return lag(beta2) - lag(beta1)
 
 
+def update_of_noise_under_drift(beta1: float, beta2: float, rho: float) -> float:
+    r"""The root of :math:`E[m^2]/E[v]` where the gradient is noise whose scale drifts: :math:`g_t = e^{\rho t} n_t`, n independent, of mean 0
+    and variance 1.
+
+    What is squared before it is averaged keeps its size, what is averaged first cancels: :math:`E[m_t^2] = e^{2\rho t} (1-\beta_1)^2
+    \sum_j \beta_1^{2j} e^{-2\rho j}`, and :math:`E[v_t]` is as in :func:`update_under_drift`, so that
+
+    .. math:: \sqrt{\frac{E[m^2]}{E[v]}} = \sqrt{\frac{(1-\beta_1)^2/(1-\beta_1^2 e^{-2\rho})}{(1-\beta_2)/(1-\beta_2 e^{-2\rho})}}.
+
+    The derivative of its logarithm at 0 is :math:`\beta_2/(1-\beta_2) - \beta_1^2/(1-\beta_1^2)`: **zero if and only if**
+    :math:`\beta_2 = \beta_1^2`, **not where the betas are equal**. The invariance of arXiv 2601.21739 is that of a gradient which keeps
+    its sign; noise is another matter, and real gradients lie between.
+
+    Args:
+        beta1: decay of the first moment, in [0, 1).
+        beta2: decay of the second moment, in [0, 1).
+        rho: growth of the scale's logarithm per step.
+
+    Raises:
+        ValueError: if a beta is out of range, or the scale shrinks so fast that the sums diverge.
+    """
+    _check(beta1, beta2)
+    first, second = beta1**2 * math.exp(-2.0 * rho), beta2 * math.exp(-2.0 * rho)
+    if first >= 1.0 or second >= 1.0:
+        raise ValueError(f"rho is {rho}: the gradient shrinks faster than betas ({beta1}, {beta2}) forget.")
+    return (1.0 - beta1) / math.sqrt((1.0 - first) * (1.0 - beta2) / (1.0 - second))
+
+
+def update_of_rescaled(beta1: float, beta2: float, scale: float) -> float:
+    r"""The size |u| where a constant gradient is multiplied by ``scale`` in the current step alone (definition 3.1 of arXiv 2601.21739):
+    with m and v settled at g and g^2,
+
+    .. math:: |u| = \frac{\beta_1 + (1-\beta_1) s}{\sqrt{\beta_2 + (1-\beta_2) s^2}},
+
+    whose derivative by :math:`\log s` at 1 is :math:`\beta_2 - \beta_1`.
+
+    Raises:
+        ValueError: if a beta is not in [0, 1), or ``scale`` is below 0.
+    """
+    _check(beta1, beta2)
+    _check_scale(scale)
+    return (beta1 + (1.0 - beta1) * scale) / math.sqrt(beta2 + (1.0 - beta2) * scale**2)
+
+
+def update_of_rescaled_noise(beta1: float, beta2: float, scale: float) -> float:
+    r"""The root of :math:`E[m^2]/E[v]` where the gradient is noise (:func:`update_of_noise_under_drift` with rho = 0), and is multiplied by
+    ``scale`` in the current step alone:
+
+    .. math:: \sqrt{\frac{\beta_1^2 (1-\beta_1)/(1+\beta_1) + (1-\beta_1)^2 s^2}{\beta_2 + (1-\beta_2) s^2}},
+
+    of which the derivative of the logarithm by :math:`\log s` at 1 is :math:`\beta_2 - \beta_1^2`.
+
+    Raises:
+        ValueError: if a beta is not in [0, 1), or ``scale`` is below 0.
+    """
+    _check(beta1, beta2)
+    _check_scale(scale)
+    before = beta1**2 * (1.0 - beta1) / (1.0 + beta1)
+    return math.sqrt((before + ((1.0 - beta1) * scale) ** 2) / (beta2 + (1.0 - beta2) * scale**2))
+
+
 def update_bound(beta1: float, beta2: float, step: int | None = None) -> float:
     r"""The largest |u| that any gradient sequence can produce: at step ``step``, or at any step (the default).
 
@@ -105,3 +166,8 @@ def _check(*betas: float) -> None:
     for beta in betas:
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"beta is {beta}; it must lie in [0, 1).")
+
+
+def _check_scale(scale: float) -> None:
+    if not 0.0 <= scale < math.inf:
+        raise ValueError(f"scale is {scale}; it must be at least 0, and finite.")

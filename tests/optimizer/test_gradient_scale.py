@@ -1,6 +1,7 @@
 """The theory against the rule itself: simulated sequences, hypothesis, and the sequence that attains the bound."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balanced_adam import rule
-from balanced_adam.gradient_scale import drift_sensitivity, lag, update_bound, update_under_drift
+from balanced_adam.gradient_scale import (
+    drift_sensitivity,
+    lag,
+    update_bound,
+    update_of_noise_under_drift,
+    update_of_rescaled,
+    update_of_rescaled_noise,
+    update_under_drift,
+)
 
 PAIRS = [(0.9, 0.999), (0.9, 0.95), (0.95, 0.95), (0.5, 0.5), (0.98, 0.95), (0.0, 0.9)]
 beta = st.just(0.0) | st.floats(1e-9, 0.999)
@@ -112,3 +121,57 @@ def test_betas_out_of_range_are_named(bad):
         update_bound(0.9, bad)
     with pytest.raises(ValueError, match="steps are counted from 1"):
         update_bound(0.9, 0.9, 0)
+
+
+def of_noise(beta1: float, beta2: float, scales: list[float]) -> float:
+    """The root of E[m^2] / E[v] after independent gradients of mean 0 and these scales, from their covariance: no closed form."""
+    age = torch.arange(len(scales) - 1, -1, -1, dtype=torch.float64)
+    squares = torch.tensor(scales, dtype=torch.float64) ** 2
+    weights1, weights2 = (1 - beta1) * beta1**age, (1 - beta2) * beta2**age
+    return math.sqrt(float((weights1**2 * squares).sum() / (weights2 * squares).sum()))
+
+
+@pytest.mark.parametrize("betas", PAIRS)
+@pytest.mark.parametrize("rho", [-1e-2, -1e-4, 0.0, 1e-4, 1e-2])
+def test_the_closed_form_for_noise_is_that_of_the_weights(betas, rho):
+    kept = max(betas[0] ** 2, betas[1]) * math.exp(-2 * rho)
+    if kept >= 1:
+        with pytest.raises(ValueError, match="rho"):
+            update_of_noise_under_drift(*betas, rho)
+        return
+    steps = int(40 / (1 - max(kept, *betas)))
+    scales = [math.exp(rho * t) for t in range(-steps + 1, 1)]
+    assert update_of_noise_under_drift(*betas, rho) == pytest.approx(of_noise(*betas, scales), rel=1e-8)
+
+
+@pytest.mark.parametrize("scale", [0.125, 1.0, 8.0])
+@pytest.mark.parametrize("betas", PAIRS)
+def test_rescaling_the_current_gradient_alone(betas, scale):
+    steps = int(20 / (1 - max(betas)))
+    scales = [1.0] * steps + [scale]
+    assert updates(scales, *betas)[-1] == pytest.approx(update_of_rescaled(*betas, scale), rel=1e-8)
+    assert of_noise(*betas, scales) == pytest.approx(update_of_rescaled_noise(*betas, scale), rel=1e-8)
+
+
+def slope(of_log: Callable[[float], float]) -> float:
+    """Of the logarithm, at 0."""
+    return (math.log(of_log(1e-6)) - math.log(of_log(-1e-6))) / 2e-6
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.9, 0.95])
+def test_a_steady_gradient_wants_equal_betas_and_noise_wants_beta2_to_be_beta1_squared(beta):
+    near = {"abs": 1e-6}
+    for other, steady, noise in ((beta, 0.0, beta - beta**2), (beta**2, beta**2 - beta, 0.0)):
+        assert slope(lambda x: update_of_rescaled(beta, other, math.exp(x))) == pytest.approx(steady, **near)  # noqa: B023
+        assert slope(lambda x: update_of_rescaled_noise(beta, other, math.exp(x))) == pytest.approx(noise, **near)  # noqa: B023
+    assert slope(lambda x: update_under_drift(beta, beta, x)) == pytest.approx(0.0, abs=1e-3)
+    assert slope(lambda x: update_of_noise_under_drift(beta, beta**2, x)) == pytest.approx(0.0, abs=1e-3)
+    assert slope(lambda x: update_of_noise_under_drift(beta, beta, x)) == pytest.approx(
+        lag(beta) - lag(beta**2), rel=1e-4
+    )
+
+
+def test_a_scale_below_zero_is_refused():
+    for function in (update_of_rescaled, update_of_rescaled_noise):
+        with pytest.raises(ValueError, match=r"^scale is -1.0; it must be at least 0, and finite.$"):
+            function(0.9, 0.9, -1.0)
