@@ -6,8 +6,6 @@ import base64
 import io
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -172,13 +170,13 @@ def caveats(table: pd.DataFrame) -> list[str]:
 
 def curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], column: str) -> str:
     """A plot of one column over steps, an arm's mean and range over seeds, as SVG."""
-    with _axes() as (axes, svg):
-        for arm, runs in table.groupby("arm", sort=False):
-            series = [metrics[n].set_index("step")[column].dropna() for n in runs["name"] if column in metrics[n]]
-            if series:
-                values = pd.concat(series, axis=1)
-                _line(axes, f"({arm})", values.mean(axis=1), values.min(axis=1), values.max(axis=1))
-    return svg.getvalue()
+    figure, axes = _over_steps()
+    for arm, runs in table.groupby("arm", sort=False):
+        series = [metrics[n].set_index("step")[column].dropna() for n in runs["name"] if column in metrics[n]]
+        if series:
+            values = pd.concat(series, axis=1)
+            _line(axes, f"({arm})", values.mean(axis=1), values.min(axis=1), values.max(axis=1))
+    return as_svg(figure)
 
 
 def paired_differences(ours: list[pd.Series], theirs: list[pd.Series]) -> pd.DataFrame:
@@ -201,28 +199,33 @@ def difference_curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], bas
         for arm, runs in table.groupby("arm", sort=False)
     }
     base = losses.pop(baseline)
-    with _axes() as (axes, svg):
-        axes.axhline(0.0, color="black", linewidth=0.8)
-        for arm, by_seed in losses.items():
-            if seeds := sorted(by_seed.keys() & base.keys()):
-                found = paired_differences([by_seed[s] for s in seeds], [base[s] for s in seeds])
-                _line(axes, f"({arm})", found["middle"], found["low"], found["high"])
-    return svg.getvalue()
+    figure, axes = _over_steps()
+    axes.axhline(0.0, color="black", linewidth=0.8)
+    for arm, by_seed in losses.items():
+        if seeds := sorted(by_seed.keys() & base.keys()):
+            found = paired_differences([by_seed[s] for s in seeds], [base[s] for s in seeds])
+            _line(axes, f"({arm})", found["middle"], found["low"], found["high"])
+    return as_svg(figure)
 
 
-@contextmanager
-def _axes() -> Iterator[tuple[Any, io.StringIO]]:
-    """Empty axes over steps; the SVG is there after the block."""
+def _over_steps() -> tuple[Any, Any]:
+    """A figure and its empty axes."""
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    svg = io.StringIO()
-    yield axes, svg
     axes.set_xlabel("step")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+    return figure, axes
+
+
+def as_svg(figure: Any) -> str:
+    """The finished figure, with a legend where lines have names; it is closed."""
+    for axes in figure.axes:
+        if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+    svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
     plt.close(figure)
+    return svg.getvalue()
 
 
 def _line(axes: Any, label: str, middle: pd.Series, low: pd.Series, high: pd.Series) -> None:

@@ -1,0 +1,370 @@
+"""How an update answers to a change in the gradient's scale, for any betas, on the gradients of a real run.
+
+A window of gradients is recorded, of elements drawn from every tensor and before clipping. On it the moments of each pair of
+betas are made anew, in float64, with the gradient's scale drifting, or with that of the last gradient alone changed. What the
+update's size does is put beside theory (balanced_adam.gradient_scale): for a steady gradient, which is what arXiv 2601.21739
+speaks of, and for one that is noise.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+import tyro
+from torch import Tensor
+
+from train import checkpoints, deepspeed_config, folder
+from train.compare import Arm
+from train.progress import Progress
+from train.ranks import Ranks, leave, prepare_environment, start
+from train.report import as_svg
+from train.settings import REPOSITORY, Run, SettingsError, first_line, parse, require
+
+CHANGES = {
+    "drift": (-1e-1, -3e-2, -1e-2, -3e-3, -1e-3, -3e-4, -1e-4, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "rescaled": (1 / 8, 1 / 4, 1 / 2, 2 ** (-1 / 4), 2 ** (1 / 4), 2.0, 4.0, 8.0),
+}
+"""Growth of the gradient's logarithm per step; or what the last gradient alone is multiplied by."""
+NEAR = {"drift": (-1e-3, 1e-3), "rescaled": (2 ** (-1 / 4), 2 ** (1 / 4))}
+"""Between which values the slope is measured."""
+STABLE = 10
+"""Steps of a window in which a gradient's sign is to be stable."""
+OWN = {"--out", "--ds-config", "--batch", "--micro-batch"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """What is recorded, and what is asked of it."""
+
+    out: Path = Path("runs/response")
+    """The folder of response.md, response.csv and the figures."""
+    task: Literal["language", "vit", "resnet"] = "language"
+    """What is trained: a run of train.pretrain, or a small vision transformer or ResNet on scikit-learn's digits."""
+    betas: tuple[str, ...] = ("0.95", "0.9,0.95", "0.9,0.999", "0.9,0.81")
+    """Pairs to ask: one number, or beta1,beta2. The run itself is that of the options after "--", whatever is asked."""
+    at: tuple[int, ...] = (200,)
+    """Steps after which the response is measured."""
+    window: int = 150
+    """Gradients that are recorded before each."""
+    elements: int = 4096
+    """Of each tensor; the recording takes 4 bytes x window x elements x tensors of memory."""
+    checkpoint: Path | None = None
+    """A run of train.pretrain whose newest weights are to be begun with, at its step; the moments begin anew."""
+    rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """After "--": options of the run, as train.pretrain takes them, such as -- --model small --lr 2e-3."""
+
+
+class Recording(NamedTuple):
+    """Gradients of some elements."""
+
+    gradients: Tensor
+    """(steps, elements), float32, before clipping."""
+    layers: dict[str, slice]
+    """Tensor's name: its columns."""
+
+
+class Recorder:
+    """Keeps the last gradients of elements drawn from every tensor."""
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], window: int, elements: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.kept: deque[Tensor] = deque(maxlen=window)
+        self.layers: dict[str, slice] = {}
+        self.chosen: list[tuple[Tensor, Tensor]] = []
+        for name, parameter in named:
+            begin = sum(len(index) for _, index in self.chosen)
+            index = torch.randperm(parameter.numel(), generator=generator)[:elements]
+            self.layers[name] = slice(begin, begin + len(index))
+            self.chosen.append((parameter, index.to(parameter.device)))
+
+    def see(self) -> None:
+        """The gradients of this step."""
+        parts = [
+            torch.zeros(len(index)) if p.grad is None else p.grad.flatten()[index].float().cpu()
+            for p, index in self.chosen
+        ]
+        self.kept.append(torch.cat(parts))
+
+    def recording(self) -> Recording:
+        """What is kept now."""
+        return Recording(torch.stack(list(self.kept)), self.layers)
+
+
+# ---- What is measured
+
+
+def weights(beta: float, steps: int) -> Tensor:
+    """Of the gradients in an average with bias correction, the last one's at the end: (steps,), float64."""
+    weight = torch.tensor(beta, dtype=torch.float64) ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    return weight / weight.sum()
+
+
+def update_of(gradients: Tensor, betas: tuple[float, float], scales: Tensor) -> Tensor:
+    """The update (step / lr, without eps) after these gradients, (steps, elements) in float64, each step's multiplied by its scale, (steps,).
+
+    From zero moments, with bias correction; 0 where there has been no gradient.
+    """
+    first, second = (weights(beta, len(gradients)) for beta in betas)
+    m, v = (first * scales) @ gradients, (second * scales**2) @ gradients**2
+    return torch.where(v > 0.0, m / v.sqrt(), 0.0)
+
+
+def changed(steps: int, kind: str, value: float) -> Tensor:
+    """The scales of the steps: drifting to 1 at the last by e^value a step, or 1 with the last at ``value``."""
+    scales = torch.ones(steps, dtype=torch.float64)
+    if kind == "drift":
+        return torch.exp(value * torch.arange(1 - steps, 1, dtype=torch.float64))
+    scales[-1] = value
+    return scales
+
+
+def of_steady(betas: tuple[float, float], scales: Tensor) -> float:
+    """The size of the update where the gradient is constant but for these scales, (steps,). Where the steps are many and the scale drifts,
+    :func:`balanced_adam.gradient_scale.update_under_drift`."""
+    first, second = (weights(beta, len(scales)) for beta in betas)
+    return float(first @ scales / (second @ scales**2).sqrt())
+
+
+def of_noise(betas: tuple[float, float], scales: Tensor) -> float:
+    """The root of E[m^2] / E[v] where the gradient is independent noise of mean 0 with these scales, (steps,). Where the steps are many and
+    the scale drifts, :func:`balanced_adam.gradient_scale.update_of_noise_under_drift`."""
+    first, second = (weights(beta, len(scales)) for beta in betas)
+    return float((first**2 @ scales**2 / (second @ scales**2)).sqrt())
+
+
+def measure(recording: Recording, betas: tuple[float, float]) -> pd.DataFrame:
+    """One row for each layer and for "all", each kind of change and each value of it.
+
+    ``size`` is the norm of the changed update over that of the unchanged one, ``cosine`` that of the angle between them; ``steady`` and
+    ``noise`` are what the size would be for a gradient that is constant or noise, on as many steps.
+    """
+    gradients = recording.gradients.double()
+    steps = len(gradients)
+    unchanged = torch.ones(steps, dtype=torch.float64)
+    base = update_of(gradients, betas, unchanged)
+    places = {"all": slice(None), **recording.layers}
+    rows = []
+    for kind, values in CHANGES.items():
+        for value in values:
+            scales = changed(steps, kind, value)
+            update = update_of(gradients, betas, scales)
+            steady, noise = (form(betas, scales) / form(betas, unchanged) for form in (of_steady, of_noise))
+            for layer, place in places.items():
+                ours, right = update[place], base[place]
+                size, cosine = ours.norm() / right.norm(), (ours @ right) / (ours.norm() * right.norm())
+                rows.append((layer, kind, value, float(size), float(cosine), steady, noise))
+    return pd.DataFrame(rows, columns=["layer", "kind", "value", "size", "cosine", "steady", "noise"])
+
+
+def slopes(rows: pd.DataFrame, kind: str) -> pd.Series:
+    """The derivative of the logarithm of the size by the drift, in steps, or by the logarithm of the last gradient's scale: of ``size``,
+    ``steady`` and ``noise`` over all elements of a :func:`measure`, between the two values in NEAR."""
+    here = rows[(rows["layer"] == "all") & (rows["kind"] == kind)].set_index("value")[["size", "steady", "noise"]]
+    low, high = NEAR[kind]
+    return (here.loc[high] / here.loc[low]).map(math.log) / (high - low if kind == "drift" else math.log(high / low))
+
+
+def signal_share(recording: Recording) -> float:
+    """The share of the gradients' mean square that is the square of their mean over the window, without bias: 1 for a gradient that keeps
+    its value, 0 for noise."""
+    gradients = recording.gradients.double()
+    noise = gradients.var(dim=0)
+    return float(((gradients**2).mean(dim=0) - noise).sum() / (gradients**2).mean(dim=0).sum())
+
+
+class Lag(NamedTuple):
+    """The magnitude-lag decomposition of arXiv 2601.21739 (version 2), m̂ / √v̂ = S + L + E with S = sign(g) and L = S (EMA1[log |g|] -
+    EMA2[log |g|]), where the gradient has kept its sign for STABLE steps, from these steps alone."""
+
+    share: float
+    """Of all elements."""
+    lag: float
+    """Root mean square of L."""
+    rest: float
+    """That of E."""
+    r_squared: float
+    """The squared correlation of S L and S m̂ / √v̂ over these elements; NaN where one of them doesn't vary."""
+
+
+def magnitude_lag(recording: Recording, betas: tuple[float, float]) -> Lag:
+    """At the last step of the recording."""
+    window = recording.gradients[-STABLE:].double()
+    g = window[:, torch.sign(window).sum(dim=0).abs() == len(window)].abs()
+    share = g.shape[1] / window.shape[1]
+    ones, logs = torch.ones(len(g), dtype=torch.float64), g.log()
+    first, second = (weights(beta, len(g)) for beta in betas)
+    away = update_of(g, betas, ones) - 1.0
+    lag = first @ logs - second @ logs
+    together = (
+        torch.corrcoef(torch.stack([away, lag]))[0, 1] ** 2 if betas[0] != betas[1] and g.shape[1] > 1 else math.nan
+    )
+    return Lag(share, float((lag**2).mean().sqrt()), float(((away - lag) ** 2).mean().sqrt()), float(together))
+
+
+# ---- Where gradients come from
+
+
+def of_language(response: Response) -> Iterator[tuple[int, Recording]]:
+    """Those of a run of train.pretrain, on one rank."""
+    from train.pretrain import initialize
+
+    given = {option.split("=")[0].replace("_", "-") for option in response.rest} & (OWN - {"--batch"})
+    require(not given, f"{min(given, default='')} is given after --; train.response decides it.")
+    options = ["--out", str(response.out / "run"), "--ds-config", str(REPOSITORY / "ds_configs" / "zero0.json")]
+    options += ["--steps", str(max(response.at) + 1), "--precision", "fp32", *response.rest]
+    settings = parse(Run, options, "train.pretrain", None)
+    settings.check()
+    ranks = start(settings.timeout)
+    require(
+        ranks.world == 1, f"train.response runs on one rank, and there are {ranks.world}; start it with plain python."
+    )
+    with ranks.watch.guard():
+        trainer = initialize(settings, ranks, deepspeed_config.resolve(settings, 1, torch.cuda.is_available()))
+        if response.checkpoint is not None:
+            trainer.step = _load_weights(trainer.engine.module, ranks, response.checkpoint)
+            require(
+                trainer.step + response.window <= min(response.at),
+                f"at is {min(response.at)}, less than the checkpoint's {trainer.step} steps and a window of {response.window}.",
+            )
+        recorder = Recorder(trainer.engine.module.named_parameters(), response.window, response.elements)
+        step = trainer.engine.step
+
+        def recorded(*arguments: Any, **more: Any) -> Any:
+            recorder.see()
+            return step(*arguments, **more)
+
+        trainer.engine.step = recorded
+        ranks.watch.begin()
+        with Progress(max(response.at), trainer.step, "response") as progress:
+            while trainer.step < max(response.at):
+                line = trainer.train_step()
+                progress.show(trainer.step, f"loss {line['loss']:.4f}")
+                if trainer.step in response.at:
+                    yield trainer.step, recorder.recording()
+        ranks.watch.end()
+
+
+def _load_weights(module: torch.nn.Module, ranks: Ranks, run: Path) -> int:
+    """Those of a run's newest checkpoint; its step."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    found = checkpoints.find(ranks, run / "checkpoints")
+    if found is None:
+        raise SettingsError(f"checkpoint is {run}, which has no whole checkpoint; give the folder of a run.")
+    try:
+        module.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(str(found.path.parent), found.path.name))
+    except Exception as error:  # whatever another model's weights run into
+        raise SettingsError(f"checkpoint is {run}, whose weights can't be loaded: {first_line(error)}") from None
+    return found.step
+
+
+def of_vision(response: Response) -> Iterator[tuple[int, Recording]]:
+    """Those of a small vision model."""
+    from train import vision
+
+    require(
+        not response.rest and response.checkpoint is None,
+        f"task is {response.task!r}, which takes no options of a run.",
+    )
+    run = vision.Classifier(response.task)
+    recorder = Recorder(run.model.named_parameters(), response.window, response.elements)
+    with Progress(max(response.at), 0, "response") as progress:
+        for step in range(1, max(response.at) + 1):
+            loss = run.train_step(recorder.see)
+            progress.show(step, f"loss {loss:.4f}")
+            if step in response.at:
+                yield step, recorder.recording()
+
+
+# ---- What is written
+
+
+def write(response: Response, found: Iterator[tuple[int, Recording]]) -> None:
+    """response.md, response.csv, and a figure for each kind of change at the last step."""
+    pairs = {
+        str(arm): (arm.betas[0], arm.betas[-1])
+        for arm in map(Arm.parse, response.betas)
+        if isinstance(arm.betas, tuple)
+    }
+    tables, lines, last = [], [], pd.DataFrame()
+    for step, recording in found:
+        share = signal_share(recording)
+        for label, betas in pairs.items():
+            rows = measure(recording, betas)
+            rows.insert(0, "betas", label)
+            rows.insert(0, "step", step)
+            tables.append(rows)
+            drift, rescaled = slopes(rows, "drift"), slopes(rows, "rescaled")
+            lag = magnitude_lag(recording, betas)
+            lines.append(
+                f"| {step} | {label} | {share:.2f} | {drift['size']:+.2f} | {drift['steady']:+.2f} | {drift['noise']:+.2f} "
+                f"| {rescaled['size']:+.4f} | {rescaled['steady']:+.4f} | {rescaled['noise']:+.4f} "
+                f"| {lag.share:.2%} | {lag.lag:.3f} | {lag.rest:.3f} | {lag.r_squared:.2f} |"
+            )
+        last = pd.concat(tables[-len(pairs) :])
+    head = (
+        "| step | betas | signal | drift: slope | if steady | if noise | rescaled: slope | if steady | if noise "
+        "| stable for 10 steps | L | E | R² |\n|" + "---|" * 13
+    )
+    text = "\n".join([head, *lines]) + "\n"
+    response.out.mkdir(parents=True, exist_ok=True)
+    folder.write_text(response.out / "response.md", text)
+    folder.write_text(response.out / "response.csv", pd.concat(tables).to_csv(index=False, float_format="%.6g"))
+    for kind in CHANGES:
+        folder.write_text(response.out / f"{kind}.svg", figure(last, kind))
+    print(text)
+
+
+def figure(rows: pd.DataFrame, kind: str) -> str:
+    """Size over change, one plot for each pair of betas, as SVG: measured, and both closed forms."""
+    rows = rows[(rows["layer"] == "all") & (rows["kind"] == kind)]
+    labels = list(rows["betas"].unique())
+    canvas, axes = plt.subplots(
+        1, len(labels), figsize=(3.2 * len(labels), 3.2), layout="constrained", sharey=True, squeeze=False
+    )
+    for place, label in zip(axes[0], labels, strict=True):
+        here = rows[rows["betas"] == label].sort_values("value")
+        place.plot(here["value"], here["steady"], label="steady gradient", linewidth=1.2)
+        place.plot(here["value"], here["noise"], label="noise", linewidth=1.2, linestyle="--")
+        place.plot(here["value"], here["size"], "o", label="measured", markersize=3.5, color="black")
+        place.set_title(f"({label})", fontsize=10)
+        place.set_yscale("log")
+        place.set_xscale("symlog", linthresh=1e-4) if kind == "drift" else place.set_xscale("log")
+        place.set_xlabel("drift rho per step" if kind == "drift" else "scale of the last gradient")
+        place.spines[["top", "right"]].set_visible(False)
+        place.grid(alpha=0.25)
+    axes[0][0].set_ylabel("size of the update")
+    axes[0][0].legend(frameon=False, fontsize=7)
+    return as_svg(canvas)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: ``python -m train.response --help``; the exit code."""
+    try:
+        prepare_environment()
+        response = parse(Response, sys.argv[1:] if arguments is None else arguments, "train.response", __doc__)
+        require(
+            bool(response.at) and min(response.at) >= response.window > STABLE,
+            f"at is {response.at} and window {response.window}; a window is longer than {STABLE} steps and ends at a step of at.",
+        )
+        require(response.elements >= 1, f"elements is {response.elements}; it must be at least 1.")
+        for text in response.betas:
+            require(isinstance(Arm.parse(text).betas, tuple), f"betas has {text!r}; give one number, or beta1,beta2.")
+        write(response, of_language(response) if response.task == "language" else of_vision(response))
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main())
