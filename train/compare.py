@@ -8,9 +8,12 @@ one is at.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -114,6 +117,8 @@ class Comparison:
     """Beta settings: one number, beta1,beta2, or a rule as --betas of train.pretrain takes it; and, after a colon, how the optimizer's
     state is stored, as in 0.95:packed16 or refresh:1000:packed16.
     The first one is what the others are compared with."""
+    grid: tuple[float, ...] = ()
+    """Instead of arms: every pair of these betas, the tied ones first."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; every arm starts from the same weights and sees the same batches for the same seed."""
     lr: tuple[float, ...] = (1e-3,)
@@ -132,6 +137,12 @@ class Comparison:
     """Processes of one run. Default: 2, but 1 where there is a single GPU."""
     launcher: Literal["deepspeed", "torchrun", "accelerate", "python", "slurm"] = "deepspeed"
     """What starts the ranks. "slurm" is for slurm/compare.sbatch, which makes a job of each run."""
+    max_runs: int | None = None
+    """Begin no more than so many runs now; the same command goes on."""
+    max_hours: float | None = None
+    """Begin no run that would end later than so many hours from now, if it takes as long as those before it."""
+    discard_checkpoints: bool = False
+    """Remove the checkpoints of a run that has finished; a sweep of many runs would fill the disk."""
     plan_only: bool = False
     """Write the manifest and stop."""
     manifest: Path | None = None
@@ -147,9 +158,14 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
         SettingsError: if an arm is no pair of betas, an arm or a seed is given twice, an option after "--" is one of those
             that are compared, an arm was not tuned, or train.pretrain would refuse a run's settings.
     """
-    arms = {str(arm): arm for arm in map(Arm.parse, comparison.arms)}
+    wanted = comparison.arms
+    if comparison.grid:
+        require(wanted == Comparison.arms, "arms and grid are both given; give one of them.")
+        tied = [repr(beta) for beta in comparison.grid]
+        wanted = (*tied, *(f"{first},{second}" for first, second in product(tied, tied) if first != second))
+    arms = {str(arm): arm for arm in map(Arm.parse, wanted)}
     rates = _tuned(comparison.lr_from, arms) if comparison.lr_from else dict.fromkeys(arms, comparison.lr)
-    for name, values in (("arms", comparison.arms), ("seeds", comparison.seeds), ("lr", comparison.lr)):
+    for name, values in (("arms", wanted), ("seeds", comparison.seeds), ("lr", comparison.lr)):
         different = arms if name == "arms" else set(values)
         require(bool(values), f"{name} is empty; give at least one.")
         require(len(different) == len(values), f"{name} is {' '.join(map(str, values))}; give each only once.")
@@ -322,12 +338,21 @@ def end(process: subprocess.Popen[Any], patience: float = 10.0) -> None:
     process.wait()
 
 
-def execute(plan: dict[str, Any], out: Path) -> None:
-    """Run what isn't finished and no other worker is at, one run after the other, until all runs have ended.
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What this worker may spend."""
+
+    runs: float = math.inf
+    seconds: float = math.inf
+
+
+def execute(plan: dict[str, Any], out: Path, budget: Budget | None = None, discard: bool = False) -> None:
+    """Run what isn't finished and no other worker is at, one run after the other, until all runs have ended or the budget is spent.
 
     Raises:
         SettingsError: if a run fails (one that diverges doesn't: that is a result), with its own sentence.
     """
+    budget = budget or Budget()
     runs, steps = plan["runs"], plan["steps"]
     for run in runs:  # none of them may be another run of that name, made before the plan was edited
         folder.check(_settings(run, out))
@@ -338,12 +363,30 @@ def execute(plan: dict[str, Any], out: Path) -> None:
     done = len(runs) - len(left())
     if done:
         print(f"{done} of {len(runs)} runs are finished already.", flush=True)
+    took: list[float] = []
+    begun = time.monotonic()
     with Progress(len(runs) * steps, done * steps, "compare", enabled=True) as progress:
         while pending := left():
             for run in pending:
+                spent = time.monotonic() - begun
+                if len(took) >= budget.runs or spent + (statistics.median(took) if took else 0.0) > budget.seconds:
+                    print(
+                        f"The budget is spent: {len(took)} runs in {spent / 3600:.2f} h; {len(left())} are left.",
+                        flush=True,
+                    )
+                    return
                 with folder.sole_worker(out / run["name"]) as mine:
                     if mine and folder.result(out / run["name"]) is None:
                         _execute(plan, run, out, progress, (len(runs) - len(left())) * steps)
+                        if discard:
+                            shutil.rmtree(out / run["name"] / "checkpoints", ignore_errors=True)
+                        took.append(time.monotonic() - begun - spent)
+                        if len(took) == 1 and (count := len(left())):
+                            forecast = count * took[0] / 3600
+                            print(
+                                f"The first run took {took[0]:.0f} s; {count} are left: {forecast:.1f} h on one worker.",
+                                flush=True,
+                            )
             time.sleep(POLL_SECONDS)  # what is left now, another worker is at
         progress.show(len(runs) * steps)
 
@@ -372,6 +415,9 @@ def compare(comparison: Comparison) -> None:
         "launcher is 'slurm', whose runs are jobs; submit slurm/compare.sbatch with the same options.",
     )
     plan = read_manifest(comparison.manifest) if comparison.manifest else json.loads(json.dumps(manifest(comparison)))
+    for name in ("max_runs", "max_hours"):
+        value = getattr(comparison, name)
+        require(value is None or value > 0, f"{name} is {value}; it must be above 0.")
     file = comparison.out / "manifest.json"
     if file.exists():
         before = folder.read_json(file, "runs", "ranks")
@@ -388,7 +434,11 @@ def compare(comparison: Comparison) -> None:
     if comparison.plan_only:
         print(file)
         return
-    execute(plan, comparison.out.resolve())
+    budget = Budget(
+        runs=math.inf if comparison.max_runs is None else comparison.max_runs,
+        seconds=math.inf if comparison.max_hours is None else comparison.max_hours * 3600,
+    )
+    execute(plan, comparison.out.resolve(), budget, comparison.discard_checkpoints)
     report.write(comparison.out)
 
 

@@ -128,8 +128,10 @@ def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_wh
     rest = [*text.split(), "--", *kept, "--validation-fraction", "0.2"]
     arguments = ["--arms", "0.9", "0.9,0.99", "--lr", "0.002", "--out", str(out), *rest]
     with subprocess.Popen([sys.executable, "-m", "train.compare", *arguments], cwd=REPOSITORY) as other:
-        compare.main(arguments)
+        compare.main(["--max-runs", "1", *arguments])
     assert other.returncode == 0
+    assert "The first run took " in (said := capsys.readouterr().out) and "The budget is spent: 1 runs in 0.0" in said
+    compare.main(arguments)
     said = capsys.readouterr().out
     assert "| 0.9,0.99 |" in said and str(out / "report.html") in said
     page = (out / "report.html").read_text()
@@ -145,10 +147,11 @@ def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_wh
     assert len(set(first.values())) == 2  # arms of a seed start alike
     stamps = [(out / run["name"] / "metrics.jsonl").stat().st_mtime_ns for run in plan["runs"]]
     (out / plan["runs"][-1]["name"] / "result.json").unlink()
-    compare.main(arguments)
+    compare.main(["--discard-checkpoints", *arguments])
     assert "3 of 4 runs are finished already" in capsys.readouterr().out
     again = [(out / run["name"] / "metrics.jsonl").stat().st_mtime_ns for run in plan["runs"]]
     assert stamps[:-1] == again[:-1] and stamps[-1] != again[-1]
+    assert [(out / run["name"] / "checkpoints").exists() for run in plan["runs"]] == [True] * 3 + [False]
     reports = {file: file.read_bytes() for file in out.glob("report.*")}
     for seconds in (0.5, 1.5, 2.0, 2.5):  # whenever it is killed, each file is a whole one
         process = subprocess.Popen([sys.executable, "-m", "train.report", str(out)], cwd=REPOSITORY)
@@ -184,7 +187,7 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
 ) -> None:
     out = tmp_path / "comparison"
     kept = small_run[small_run.index("--data") : small_run.index("--data") + 4]
-    text = "--arms 0.9 --seeds 0 --steps 600 --batch 4 --sequence-length 32"
+    text = "--arms 0.9 --seeds 0 --steps 400 --batch 4 --sequence-length 32"
     line = [
         *("env", "--default-signal=INT"),  # a job in the background of a shell ignores it
         *(sys.executable, "-m", "train.compare"),
@@ -199,7 +202,7 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
     run = out / "beta-0.9_lr-0.001_seed-0"
     process = subprocess.Popen(line, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 100
-    while not (run / "checkpoints" / "step-0000150" / "complete.json").exists() and time.monotonic() < until:
+    while not (run / "checkpoints" / "step-0000100" / "complete.json").exists() and time.monotonic() < until:
         time.sleep(0.02)
     ranks = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks) >= 3  # the launcher and two ranks
@@ -210,10 +213,10 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
     assert folder.result(run) is None
     done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"Going on from .*step-0000(150|300|450)", (run / "log.txt").read_text())
+    assert re.search(r"Going on from .*step-0000(100|200|300)", (run / "log.txt").read_text())
     steps = [entry["step"] for entry in folder.read_metrics(run) if "loss" in entry]
-    assert steps == list(range(1, 601)) and (out / "report.html").exists()
-    assert "600/600" in done.stderr  # the progress line
+    assert steps == list(range(1, 401)) and (out / "report.html").exists()
+    assert "400/400" in done.stderr  # the progress line
 
 
 def test_python_that_runs_the_tests_is_the_one_that_runs_the_harness() -> None:
