@@ -202,10 +202,33 @@ def hardships(found: Recording) -> list[dict[str, str]]:
     return rows
 
 
+def nearest(found: Recording) -> list[dict[str, str]]:
+    """Table: which beta of fp32 moments makes the updates most like those of a format."""
+    others = {beta / 100: follow(found, beta / 100, None) for beta in range(70, 98)}
+    rows = []
+    for format in FORMATS.values():
+        for beta in (0.9, 0.95):
+            ours = follow(found, beta, format, packed.dither)
+            alike = {other: cosine(ours, update) for other, update in others.items()}
+            best = max(alike, key=lambda other: alike[other])
+            size = float(ours.norm() / others[beta].norm())
+            rows.append(
+                {
+                    "format": format.name,
+                    "beta": f"{beta}",
+                    "most like fp32 at beta": f"{best} (cosine {alike[best]:.3f})",
+                    "cosine at its own": f"{alike[beta]:.3f}",
+                    "norm of its updates, over that at its own": f"{size:.2f}",
+                }
+            )
+    return rows
+
+
 def main() -> None:
     print(f"{machine()}\n\n`tiny`, {STEPS} steps recorded, the first {SKIPPED} not counted.\n")
     with TemporaryDirectory() as place:
         (Path(place) / "run").mkdir()
         (found,) = spawn(record, 1, f"{place}/run", seconds=600)
     print(table(splits(found)) + "\n", flush=True)
+    print(table(nearest(found)) + "\n", flush=True)
     print(table(hardships(found)) + "\n")
