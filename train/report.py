@@ -21,7 +21,7 @@ import tyro
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from train import folder
+from train import folder, plane
 from train.settings import ARM, SettingsError, parse, require
 
 LEVEL = 0.05
@@ -276,7 +276,7 @@ def common_settings(run: Path) -> dict[str, Any]:
 
 
 def write(*folders: Path, baseline: str = "") -> None:
-    """Write report.md, report.csv, report.html and differences.svg into the first folder and print the table.
+    """Write report.md, report.csv, report.html and its main figures into the first folder and print the table.
 
     Raises:
         SettingsError: if there is nothing to report, or no such baseline.
@@ -292,14 +292,22 @@ def write(*folders: Path, baseline: str = "") -> None:
             f"{len(plan['runs']) - len(table)} of {len(plan['runs'])} planned runs have not ended and are not in here."
         )
     text = markdown(summary, notes)
-    folder.write_text(out / "report.md", text)
-    folder.write_text(out / "report.csv", table.to_csv(index=False))
     figures = {label: curves(best, metrics, column) for column, label in PLOTS.items()}
     differences = (
         f"training loss less that of ({baseline}), mean over {max(1, plan['steps'] // 20)} steps, with 95 % intervals"
     )
     figures = {differences: difference_curves(best, metrics, baseline), **figures}
     folder.write_text(out / "differences.svg", figures[differences])
+    if plane.is_plane(best):
+        text += "\n" + plane.markdown(table, best)
+        cells = plane.of(best)
+        figures = {
+            "validation loss over the betas": as_svg(plane.heat_map(cells, plane.at_edge(table, cells))),
+            **figures,
+        }
+        folder.write_text(out / "plane.svg", next(iter(figures.values())))
+    folder.write_text(out / "report.md", text)
+    folder.write_text(out / "report.csv", table.to_csv(index=False))
     template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
     page = template.render(
         summary=summary.to_dict("records"),

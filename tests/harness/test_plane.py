@@ -1,0 +1,135 @@
+"""The beta plane: on losses whose make-up is known, and against scipy."""
+
+import json
+import math
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from train import plane, report
+
+BETAS = (0.8, 0.9, 0.95)
+
+
+def plane_of(seeds: int, of_a_seed: float, of_a_run: float, tie: float = 0.0) -> pd.DataFrame:
+    """loss = 2 + 0.1 (beta1 - 0.8) + (a cost off the diagonal) + (the seed's own) + (noise), at two learning rates."""
+    random = np.random.default_rng(0)
+    shifts = random.normal(0.0, of_a_seed, seeds)
+    rows = []
+    for beta1, beta2, seed, lr in product(BETAS, BETAS, range(seeds), (1e-3, 2e-3)):
+        arm = f"{beta1}" if beta1 == beta2 else f"{beta1},{beta2}"
+        loss = (
+            2.0
+            + 0.1 * (beta1 - 0.8)
+            + tie * (beta1 != beta2)
+            + shifts[seed]
+            + random.normal(0.0, of_a_run)
+            + (lr - 1e-3) * 100
+        )
+        rows.append({"arm": arm, "lr": lr, "seed": seed, "validation_loss": loss})
+    return pd.DataFrame(rows)
+
+
+def best_of(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["lr"] == 1e-3]
+
+
+def test_pairs_are_read_from_arms_and_packed_ones_and_rules_left_out() -> None:
+    table = pd.DataFrame({"arm": ["0.9", "0.9,0.999", "0.9:packed8", "refresh:100", "1e-05"]})
+    found = plane.of(table)
+    assert found[["beta1", "beta2"]].values.tolist() == [[0.9, 0.9], [0.9, 0.999], [1e-5, 1e-5]]
+
+
+def test_a_few_arms_are_no_plane() -> None:
+    table = best_of(plane_of(2, 0.1, 0.1))
+    assert plane.is_plane(table)
+    assert not plane.is_plane(table[table["arm"].isin(["0.8", "0.9", "0.9,0.95"])])
+
+
+def test_the_noise_of_a_run_and_of_a_pair_are_told_apart() -> None:
+    found = plane.noise(plane.of(best_of(plane_of(400, of_a_seed=0.05, of_a_run=0.01))))
+    assert found.of_a_run == pytest.approx(math.hypot(0.05, 0.01), rel=0.1)
+    assert found.of_a_pair == pytest.approx(0.01 * math.sqrt(2), rel=0.05)
+
+
+def test_so_many_seeds_show_a_tenth_of_a_per_cent_in_four_of_five_trials() -> None:
+    seeds = math.ceil(plane.noise(plane.of(best_of(plane_of(400, 0.05, 0.002)))).seeds)
+    random = np.random.default_rng(1)
+    differences = random.normal(0.001 * 2.01, 0.002 * math.sqrt(2), (4000, seeds))
+    found = np.mean(stats.ttest_1samp(differences, 0.0, axis=1).pvalue < 0.05)
+    assert 0.77 < found < 0.88
+
+
+def test_contrasts_are_paired_tests_and_holms_over_all_of_them() -> None:
+    cells = plane.of(best_of(plane_of(5, 0.05, 0.002, tie=0.05)))
+    found = plane.contrasts(cells)
+    named = {(c.ours, c.theirs): c for c in found}
+    assert (
+        found[0].why == "best tied against the usual pair" and found[0].ours == "(0.8, 0.8)"
+    )  # which is the best of all
+    assert found[1].why == "0.95 tied against the usual pair"
+    assert sum(c.why.startswith("the tie alone") for c in found) == 6
+    losses = cells.pivot(index="seed", columns="arm", values="validation_loss")
+    test = stats.ttest_rel(losses["0.95"], losses["0.95,0.8"])
+    tie = named["(0.95, 0.95)", "(0.95, 0.8)"]
+    interval = test.confidence_interval(0.95)
+    assert (tie.difference, tie.low, tie.high) == pytest.approx(
+        ((losses["0.95"] - losses["0.95,0.8"]).mean(), interval.low, interval.high), rel=1e-12
+    )
+    assert tie.pairs == 5 and tie.high < 0.0 and test.pvalue <= tie.p <= len(found) * test.pvalue
+
+
+def test_a_diverged_run_leaves_its_cell_out_of_the_best_and_of_the_noise() -> None:
+    table = plane_of(3, 0.01, 0.001)
+    spoiled = (table["arm"] == "0.8") & (table["seed"] == 1)
+    table.loc[spoiled, "validation_loss"] = math.nan
+    cells = plane.of(best_of(table))
+    assert plane.contrasts(cells)[0].ours != "(0.8, 0.8)" and plane.contrasts(cells)[0].theirs != "(0.8, 0.8)"
+    assert math.isfinite(plane.noise(cells).of_a_pair)
+
+
+def test_cells_at_the_edge_of_their_learning_rates_are_named_and_the_map_has_every_cell() -> None:
+    table = plane_of(2, 0.01, 0.001)
+    middle = table[table["lr"] == 1e-3].assign(lr=5e-4, validation_loss=3.0)
+    wider = pd.concat([table, middle[middle["arm"] != "0.9"]])
+    cells = plane.of(best_of(wider))
+    assert plane.at_edge(wider, cells) == {(0.9, 0.9)}
+    figure = plane.heat_map(cells, {(0.9, 0.9)})
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert len(texts) == 9 and sum(text.endswith("*") for text in texts) == 1
+    assert len(figure.axes[0].patches) == 3
+    assert "not to be trusted: (0.9, 0.9)." in plane.markdown(wider, best_of(wider))
+
+
+def test_a_report_of_a_plane_has_its_map_and_its_contrasts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On results as runs write them."""
+    runs = []
+    for number, row in best_of(plane_of(2, 0.01, 0.001)).reset_index().iterrows():
+        run = {"name": f"run-{number}", "arm": row["arm"], "lr": row["lr"], "seed": int(row["seed"])}
+        place = tmp_path / run["name"]
+        place.mkdir()
+        result = {"status": "finished", "step": 2, "validation_loss": row["validation_loss"], "seconds": 1.0}
+        lines = [{"step": step, "loss": 3.0 / step, "step_seconds": 0.5, "update_rms": 0.2} for step in (1, 2)]
+        (place / "result.json").write_text(json.dumps(result))
+        (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (place / "run.json").write_text(json.dumps({"identity": {"schedule": {"steps": 2}}}))
+        runs.append(run)
+    plan = {
+        "runs": runs,
+        "command": ["train.compare"],
+        "steps": 2,
+        "ranks": 1,
+        "machine": "m",
+        "packages": {},
+        "python": "3",
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(plan))
+    report.main([str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "| best tied against the usual pair | (0.8, 0.8) | (0.9, 0.95) | 2 |" in said
+    assert "<svg" in (tmp_path / "plane.svg").read_text()
+    assert "validation loss over the betas" in (tmp_path / "report.html").read_text()
