@@ -13,6 +13,8 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
+from train import dynamics
+
 LEVEL, POWER, SMALL = 0.05, 0.8, 0.001
 USUAL, TIED = (0.9, 0.95), (0.95, 0.95)
 
@@ -148,6 +150,12 @@ def markdown(table: pd.DataFrame, best: pd.DataFrame) -> str:
         f"to show a difference of 0.1 % would take {math.ceil(found.seeds)} seeds (power 80 %).",
         "- The best of many cells looks better than it is: some of its lead is the luck of its seeds.",
     ]
+    for window in dynamics.WINDOWS:
+        chosen = dynamics.selection(of(table), window)
+        lines.append(
+            f"- The tied run moves most evenly of those with its beta1, lr and seed (omega, window {window}) in {chosen.tied} of {chosen.rows} rows; "
+            f"{chosen.expected:.1f} by chance, p = {chosen.p:.2g}."
+        )
     if edges := sorted(at_edge(table, cells)):
         lines.append(f"- At the edge of their learning rates, and not to be trusted: {', '.join(map(_name, edges))}.")
     return "\n".join(lines) + "\n"

@@ -21,7 +21,7 @@ import tyro
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from train import folder, plane
+from train import dynamics, folder, plane
 from train.settings import ARM, SettingsError, parse, require
 
 LEVEL = 0.05
@@ -66,7 +66,7 @@ def load(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str, pd.Dat
                 continue
             lines = folder.read_metrics(out / run["name"])
             if result and lines:
-                rows.append({**{k: run[k] for k in ("name", "arm", "lr", "seed")}, **result})
+                rows.append({**{k: run[k] for k in ("name", "arm", "lr", "seed")}, "parameters": math.nan, **result})
                 metrics[run["name"]] = pd.DataFrame(
                     lines, columns=sorted({*PLOTS, *(k for line in lines for k in line)})
                 )
@@ -283,6 +283,11 @@ def write(*folders: Path, baseline: str = "") -> None:
     """
     out = folders[0]
     plan, table, metrics = load(*folders)
+    for window in dynamics.WINDOWS:
+        table[f"omega_{window}"] = [
+            dynamics.omega(metrics[name], count, window)
+            for name, count in zip(table["name"], table["parameters"], strict=True)
+        ]
     best = best_lr(table)
     baseline = baseline or plan["runs"][0]["arm"]
     summary = summarize(best, baseline)

@@ -31,7 +31,7 @@ def plane_of(seeds: int, of_a_seed: float, of_a_run: float, tie: float = 0.0) ->
             + (lr - 1e-3) * 100
         )
         rows.append({"arm": arm, "lr": lr, "seed": seed, "validation_loss": loss})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).assign(omega_10=1.0, omega_50=1.0, omega_200=1.0)
 
 
 def best_of(table: pd.DataFrame) -> pd.DataFrame:
@@ -112,7 +112,13 @@ def test_a_report_of_a_plane_has_its_map_and_its_contrasts(tmp_path: Path, capsy
         run = {"name": f"run-{number}", "arm": row["arm"], "lr": row["lr"], "seed": int(row["seed"])}
         place = tmp_path / run["name"]
         place.mkdir()
-        result = {"status": "finished", "step": 2, "validation_loss": row["validation_loss"], "seconds": 1.0}
+        result = {
+            "status": "finished",
+            "step": 2,
+            "validation_loss": row["validation_loss"],
+            "seconds": 1.0,
+            "parameters": 4,
+        }
         lines = [{"step": step, "loss": 3.0 / step, "step_seconds": 0.5, "update_rms": 0.2} for step in (1, 2)]
         (place / "result.json").write_text(json.dumps(result))
         (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
