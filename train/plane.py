@@ -111,7 +111,7 @@ def at_edge(table: pd.DataFrame, cells: pd.DataFrame) -> set[tuple[float, float]
     return {
         (row.beta1, row.beta2)
         for row in cells.drop_duplicates("arm").itertuples()
-        if row.lr in (rates.loc[row.arm, "min"], rates.loc[row.arm, "max"])
+        if rates.loc[row.arm, "min"] < rates.loc[row.arm, "max"] and row.lr in tuple(rates.loc[row.arm])
     }
 
 

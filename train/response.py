@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -22,12 +21,13 @@ import torch
 import tyro
 from torch import Tensor
 
-from train import checkpoints, deepspeed_config, folder
+from train import folder, probe
 from train.compare import Arm
+from train.probe import Recorder, Recording
 from train.progress import Progress
-from train.ranks import Ranks, leave, prepare_environment, start
+from train.ranks import leave, prepare_environment
 from train.report import as_svg
-from train.settings import REPOSITORY, Run, SettingsError, first_line, parse, require
+from train.settings import SettingsError, parse, require
 
 CHANGES = {
     "drift": (-1e-1, -3e-2, -1e-2, -3e-3, -1e-3, -3e-4, -1e-4, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
@@ -38,7 +38,6 @@ NEAR = {"drift": (-1e-3, 1e-3), "rescaled": (2 ** (-1 / 4), 2 ** (1 / 4))}
 """Between which values the slope is measured."""
 STABLE = 10
 """Steps of a window in which a gradient's sign is to be stable."""
-OWN = {"--out", "--ds-config", "--batch", "--micro-batch"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,42 +60,6 @@ class Response:
     """A run of train.pretrain whose newest weights are to be begun with, at its step; the moments begin anew."""
     rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """After "--": options of the run, as train.pretrain takes them, such as -- --model small --lr 2e-3."""
-
-
-class Recording(NamedTuple):
-    """Gradients of some elements."""
-
-    gradients: Tensor
-    """(steps, elements), float32, before clipping."""
-    layers: dict[str, slice]
-    """Tensor's name: its columns."""
-
-
-class Recorder:
-    """Keeps the last gradients of elements drawn from every tensor."""
-
-    def __init__(self, named: Iterable[tuple[str, Tensor]], window: int, elements: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.kept: deque[Tensor] = deque(maxlen=window)
-        self.layers: dict[str, slice] = {}
-        self.chosen: list[tuple[Tensor, Tensor]] = []
-        for name, parameter in named:
-            begin = sum(len(index) for _, index in self.chosen)
-            index = torch.randperm(parameter.numel(), generator=generator)[:elements]
-            self.layers[name] = slice(begin, begin + len(index))
-            self.chosen.append((parameter, index.to(parameter.device)))
-
-    def see(self) -> None:
-        """The gradients of this step."""
-        parts = [
-            torch.zeros(len(index)) if p.grad is None else p.grad.flatten()[index].float().cpu()
-            for p, index in self.chosen
-        ]
-        self.kept.append(torch.cat(parts))
-
-    def recording(self) -> Recording:
-        """What is kept now."""
-        return Recording(torch.stack(list(self.kept)), self.layers)
 
 
 # ---- What is measured
@@ -215,26 +178,12 @@ def magnitude_lag(recording: Recording, betas: tuple[float, float]) -> Lag:
 
 def of_language(response: Response) -> Iterator[tuple[int, Recording]]:
     """Those of a run of train.pretrain, on one rank."""
-    from train.pretrain import initialize
-
-    given = {option.split("=")[0].replace("_", "-") for option in response.rest} & (OWN - {"--batch"})
-    require(not given, f"{min(given, default='')} is given after --; train.response decides it.")
-    options = ["--out", str(response.out / "run"), "--ds-config", str(REPOSITORY / "ds_configs" / "zero0.json")]
-    options += ["--steps", str(max(response.at) + 1), "--precision", "fp32", *response.rest]
-    settings = parse(Run, options, "train.pretrain", None)
-    settings.check()
-    ranks = start(settings.timeout)
-    require(
-        ranks.world == 1, f"train.response runs on one rank, and there are {ranks.world}; start it with plain python."
-    )
-    with ranks.watch.guard():
-        trainer = initialize(settings, ranks, deepspeed_config.resolve(settings, 1, torch.cuda.is_available()))
-        if response.checkpoint is not None:
-            trainer.step = _load_weights(trainer.engine.module, ranks, response.checkpoint)
-            require(
-                trainer.step + response.window <= min(response.at),
-                f"at is {min(response.at)}, less than the checkpoint's {trainer.step} steps and a window of {response.window}.",
-            )
+    end = max(response.at)
+    with probe.alone("train.response", response.out, end + 1, response.rest, response.checkpoint) as trainer:
+        require(
+            not trainer.step or trainer.step + response.window <= min(response.at),
+            f"at is {min(response.at)}, less than the checkpoint's {trainer.step} steps and a window of {response.window}.",
+        )
         recorder = Recorder(trainer.engine.module.named_parameters(), response.window, response.elements)
         step = trainer.engine.step
 
@@ -243,28 +192,12 @@ def of_language(response: Response) -> Iterator[tuple[int, Recording]]:
             return step(*arguments, **more)
 
         trainer.engine.step = recorded
-        ranks.watch.begin()
-        with Progress(max(response.at), trainer.step, "response") as progress:
-            while trainer.step < max(response.at):
+        with Progress(end, trainer.step, "response") as progress:
+            while trainer.step < end:
                 line = trainer.train_step()
                 progress.show(trainer.step, f"loss {line['loss']:.4f}")
                 if trainer.step in response.at:
                     yield trainer.step, recorder.recording()
-        ranks.watch.end()
-
-
-def _load_weights(module: torch.nn.Module, ranks: Ranks, run: Path) -> int:
-    """Those of a run's newest checkpoint; its step."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    found = checkpoints.find(ranks, run / "checkpoints")
-    if found is None:
-        raise SettingsError(f"checkpoint is {run}, which has no whole checkpoint; give the folder of a run.")
-    try:
-        module.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(str(found.path.parent), found.path.name))
-    except Exception as error:  # whatever another model's weights run into
-        raise SettingsError(f"checkpoint is {run}, whose weights can't be loaded: {first_line(error)}") from None
-    return found.step
 
 
 def of_vision(response: Response) -> Iterator[tuple[int, Recording]]:
