@@ -7,6 +7,7 @@ half-life of log(1/2) / log(beta); counted in tokens, either of them times the t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 
@@ -100,8 +101,14 @@ RULES: dict[str, Callable[[float, float, float], float]] = {
 """Name: its number, the run's steps, and the tokens of a step -> beta."""
 
 
+def is_rule(text: str) -> bool:
+    """Whether it is meant as a rule in words, of :func:`choose` or :func:`course`."""
+    return text.partition(":")[0] in (*RULES, "from")
+
+
 def choose(rule: str, *, steps: float, tokens_per_step: float) -> float:
-    """The beta of a rule in words: a number, ``refresh:R``, ``half_life:STEPS``, ``half_life_tokens:TOKENS`` or ``horizon:STEPS``.
+    """The beta of a rule in words: a number, ``refresh:R``, ``half_life:STEPS``, ``half_life_tokens:TOKENS`` or ``horizon:STEPS``; of a
+    :func:`course`, the first one.
 
     Args:
         rule: such as ``"0.95"``, ``"refresh:1000"`` or ``"half_life_tokens:10e6"``.
@@ -111,6 +118,24 @@ def choose(rule: str, *, steps: float, tokens_per_step: float) -> float:
     Raises:
         ValueError: if there is no such rule, or it comes to no beta in [0, 1) here.
     """
+    return course(rule, steps=steps, tokens_per_step=tokens_per_step)(0.0)
+
+
+def course(rule: str, *, steps: float, tokens_per_step: float) -> Callable[[float], float]:
+    """The beta at each step, counted from 0: that of :func:`choose` all the time, or one that moves, ``from:A:TO:B``: the horizon goes from
+    that of A to that of B, by the same factor in every step.
+
+    Args:
+        rule: such as ``"0.95"`` or ``"from:0.9:to:0.99"``.
+        steps: optimizer steps of the run.
+        tokens_per_step: training tokens in one of them.
+
+    Raises:
+        ValueError: if there is no such rule, or it comes to no beta in [0, 1) here.
+    """
+    if moving := re.fullmatch(r"from:(.+?):to:(.+)", rule):
+        first, last = (choose(each, steps=steps, tokens_per_step=tokens_per_step) for each in moving.groups())
+        return lambda step: 1.0 - (1.0 - first) ** (1.0 - step / steps) * (1.0 - last) ** (step / steps)
     name, _, number = rule.rpartition(":")
     try:
         value = float(number)
@@ -118,14 +143,14 @@ def choose(rule: str, *, steps: float, tokens_per_step: float) -> float:
         value = math.nan
     if name not in ("", *RULES) or math.isnan(value):
         raise ValueError(
-            f"beta is {rule!r}; it must be a number, or refresh:R, half_life:STEPS, half_life_tokens:TOKENS or horizon:STEPS."
+            f"beta is {rule!r}; it must be a number, or refresh:R, half_life:STEPS, half_life_tokens:TOKENS, horizon:STEPS or from:A:to:B."
         )
     try:
         beta = RULES[name](value, steps, tokens_per_step) if name else value
         _check_beta(beta)
     except ValueError as error:
         raise ValueError(f"beta is {rule!r}, and {error}" if name else str(error)) from None
-    return beta
+    return lambda step: beta
 
 
 def _check_beta(beta: float) -> None:

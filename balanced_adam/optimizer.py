@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
-from balanced_adam import kernels, packed, rule
+from balanced_adam import decay, kernels, packed, rule
 from balanced_adam import state as states
 
 Betas = float | tuple[float, float]
@@ -56,7 +56,8 @@ class BalancedAdam(torch.optim.Optimizer):
     :math:`\eta` = ``lr``, :math:`\lambda` = ``weight_decay``. Equal betas make the update invariant, to first order, to
     drift in the scale of the gradient (arXiv 2601.21739), and bound every step of every weight by ``lr``, since
     m² ≤ (1-βᵗ) v by Cauchy-Schwarz (:mod:`balanced_adam.gradient_scale`). The bound is that of one beta from a zero start:
-    after a change of beta, or on a state made with unequal betas, it does not hold until the old averages have faded.
+    on a state made with unequal betas, it does not hold until the old averages have faded. Equal betas may change from step to
+    step (:mod:`balanced_adam.decay`), but not in a CUDA graph.
 
     Args:
         params: parameters, named parameters or parameter groups. A group may set its own ``lr``, ``betas``, ``eps``,
@@ -124,6 +125,7 @@ class BalancedAdam(torch.optim.Optimizer):
         """What :meth:`hand_over` took for the next step."""
         self._moved: dict[Tensor, tuple[int, rule.Betas, float]] = {}  # for update_size
         self._cut = 0  # elements that packing has cut off
+        self._betas: list[tuple[float, float]] = []  # of each group in its last step
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -135,6 +137,7 @@ class BalancedAdam(torch.optim.Optimizer):
         self.handed = {}
         self._moved = {}
         self._cut = 0
+        self._betas = [_pair(group["betas"], allow_unbalanced=True) for group in self.param_groups]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings are checked, and ``betas`` becomes a pair.
@@ -161,6 +164,7 @@ class BalancedAdam(torch.optim.Optimizer):
         except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
+        self._betas.append(group["betas"])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -186,9 +190,13 @@ class BalancedAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             group["betas"] = _pair(group["betas"], self.defaults["allow_unbalanced"])
             _check_state(group)
+            if group["betas"] != self._betas[index]:
+                taken = (int(self.state[p]["step"]) for p in group["params"] if "step" in self.state.get(p, ()))
+                decay.follow(group, self._betas[index], max(taken, default=0))
+                self._betas[index] = group["betas"]
             if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
                 raise RuntimeError(
                     "BalancedAdam does not take sparse gradients; build the embedding with sparse=False."
@@ -303,7 +311,7 @@ class BalancedAdam(torch.optim.Optimizer):
             # An int or a 0-dim tensor; never in place, since a universal checkpoint of DeepSpeed loaded at stage 3 gives
             # all parameters one and the same tensor (runtime/zero/stage3.py:3681).
             state["step"] = state["step"] + 1
-            step, lr = int(state["step"]), float(group["lr"])
+            step, lr = decay.corrected(group, int(state["step"])), float(group["lr"])
             self._moved[param] = (step, betas, eps)
             if not fused:
                 assert param.grad is not None

@@ -93,7 +93,7 @@ class Arm(NamedTuple):
         said, _, state = text.rpartition(":")
         if state not in FORMATS:
             said, state = text, "fp32"
-        if said.partition(":")[0] in horizon.RULES:
+        if horizon.is_rule(said):
             return Arm(said, state)
         try:
             betas = tuple(float(part) for part in said.split(","))

@@ -66,6 +66,7 @@ class Trainer:
         self.accumulation = engine.gradient_accumulation_steps()
         self.parameters = model.parameter_count(engine.module)
         self.step = 0  # optimizer steps taken
+        self.beta = run.moving_beta()
         self.layout = layout
         self.stop = StopRequest(run.out / STOP if ranks.first else None)
         self.stopping = False
@@ -89,6 +90,9 @@ class Trainer:
             torch.cuda.manual_seed(seed)
         indices = data.batch_indices(self.step, run.parallelism.batch, len(self.train), run.seed)
         lr = engine.get_lr()[0]
+        if self.beta:
+            for group in engine.optimizer.param_groups:
+                group["betas"] = (self.beta(self.step),) * 2
         total = torch.zeros((), device=self.ranks.device)
         norm: float | None = None
         for part in range(self.accumulation):

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -93,7 +94,7 @@ class Optimizer:
     """Peak learning rate."""
     betas: float | tuple[float, float] | str = 0.95
     """One number (beta1 = beta2), or two, which need --allow-unbalanced where they differ; or a rule that chooses one number: refresh:R
-    (R / steps is 1 - beta), half_life:STEPS, half_life_tokens:TOKENS or horizon:STEPS."""
+    (R / steps is 1 - beta), half_life:STEPS, half_life_tokens:TOKENS or horizon:STEPS; or from:A:to:B, which moves."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
@@ -265,15 +266,25 @@ class Run:
 
         params = {name: value for name, value in dataclasses.asdict(self.optimizer).items() if name != "clip"}
         try:
-            if isinstance(params["betas"], str):
-                tokens = self.parallelism.batch * self.data.sequence_length
-                params["betas"] = horizon.choose(params["betas"], steps=self.schedule.steps, tokens_per_step=tokens)
+            if beta := self.moving_beta():
+                params["betas"] = beta(0)
             if isinstance(params["betas"], float):
                 params["betas"] = (params["betas"],) * 2
             BalancedAdam([torch.zeros(1)], **params)
         except ValueError as error:
             raise SettingsError(str(error).replace("allow_unbalanced=True", "--allow-unbalanced")) from None
         return {**params, "betas": list(params["betas"])}
+
+    def moving_beta(self) -> Callable[[float], float] | None:
+        """Where betas is a rule, the beta at each step, counted from 0.
+
+        Raises:
+            ValueError: if the rule comes to no number here.
+        """
+        if not isinstance(self.optimizer.betas, str):
+            return None
+        tokens = self.parallelism.batch * self.data.sequence_length
+        return horizon.course(self.optimizer.betas, steps=self.schedule.steps, tokens_per_step=tokens)
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: everything that decides the weights, as plain data for JSON.

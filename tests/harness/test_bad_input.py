@@ -285,6 +285,7 @@ COMPARISONS = [
     ("--arms 0.95 0.95:fp32", "give each only once"),
     ("--arms 0.95 0.95:packed12", "arms has '0.95:packed12'; an arm is one beta"),
     ("--arms refresh:1000", "beta is 'refresh:1000', and 1000 refreshes in 200 steps"),
+    ("--arms from:0.9:to:1", "beta is 1.0; it must lie in [0, 1)."),
     ("--grid 0.9 --arms 0.8", "arms and grid are both given; give one of them."),
     ("--grid 0.9 1.0", "arms has '1.0'"),
     ("--max-runs 0", "max_runs is 0; it must be above 0."),

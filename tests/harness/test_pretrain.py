@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,20 @@ def test_bf16_by_a_flag_trains_in_bf16_and_stays_near_float32(make: Make, tmp_pa
     assert json.loads((bf16.out / "ds_config.json").read_text())["bf16"]["enabled"] is True
     assert losses(bf16) != losses(plain)
     assert losses(bf16) == pytest.approx(losses(plain), rel=1e-2)
+
+
+def test_a_moving_beta_is_a_function_of_the_step_also_after_a_resume(make: Make, tmp_path: Path) -> None:
+    run = make("--betas", "from:0.5:to:0.99", "--clip", "0")
+    pretrain(run)
+    uncut = losses(run)
+    (run.out / "result.json").unlink()
+    shutil.rmtree(run.out / "checkpoints" / "step-0000006")
+    pretrain(run)  # from step 3
+    assert losses(run) == uncut
+    start = make("--betas", "0.5", "--clip", "0", "--out", str(tmp_path / "constant"))
+    pretrain(start)
+    # The first two losses come before any step with another beta.
+    assert [a == b for a, b in zip(losses(start), uncut, strict=True)] == [True, True, False, False, False, False]
 
 
 def test_any_causal_model_of_transformers_trains_from_its_configuration(make: Make, tmp_path: Path) -> None:

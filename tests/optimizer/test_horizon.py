@@ -1,6 +1,7 @@
 """Beta in other words: against sums of the weights, and the examples of the papers."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_rules_in_words(rule: str, beta: float) -> None:
     assert horizon.choose(rule, steps=10_000, tokens_per_step=2e6) == pytest.approx(beta, abs=1e-15)
 
 
-NO_RULE = " it must be a number, or refresh:R, half_life:STEPS, half_life_tokens:TOKENS or horizon:STEPS."
+NO_RULE = " it must be a number, or refresh:R, half_life:STEPS, half_life_tokens:TOKENS, horizon:STEPS or from:A:to:B."
 BAD = [
     ("much", f"beta is 'much';{NO_RULE}"),
     ("nan", f"beta is 'nan';{NO_RULE}"),
@@ -73,6 +74,16 @@ def test_what_is_no_beta_is_said_in_one_sentence(rule: str, message: str) -> Non
     with pytest.raises(ValueError) as raised:
         horizon.choose(rule, steps=400, tokens_per_step=1000)
     assert str(raised.value) == message
+
+
+def test_a_moving_beta_has_a_horizon_that_grows_by_the_same_factor_in_every_step() -> None:
+    beta = horizon.course("from:0.9:to:refresh:4", steps=400, tokens_per_step=1.0)
+    horizons = [horizon.horizon(beta(step)) for step in range(401)]
+    assert (horizons[0], horizons[-1]) == (pytest.approx(10.0), pytest.approx(100.0))
+    assert all(b / a == pytest.approx(10 ** (1 / 400)) for a, b in pairwise(horizons))
+    assert horizon.course("0.9", steps=400, tokens_per_step=1.0)(399) == 0.9
+    with pytest.raises(ValueError, match=r"^beta is 1.0; it must lie in \[0, 1\)\.$"):
+        horizon.course("from:0.9:to:1", steps=400, tokens_per_step=1.0)
 
 
 def test_values_out_of_range_are_refused() -> None:

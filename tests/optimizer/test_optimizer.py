@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 import warnings
 
@@ -347,6 +348,91 @@ def test_betas_made_unequal_by_hand_are_refused_and_a_common_change_is_followed(
     optimizer.param_groups[0]["betas"] = (0.5, 0.6)
     with pytest.raises(ValueError, match="betas are equal"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["kernel", "torch"])
+@pytest.mark.parametrize("course", ["rising", "falling", "random"])
+def test_m_stays_within_the_root_of_v_whatever_common_betas_and_gradients_there_have_been(course, fused):
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(2000))
+    optimizer = BalancedAdam([p], lr=1e-3, fused=fused)
+    for step in range(60):
+        chance = float(torch.rand((), generator=generator))
+        beta = {"rising": 0.5 + step / 125, "falling": 0.99 - step / 100, "random": chance}[course]
+        optimizer.param_groups[0]["betas"] = (beta, beta)
+        # Of any size, and for half of them with one sign, which brings m closest to the root of v.
+        sizes = 10.0 ** (8.0 * torch.rand(2000, generator=generator) - 4.0)
+        p.grad = torch.where(torch.arange(2000) % 2 == 0, sizes, sizes * torch.randn(2000, generator=generator))
+        optimizer.step()
+        state = optimizer.state[p]
+        assert bool((state["exp_avg"].double() ** 2 <= state["exp_avg_sq"].double() * (1 + 1e-5)).all())
+
+
+def moving(course: str, step: int) -> float:
+    return {
+        "slowly up": 1.0 - 0.2 * 0.05 ** (step / 200),
+        "fast up": 1.0 - 0.2 * 0.0005 ** (step / 200),
+        "down": 0.999 - 0.004 * step,
+        "jumps": (0.9, 0.99, 0.5, 0.0)[step // 5 % 4],
+    }[course]
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["kernel", "torch"])
+@pytest.mark.parametrize("state", ["fp32", "packed16"])
+@pytest.mark.parametrize("course", ["slowly up", "fast up", "down", "jumps"])
+def test_while_betas_change_no_step_exceeds_lr_and_the_correction_is_off_by_one_factor_of_beta_at_the_most(course, state, fused):
+    """On the sequence that attains the bound, a constant gradient, whose average is the sum of the weights."""
+    p = torch.nn.Parameter(torch.zeros(50))
+    optimizer = BalancedAdam([p], lr=1.0, betas=moving(course, 0), eps=0.0, weight_decay=0.0, fused=fused, state=state)
+    product = 1.0
+    for step in range(200):
+        beta = moving(course, step)
+        product *= beta
+        optimizer.param_groups[0]["betas"] = (beta, beta)
+        with torch.no_grad():
+            p.zero_()
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        weights, most = math.sqrt(1.0 - product), 1.0 + 1e-6
+        # The number of steps that makes the product is rounded up: the sum of the weights by one factor of beta, at the most.
+        least = weights / math.sqrt(1.0 - product * beta)
+        assert float(p.abs().max()) <= most
+        if state == "fp32":
+            assert float(p.abs().min()) >= least * (1 - 1e-5)
+
+
+def test_a_run_whose_betas_have_changed_goes_on_from_a_checkpoint_with_the_same_bits():
+    def step(optimizer, params, number):
+        beta = moving("fast up", number)
+        optimizer.param_groups[0]["betas"] = (beta, beta)
+        set_gradients(params, number)
+        optimizer.step()
+
+    params, again = parameters(), parameters()
+    uncut, cut = BalancedAdam(params, betas=0.8), BalancedAdam(again, betas=0.8)
+    for number in range(8):
+        step(uncut, params, number)
+    for number in range(4):
+        step(cut, again, number)
+    buffer = io.BytesIO()
+    torch.save(cut.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = BalancedAdam(again, betas=0.5)
+    loaded.load_state_dict(torch.load(buffer))
+    for number in range(4, 8):
+        step(loaded, again, number)
+    assert all(map(torch.equal, params, again))
+    assert "decay" in uncut.param_groups[0] and uncut.param_groups[0]["decay"] == loaded.param_groups[0]["decay"]
+
+
+def test_betas_that_never_change_leave_the_groups_as_they_were():
+    params = parameters()
+    optimizer = BalancedAdam(params, betas=0.9)
+    for number in range(3):
+        optimizer.param_groups[0]["betas"] = [0.9, 0.9]
+        set_gradients(params, number)
+        optimizer.step()
+    assert "decay" not in optimizer.param_groups[0]
 
 
 @pytest.mark.parametrize("change", ["amsgrad", "coupled", "shape", "groups"])
