@@ -12,7 +12,8 @@ import math
 from typing import Any
 
 KEY = "decay"
-"""Of a group whose equal betas have changed: the number of steps before the last change, and the logarithm of the product of their betas."""
+"""Of a group whose equal betas have changed: the last of them, the number of steps before they were, and the logarithm of the product of
+the betas of those steps. It is saved with the group."""
 FOREVER = 10**9
 """Steps after which nothing is left of the beginning, whatever beta is."""
 
@@ -22,13 +23,15 @@ def follow(group: dict[str, Any], last: tuple[float, float], steps: int) -> None
 
     Args:
         group: of the optimizer's, with the betas of the coming step.
-        last: its betas in the step before.
+        last: its betas in the step before, where it has no note of them.
         steps: that its parameters have taken.
     """
     if group["betas"][0] != group["betas"][1]:  # plain AdamW
         group.pop(KEY, None)
-    elif group["betas"] != last and last[0] == last[1] and steps:
-        group[KEY] = (steps, _logarithm(group, last[0], steps))
+        return
+    before = group[KEY][0] if KEY in group else last[0]
+    if group["betas"][0] != before and (KEY in group or last[0] == last[1]) and steps:
+        group[KEY] = (group["betas"][0], steps, _logarithm(group, before, steps))
 
 
 def corrected(group: dict[str, Any], step: int) -> int:
@@ -42,5 +45,5 @@ def corrected(group: dict[str, Any], step: int) -> int:
 
 def _logarithm(group: dict[str, Any], beta: float, steps: int) -> float:
     """Of the product of all betas of ``steps`` steps, those since the last change being ``beta``."""
-    before, known = group.get(KEY, (0, 0.0))
+    _, before, known = group.get(KEY, (beta, 0, 0.0))
     return max(float(known + (steps - before) * (math.log(beta) if beta else -math.inf)), -1e9)

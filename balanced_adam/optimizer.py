@@ -125,7 +125,7 @@ class BalancedAdam(torch.optim.Optimizer):
         """What :meth:`hand_over` took for the next step."""
         self._moved: dict[Tensor, tuple[int, rule.Betas, float]] = {}  # for update_size
         self._cut = 0  # elements that packing has cut off
-        self._betas: list[tuple[float, float]] = []  # of each group in its last step
+        self._betas: dict[int, tuple[float, float]] = {}  # id of a group: its betas in its last step
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -137,7 +137,7 @@ class BalancedAdam(torch.optim.Optimizer):
         self.handed = {}
         self._moved = {}
         self._cut = 0
-        self._betas = [_pair(group["betas"], allow_unbalanced=True) for group in self.param_groups]
+        self._betas = {id(group): _pair(group["betas"], allow_unbalanced=True) for group in self.param_groups}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings are checked, and ``betas`` becomes a pair.
@@ -164,7 +164,7 @@ class BalancedAdam(torch.optim.Optimizer):
         except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
-        self._betas.append(group["betas"])
+        self._betas[id(group)] = group["betas"]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -190,13 +190,15 @@ class BalancedAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for index, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             group["betas"] = _pair(group["betas"], self.defaults["allow_unbalanced"])
             _check_state(group)
-            if group["betas"] != self._betas[index]:
+            # ZeRO steps groups one at a time, the others being left out, or without their parameters.
+            last = self._betas.setdefault(id(group), group["betas"])
+            if group["params"] and (group["betas"] != last or decay.KEY in group):
                 taken = (int(self.state[p]["step"]) for p in group["params"] if "step" in self.state.get(p, ()))
-                decay.follow(group, self._betas[index], max(taken, default=0))
-                self._betas[index] = group["betas"]
+                decay.follow(group, last, max(taken, default=0))
+                self._betas[id(group)] = group["betas"]
             if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
                 raise RuntimeError(
                     "BalancedAdam does not take sparse gradients; build the embedding with sparse=False."
@@ -311,21 +313,22 @@ class BalancedAdam(torch.optim.Optimizer):
             # An int or a 0-dim tensor; never in place, since a universal checkpoint of DeepSpeed loaded at stage 3 gives
             # all parameters one and the same tensor (runtime/zero/stage3.py:3681).
             state["step"] = state["step"] + 1
-            step, lr = decay.corrected(group, int(state["step"])), float(group["lr"])
-            self._moved[param] = (step, betas, eps)
+            step, lr = int(state["step"]), float(group["lr"])
+            corrected = decay.corrected(group, step)
+            self._moved[param] = (corrected, betas, eps)
             if not fused:
                 assert param.grad is not None
                 old = [param, *stored.values()]
                 new: tuple[Tensor, ...]
                 if states.WORDS in stored:
-                    new = packed.update(param, param.grad, *old[1:], step=step, lr=lr, **settings)
+                    new = packed.update(param, param.grad, *old[1:], step=step, corrected=corrected, lr=lr, **settings)
                 else:
-                    new = rule.update(param, param.grad, *old[1:], step=step, lr=lr, **settings)
+                    new = rule.update(param, param.grad, *old[1:], step=corrected, lr=lr, **settings)
                 # In place: DeepSpeed keeps views of the weights and of the state.
                 for tensor, value in zip(old, new, strict=True):
                     tensor.copy_(value)
                 return
-            scalars = kernels.scalars(step, lr, **settings)
+            scalars = kernels.scalars(step, lr, **settings, corrected=corrected)
         for (
             name,
             tensor,

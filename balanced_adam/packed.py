@@ -156,16 +156,18 @@ def update(
     eps: float,
     weight_decay: float,
     maximize: bool = False,
+    corrected: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of balanced Adam with packed moments: the new weights and words; changes none of its arguments.
 
     As :func:`balanced_adam.rule.update`, for equal betas. What rounding has added to an average can't make a step longer than lr.
+    Bias correction is that of step number ``corrected``, if it is another (:mod:`balanced_adam.decay`).
     """
     new, exp_avg, exp_avg_sq = rule.update(
         param,
         grad,
         *unpack(words),
-        step=step,
+        step=step if corrected is None else corrected,
         lr=lr,
         betas=betas,
         eps=eps,

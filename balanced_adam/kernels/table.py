@@ -105,10 +105,21 @@ class Update(NamedTuple):
         ) + (self.scalars if isinstance(self.scalars, bytes) else b"").ljust(_SCALARS.size, b"\0")
 
 
-def scalars(step: int, lr: float, betas: rule.Betas, eps: float, weight_decay: float, maximize: bool) -> bytes:
-    """``Scalars`` of ``rule.h`` for step number ``step``: worked out in double, rounded once."""
+def scalars(
+    step: int,
+    lr: float,
+    betas: rule.Betas,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    corrected: int | None = None,
+) -> bytes:
+    """``Scalars`` of ``rule.h`` for step number ``step``: worked out in double, rounded once.
+
+    Bias correction is that of step number ``corrected``, if it is another (:mod:`balanced_adam.decay`).
+    """
     beta1, beta2 = betas
-    correction = rule.bias_correction(step, betas, eps)
+    correction = rule.bias_correction(step if corrected is None else corrected, betas, eps)
     return _SCALARS.pack(
         beta1,
         1.0 - beta1,

@@ -380,7 +380,9 @@ def moving(course: str, step: int) -> float:
 @pytest.mark.parametrize("fused", [None, False], ids=["kernel", "torch"])
 @pytest.mark.parametrize("state", ["fp32", "packed16"])
 @pytest.mark.parametrize("course", ["slowly up", "fast up", "down", "jumps"])
-def test_while_betas_change_no_step_exceeds_lr_and_the_correction_is_off_by_one_factor_of_beta_at_the_most(course, state, fused):
+def test_while_betas_change_no_step_exceeds_lr_and_the_correction_is_off_by_one_factor_of_beta_at_the_most(
+    course, state, fused
+):
     """On the sequence that attains the bound, a constant gradient, whose average is the sum of the weights."""
     p = torch.nn.Parameter(torch.zeros(50))
     optimizer = BalancedAdam([p], lr=1.0, betas=moving(course, 0), eps=0.0, weight_decay=0.0, fused=fused, state=state)

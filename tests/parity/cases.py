@@ -13,7 +13,7 @@ from balanced_adam.packed import FORMATS
 from balanced_adam.state import MOMENTS, moments
 from tests.parity.compare import differences
 from tests.parity.control import TENSORS, Absent, Clip, State, train
-from tests.parity.model import EPS, GROUPS, MICRO, TRAINED, AwkwardModel, share
+from tests.parity.model import EPS, GROUPS, MICRO, TRAINED, AwkwardModel, moving_beta, share
 from tests.parity.mutants import MUTANTS, wrong
 from tests.parity.worker import device, once, spawn
 
@@ -42,11 +42,13 @@ class Case(NamedTuple):
     path: str = "one_pass"
     mutant: str | None = None
     state: str = "fp32"
+    moving: bool = False
+    """Whether betas change from step to step."""
 
     def __str__(self) -> str:
         accum = f"-accum_{self.grad_accum}" if self.grad_accum else ""
         options = "-offload" * self.offload + "-clip" * bool(self.clip)
-        options += f"-{self.state}" * (self.state != "fp32")
+        options += f"-{self.state}" * (self.state != "fp32") + "-moving" * self.moving
         return f"stage{self.stage}-{self.dtype}{accum}{options}-{self.path}"
 
     def config(self, world: int) -> dict[str, Any]:
@@ -140,6 +142,12 @@ def matrix(world: int) -> Iterator[Case]:
         yield Case(1, "bf16", grad_accum="fp32", state=state)
         if world < 3:
             yield Case(2, "bf16", path="torch", state=state)
+    if world == 2:
+        for stage in range(4):
+            path = "one_pass" if stage else "fused"
+            for state in ("fp32", "packed16"):
+                yield Case(stage, "bf16", path=path, state=state, moving=True)
+            yield Case(stage, "fp32", path="torch", moving=True)
 
 
 def start(case: Case, **more: Any) -> Any:
@@ -154,11 +162,14 @@ def start(case: Case, **more: Any) -> Any:
     return engine
 
 
-def advance(engine: Any, first: int, last: int) -> None:
+def advance(engine: Any, first: int, last: int, moving: bool = False) -> None:
     """Steps ``first`` to ``last - 1``, on this rank's share of the data."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     dtype = next(engine.module.parameters()).dtype
     for step in range(first, last):
+        if moving:
+            for number, group in enumerate(engine.optimizer.param_groups):
+                group["betas"] = (moving_beta(number, step),) * 2
         for micro in range(MICRO):
             inputs = {name: x.to(engine.device, dtype) for name, x in share(step, micro, rank, world).items()}
             engine.backward(engine(inputs))
@@ -205,7 +216,7 @@ def run(cases: list[Case]) -> dict[Case, State]:
     for case in cases:
         with wrong(case.mutant):
             engine = start(case)
-            advance(engine, 0, STEPS)
+            advance(engine, 0, STEPS, case.moving)
             results[case] = read(engine)
             engine.destroy()
     return results
@@ -227,7 +238,8 @@ def _compared(world: int, cases: list[Case]) -> dict[Case, dict[str, float]]:
     ranks = spawn(run, world, cases)
     return {
         case: differences(
-            [rank[case] for rank in ranks], train(STEPS, case.absent(), case.control_clip(), device(world), case.state)
+            [rank[case] for rank in ranks],
+            train(STEPS, case.absent(), case.control_clip(), device(world), case.state, case.moving),
         )
         for case in cases
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from functools import cache
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from balanced_adam import packed, rule
-from tests.parity.model import EPS, GROUPS, MICRO, SHAPES, TRAINED, batch, first_weights
+from tests.parity.model import EPS, GROUPS, MICRO, SHAPES, TRAINED, batch, first_weights, moving_beta
 
 TENSORS = ("weights", "exp_avg", "exp_avg_sq")
 State = dict[str, dict[str, Tensor]]
@@ -48,7 +49,14 @@ def gradient(step: int, name: str) -> Tensor | None:
 
 
 @cache
-def train(steps: int, absent: Absent, clip: Clip | None = None, device: str = "cpu", stored: str = "fp32") -> State:
+def train(
+    steps: int,
+    absent: Absent,
+    clip: Clip | None = None,
+    device: str = "cpu",
+    stored: str = "fp32",
+    moving: bool = False,
+) -> State:
     """Weights and moments after ``steps`` steps, worked out on the ranks' kind of device and returned on the CPU."""
     weights = first_weights()
     state: State = {
@@ -66,9 +74,14 @@ def train(steps: int, absent: Absent, clip: Clip | None = None, device: str = "c
         clipped = {name: grad * factor for name, grad in given.items()}
         if absent is Absent.STALE_AND_CLIPPED:
             given = clipped
-        for group in GROUPS:
+        for number, group in enumerate(GROUPS):
+            settings = {**group.settings(stored), "step": step + 1, "eps": EPS}
+            if moving:
+                betas = [moving_beta(number, each) for each in range(step + 1)]
+                # As many steps at the beta of now as make the product of all, or one more.
+                settings["step"] = math.ceil(sum(map(math.log, betas)) / math.log(betas[-1]) - 1e-9)
+                settings["betas"] = (betas[-1], betas[-1])
             for name in filter(TRAINED.__contains__, group.names):
-                settings = {**group.settings(stored), "step": step + 1, "eps": EPS}
                 old = [state[key][name] for key in TENSORS]
                 new = rule.update(old[0], clipped[name].to(device), *old[1:], **settings, bounded=stored != "fp32")
                 if stored != "fp32":

@@ -45,6 +45,11 @@ class Group(NamedTuple):
         return {"lr": self.lr, "betas": betas, "weight_decay": self.weight_decay}
 
 
+def moving_beta(group: int, step: int) -> float:
+    """Of a group in a step where betas change over time: up by much, and to and fro."""
+    return 1.0 - 0.5 * 0.6**step if group == 0 else (0.9, 0.5, 0.99)[step % 3]
+
+
 EPS = 2.0**-10  # large enough to be seen
 GROUPS = (
     Group(("matrix", "one", "few", "frozen"), 1e-2, (0.9, 0.9), 0.1),
