@@ -32,31 +32,35 @@ def omega(metrics: pd.DataFrame, parameters: float, window: int) -> float:
 
 
 class Selection(NamedTuple):
-    """In how many rows of equal beta1, lr and seed the tied run is the evenest, and how likely that would be by chance."""
+    """How often the tied run is the evenest of those with its beta1."""
 
     window: int
     tied: int
     rows: int
-    expected: float
-    """Rows that it would be in by chance."""
+    """Of equal beta1, lr and seed. They are not independent, so that they make no test."""
+    votes: int
+    """Of the beta1s, in how many the tied run is the evenest in the mean over the lrs and seeds that all of them have."""
+    beta1s: int
     p: float
-    """Of so many or more (exact binomial; where the rows have different numbers of runs, with their mean chance)."""
+    """Of so many votes or more by chance (exact binomial); NaN without any."""
 
 
 def selection(cells: pd.DataFrame, window: int) -> Selection:
-    """Over the rows with a tied run and others.
+    """Over the beta1s with a tied run and others.
 
     Args:
         cells: one row a run, with columns ``beta1``, ``beta2``, ``lr``, ``seed`` and ``omega_WINDOW``.
         window: which of them.
     """
-    tied, chances = 0, []
-    for (beta1, _, _), row in cells.groupby(["beta1", "lr", "seed"]):
-        evenness = row.set_index("beta2")[f"omega_{window}"].dropna()
-        if beta1 in evenness.index and len(evenness) > 1:
-            tied += evenness.idxmin() == beta1
-            chances.append(1.0 / len(evenness))
+    tied, rows, votes, chances = 0, 0, 0, []
+    for beta1, cell in cells.groupby("beta1"):
+        evenness = cell.pivot(index=["lr", "seed"], columns="beta2", values=f"omega_{window}").dropna()
+        if beta1 in evenness.columns and evenness.shape[1] > 1 and len(evenness):
+            tied += int((evenness.idxmin(axis=1) == beta1).sum())
+            rows += len(evenness)
+            votes += int(evenness.mean().idxmin() == beta1)
+            chances.append(1.0 / evenness.shape[1])
     if not chances:
-        return Selection(window, 0, 0, 0.0, math.nan)
-    p = stats.binomtest(tied, len(chances), sum(chances) / len(chances), alternative="greater").pvalue
-    return Selection(window, tied, len(chances), sum(chances), float(p))
+        return Selection(window, 0, 0, 0, 0, math.nan)
+    p = stats.binomtest(votes, len(chances), sum(chances) / len(chances), alternative="greater").pvalue
+    return Selection(window, tied, rows, votes, len(chances), float(p))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from itertools import combinations, product
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -17,6 +19,7 @@ from train import dynamics
 
 LEVEL, POWER, SMALL = 0.05, 0.8, 0.001
 USUAL, TIED = (0.9, 0.95), (0.95, 0.95)
+Pair = tuple[float, float]
 
 
 def of(best: pd.DataFrame) -> pd.DataFrame:
@@ -33,6 +36,14 @@ def is_plane(best: pd.DataFrame) -> bool:
     return tied >= 2 and len(cells) - tied >= 2
 
 
+def means(cells: pd.DataFrame) -> pd.Series:
+    """The mean loss of each cell over the seeds that have ended in all cells (over its own, if there is none), by (beta1, beta2). NaN where
+    one of these runs has diverged."""
+    everywhere = cells.groupby("seed")["arm"].transform("nunique") == cells["arm"].nunique()
+    chosen = cells[everywhere] if everywhere.any() else cells
+    return chosen.groupby(["beta1", "beta2"])["validation_loss"].agg(lambda losses: losses.mean(skipna=False))
+
+
 class Contrast(NamedTuple):
     """The loss of one cell less that of another, paired by seed."""
 
@@ -46,7 +57,7 @@ class Contrast(NamedTuple):
     p: float
 
 
-def compare(cells: pd.DataFrame, ours: tuple[float, float], theirs: tuple[float, float], why: str) -> Contrast:
+def compare(cells: pd.DataFrame, ours: Pair, theirs: Pair, why: str) -> Contrast:
     """Two cells: mean difference, 95 % interval and p by Student's t over seeds; NaN where there are too few."""
     losses = cells.pivot(index="seed", columns=["beta1", "beta2"], values="validation_loss")
     difference = (losses[ours] - losses[theirs]).dropna()
@@ -54,58 +65,67 @@ def compare(cells: pd.DataFrame, ours: tuple[float, float], theirs: tuple[float,
     if len(difference) > 1 and difference.std() > 0.0:
         test = stats.ttest_1samp(difference, 0.0)
         (low, high), p = test.confidence_interval(1 - LEVEL), float(test.pvalue)
-    return Contrast(
-        _name(ours), _name(theirs), why, len(difference), float(difference.mean()), float(low), float(high), p
-    )
+    middle = float(difference.mean()) if len(difference) else math.nan
+    return Contrast(_name(ours), _name(theirs), why, len(difference), middle, float(low), float(high), p)
 
 
 def contrasts(cells: pd.DataFrame) -> list[Contrast]:
-    """What the tie costs, and apart from it what beta1 does, Holm-corrected over all of them."""
-    means = cells.groupby(["beta1", "beta2"])["validation_loss"].agg(lambda losses: losses.mean(skipna=False))
-    tied = means[[first == second for first, second in means.index]]
-    best, best_tied = means.idxmin(), tied.idxmin()
-    wanted = [(best_tied, best, "best tied against the best of all")] if best != best_tied else []
-    if USUAL in means.index:
-        wanted.append((best_tied, USUAL, "best tied against the usual pair"))
-        if TIED in tied.index and best_tied != TIED:
-            wanted.append((TIED, USUAL, "0.95 tied against the usual pair"))
-    for beta in sorted({first for first, _ in tied.index}):
-        wanted += [
-            ((beta, beta), pair, f"the tie alone, beta1 = {beta}") for pair in means.index if pair[0] == beta != pair[1]
-        ]
-    found = [compare(cells, ours, theirs, why) for ours, theirs, why in wanted]
-    tested = [k for k, contrast in enumerate(found) if not math.isnan(contrast.p)]
+    """What the tie costs as a whole, the tie alone (beta1 fixed), and beta1 alone (beta2 fixed); Holm-corrected over all of them."""
+    found = means(cells).dropna()
+    tied = found[[first == second for first, second in found.index]]
+    untied = found.drop(tied.index)
+    wanted: list[tuple[Pair, Pair, str]] = []
+    if len(tied) and len(untied):
+        wanted.append((tied.idxmin(), untied.idxmin(), "best tied against best untied"))
+        if USUAL in untied.index:
+            pairs = dict.fromkeys([tied.idxmin(), *({TIED} & set(tied.index))])
+            wanted += [(pair, USUAL, "tied against the usual pair") for pair in pairs]
+        for beta, _ in tied.index:
+            wanted += [((beta, beta), pair, "the tie alone") for pair in untied.index if pair[0] == beta]
+        for first, second in combinations(sorted({first for first, _ in found.index}), 2):
+            at = [beta2 for beta1, beta2 in found.index if beta1 == first and (second, beta2) in found.index]
+            wanted += [((second, beta2), (first, beta2), "beta1 alone") for beta2 in at if beta2 == max(at)]
+    results = [compare(cells, *each) for each in wanted]
+    tested = [k for k, contrast in enumerate(results) if not math.isnan(contrast.p)]
     if tested:
-        corrected = multipletests([found[k].p for k in tested], LEVEL, method="holm")[1]
+        corrected = multipletests([results[k].p for k in tested], LEVEL, method="holm")[1]
         for k, p in zip(tested, corrected, strict=True):
-            found[k] = found[k]._replace(p=float(p))
-    return found
+            results[k] = results[k]._replace(p=float(p))
+    return results
 
 
 class Noise(NamedTuple):
-    """What a seed does."""
+    """What a seed does; NaN where there are too few."""
 
     of_a_run: float
-    """Standard deviation of a cell's loss over seeds, pooled."""
+    """Standard deviation of a cell's loss over seeds, pooled over cells."""
     of_a_pair: float
     """That of the difference of two cells with the same seed, pooled over all pairs of cells."""
-    seeds: float
+    seeds: int | None
     """That would show a difference of 0.1 % (two-sided 5 %, power 80 %)."""
 
 
 def noise(cells: pd.DataFrame) -> Noise:
-    """Pooled over the cells in which no run has diverged."""
-    losses = cells.pivot(index="seed", columns=["beta1", "beta2"], values="validation_loss").dropna(axis=1)
-    alone = math.sqrt(losses.var().mean())
-    # The pooled variance of all differences of two columns is twice what is left when each seed's mean is taken out.
-    paired = math.sqrt(
-        2.0 * losses.sub(losses.mean(axis=1), axis=0).var().mean() * losses.shape[1] / (losses.shape[1] - 1)
+    """Of runs that have not diverged; every two cells are compared on the seeds that both have."""
+    losses = cells.pivot(index="seed", columns=["beta1", "beta2"], values="validation_loss")
+    pairs = [(losses[a] - losses[b]).var() for a, b in combinations(losses.columns, 2)]
+    alone, paired = (
+        math.sqrt(np.nanmean(values)) if np.isfinite(values).any() else math.nan for values in (losses.var(), pairs)
     )
-    effect = SMALL * float(losses.to_numpy().mean()) / paired
-    return Noise(alone, paired, float(TTestPower().solve_power(effect_size=effect, alpha=LEVEL, power=POWER)))
+    return Noise(alone, paired, seeds_for(SMALL * float(losses.mean().mean()), paired))
 
 
-def at_edge(table: pd.DataFrame, cells: pd.DataFrame) -> set[tuple[float, float]]:
+def seeds_for(difference: float, deviation: float) -> int | None:
+    """How many pairs show a mean difference, if theirs scatter so much (two-sided 5 %, power 80 %); None if that can't be said."""
+    if not deviation > 0.0:
+        return None
+    power = TTestPower().power
+    counts = range(2, 100_000)
+    found = bisect_left(counts, POWER, key=lambda count: power(difference / deviation, count, LEVEL))
+    return counts[found] if found < len(counts) else None
+
+
+def at_edge(table: pd.DataFrame, cells: pd.DataFrame) -> set[Pair]:
     """Cells whose best learning rate is the least or the greatest that was tried for them."""
     rates = table.groupby("arm")["lr"].agg(["min", "max"])
     return {
@@ -115,23 +135,26 @@ def at_edge(table: pd.DataFrame, cells: pd.DataFrame) -> set[tuple[float, float]
     }
 
 
-def heat_map(cells: pd.DataFrame, edges: set[tuple[float, float]]) -> Any:
-    """A figure: the mean loss of each cell, the diagonal framed, cells at the edge of their learning rates marked with *."""
-    means = cells.groupby(["beta2", "beta1"])["validation_loss"].mean().unstack()
-    figure, axes = plt.subplots(figsize=(1.2 + 0.85 * means.shape[1], 1.0 + 0.6 * means.shape[0]), layout="constrained")
-    image = axes.imshow(means, origin="lower", aspect="auto", cmap="viridis_r")
-    axes.set_xticks(range(means.shape[1]), [f"{beta:g}" for beta in means.columns])
-    axes.set_yticks(range(means.shape[0]), [f"{beta:g}" for beta in means.index])
+def heat_map(cells: pd.DataFrame, edges: set[Pair]) -> Any:
+    """A figure: the mean loss of each cell (:func:`means`), the diagonal framed, cells at the edge of their learning rates marked with *."""
+    found = means(cells).unstack("beta1")
+    diverged = (
+        cells.groupby(["beta2", "beta1"])["validation_loss"].agg(lambda losses: int(losses.isna().sum())).unstack()
+    )
+    figure, axes = plt.subplots(figsize=(1.2 + 0.85 * found.shape[1], 1.0 + 0.6 * found.shape[0]), layout="constrained")
+    image = axes.imshow(found, origin="lower", aspect="auto", cmap="viridis_r")
+    axes.set_xticks(range(found.shape[1]), [f"{beta:g}" for beta in found.columns])
+    axes.set_yticks(range(found.shape[0]), [f"{beta:g}" for beta in found.index])
     axes.set_xlabel("beta1")
     axes.set_ylabel("beta2")
-    middle = np.nanmean([np.nanmin(means), np.nanmax(means)])
-    for y, beta2 in enumerate(means.index):
-        for x, beta1 in enumerate(means.columns):
-            value = means.loc[beta2, beta1]
-            text = "" if math.isnan(value) else f"{value:.3f}{'*' if (beta1, beta2) in edges else ''}"
-            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if value < middle else "black")
-            if beta1 == beta2:
-                axes.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, fill=False, edgecolor="red", linewidth=1.6))
+    middle = np.nanmean([np.nanmin(found), np.nanmax(found)]) if found.notna().any(axis=None) else 0.0
+    for (y, beta2), (x, beta1) in product(enumerate(found.index), enumerate(found.columns)):
+        value, count = found.loc[beta2, beta1], diverged.loc[beta2, beta1]
+        text = "" if math.isnan(value) else f"{value:.3f}{'*' if (beta1, beta2) in edges else ''}"
+        text = f"{count:.0f} diverged" if count > 0 else text
+        axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if value > middle else "black")
+        if beta1 == beta2:
+            axes.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, fill=False, edgecolor="red", linewidth=1.6))
     figure.colorbar(image, label="validation loss")
     return figure
 
@@ -146,20 +169,24 @@ def markdown(table: pd.DataFrame, best: pd.DataFrame) -> str:
         lines.append(f"| {c.why} | {c.ours} | {c.theirs} | {c.pairs} | {c.difference:+.4f} | {interval} | {p} |")
     lines += [
         "",
-        f"- A seed moves the loss of a run by {found.of_a_run:.4f} (standard deviation), and the difference of two cells by {found.of_a_pair:.4f}; "
-        f"to show a difference of 0.1 % would take {math.ceil(found.seeds)} seeds (power 80 %).",
-        "- The best of many cells looks better than it is: some of its lead is the luck of its seeds.",
+        "- Cells are chosen by their mean over the seeds that all have; the best of many looks better than it is.",
     ]
+    if not math.isnan(found.of_a_pair):
+        needed = "more than anybody has" if found.seeds is None else f"{found.seeds}"
+        lines.append(
+            f"- A seed moves the loss of a run by {found.of_a_run:.4f} (standard deviation), and the difference of two cells by "
+            f"{found.of_a_pair:.4f}; to show a difference of 0.1 % takes {needed} seeds (power 80 %)."
+        )
     for window in dynamics.WINDOWS:
         chosen = dynamics.selection(of(table), window)
         lines.append(
-            f"- The tied run moves most evenly of those with its beta1, lr and seed (omega, window {window}) in {chosen.tied} of {chosen.rows} rows; "
-            f"{chosen.expected:.1f} by chance, p = {chosen.p:.2g}."
+            f"- Of the runs with its beta1 the tied one moves most evenly (omega, window {window}) in {chosen.votes} of {chosen.beta1s} beta1s "
+            f"(p = {chosen.p:.2g}), and in {chosen.tied} of {chosen.rows} rows of one lr and seed."
         )
     if edges := sorted(at_edge(table, cells)):
         lines.append(f"- At the edge of their learning rates, and not to be trusted: {', '.join(map(_name, edges))}.")
     return "\n".join(lines) + "\n"
 
 
-def _name(pair: tuple[float, float]) -> str:
+def _name(pair: Pair) -> str:
     return f"({pair[0]:g}, {pair[1]:g})"

@@ -57,39 +57,75 @@ def test_the_noise_of_a_run_and_of_a_pair_are_told_apart() -> None:
 
 
 def test_so_many_seeds_show_a_tenth_of_a_per_cent_in_four_of_five_trials() -> None:
-    seeds = math.ceil(plane.noise(plane.of(best_of(plane_of(400, 0.05, 0.002)))).seeds)
+    seeds = plane.seeds_for(0.002, 0.002 * math.sqrt(2))
+    assert seeds is not None
     random = np.random.default_rng(1)
-    differences = random.normal(0.001 * 2.01, 0.002 * math.sqrt(2), (4000, seeds))
-    found = np.mean(stats.ttest_1samp(differences, 0.0, axis=1).pvalue < 0.05)
-    assert 0.77 < found < 0.88
+    for count, enough in ((seeds, True), (seeds - 1, False)):
+        differences = random.normal(0.002, 0.002 * math.sqrt(2), (20_000, count))
+        assert (np.mean(stats.ttest_1samp(differences, 0.0, axis=1).pvalue < 0.05) >= 0.795) == enough
+    assert (
+        plane.seeds_for(0.05, 1e-4) == 2
+        and plane.seeds_for(1e-6, 1.0) is None
+        and plane.seeds_for(0.1, math.nan) is None
+    )
 
 
 def test_contrasts_are_paired_tests_and_holms_over_all_of_them() -> None:
     cells = plane.of(best_of(plane_of(5, 0.05, 0.002, tie=0.05)))
     found = plane.contrasts(cells)
-    named = {(c.ours, c.theirs): c for c in found}
-    assert (
-        found[0].why == "best tied against the usual pair" and found[0].ours == "(0.8, 0.8)"
-    )  # which is the best of all
-    assert found[1].why == "0.95 tied against the usual pair"
-    assert sum(c.why.startswith("the tie alone") for c in found) == 6
+    assert [(c.ours, c.theirs) for c in found if c.why == "best tied against best untied"] == [
+        ("(0.8, 0.8)", "(0.8, 0.9)")
+    ]
+    usual = [c.ours for c in found if c.why == "tied against the usual pair"]
+    assert usual == ["(0.8, 0.8)", "(0.95, 0.95)"]
+    alone = {(c.ours, c.theirs): c for c in found if c.why == "the tie alone"}
+    assert len(alone) == 6
+    assert [(c.ours, c.theirs) for c in found if c.why == "beta1 alone"] == [
+        ("(0.9, 0.95)", "(0.8, 0.95)"), ("(0.95, 0.95)", "(0.8, 0.95)"), ("(0.95, 0.95)", "(0.9, 0.95)")
+    ]  # fmt: skip
     losses = cells.pivot(index="seed", columns="arm", values="validation_loss")
     test = stats.ttest_rel(losses["0.95"], losses["0.95,0.8"])
-    tie = named["(0.95, 0.95)", "(0.95, 0.8)"]
-    interval = test.confidence_interval(0.95)
+    tie, interval = alone["(0.95, 0.95)", "(0.95, 0.8)"], test.confidence_interval(0.95)
     assert (tie.difference, tie.low, tie.high) == pytest.approx(
         ((losses["0.95"] - losses["0.95,0.8"]).mean(), interval.low, interval.high), rel=1e-12
     )
     assert tie.pairs == 5 and tie.high < 0.0 and test.pvalue <= tie.p <= len(found) * test.pvalue
 
 
-def test_a_diverged_run_leaves_its_cell_out_of_the_best_and_of_the_noise() -> None:
+def test_more_seeds_on_the_diagonal_decide_nothing_by_their_own_luck() -> None:
+    table = best_of(plane_of(5, of_a_seed=0.5, of_a_run=1e-4))
+    design = table[(table["seed"] < 3) | ~table["arm"].str.contains(",")]
+    cells = plane.of(design)
+    assert plane.means(cells).idxmin()[0] == 0.8 and plane.means(cells).notna().all()
+    assert plane.noise(cells).of_a_pair == pytest.approx(1e-4 * math.sqrt(2), rel=0.3)
+    assert {c.pairs for c in plane.contrasts(cells)} == {3}
+
+
+@pytest.mark.parametrize("spoiled", ["one seed", "first runs", "all tied diverged", "all diverged"])
+def test_whatever_is_there_can_be_reported(spoiled: str) -> None:
+    table = plane_of(2, 0.01, 0.001)
+    if spoiled == "one seed":
+        table = table[table["seed"] == 0]
+    elif spoiled == "first runs":
+        table = table[:3]
+    else:
+        chosen = table["arm"].str.contains(",") if spoiled == "all tied diverged" else table["arm"] == ""
+        table["validation_loss"] = table["validation_loss"].where(chosen)
+    text = plane.markdown(table, best_of(table))
+    assert text.startswith("| | cell |")
+    plane.heat_map(plane.of(best_of(table)), set())
+
+
+def test_a_diverged_run_leaves_its_cell_out_of_the_best_and_is_told_in_the_map() -> None:
     table = plane_of(3, 0.01, 0.001)
     spoiled = (table["arm"] == "0.8") & (table["seed"] == 1)
     table.loc[spoiled, "validation_loss"] = math.nan
     cells = plane.of(best_of(table))
-    assert plane.contrasts(cells)[0].ours != "(0.8, 0.8)" and plane.contrasts(cells)[0].theirs != "(0.8, 0.8)"
+    best = plane.contrasts(cells)[0]
+    assert best.why == "best tied against best untied" and best.ours == "(0.9, 0.9)"
     assert math.isfinite(plane.noise(cells).of_a_pair)
+    texts = [text.get_text() for text in plane.heat_map(cells, set()).axes[0].texts]
+    assert texts.count("1 diverged") == 1 and len(texts) == 9
 
 
 def test_cells_at_the_edge_of_their_learning_rates_are_named_and_the_map_has_every_cell() -> None:
@@ -136,6 +172,6 @@ def test_a_report_of_a_plane_has_its_map_and_its_contrasts(tmp_path: Path, capsy
     (tmp_path / "manifest.json").write_text(json.dumps(plan))
     report.main([str(tmp_path)])
     said = capsys.readouterr().out
-    assert "| best tied against the usual pair | (0.8, 0.8) | (0.9, 0.95) | 2 |" in said
+    assert "| tied against the usual pair | (0.8, 0.8) | (0.9, 0.95) | 2 |" in said
     assert "<svg" in (tmp_path / "plane.svg").read_text()
     assert "validation loss over the betas" in (tmp_path / "report.html").read_text()
