@@ -102,7 +102,7 @@ def update_of_rescaled(beta1: float, beta2: float, scale: float) -> float:
     whose derivative by :math:`\log s` at 1 is :math:`\beta_2 - \beta_1`.
 
     Raises:
-        ValueError: if a beta is not in [0, 1), or ``scale`` is below 0.
+        ValueError: if a beta is not in [0, 1), or ``scale`` is not above 0.
     """
     _check(beta1, beta2)
     _check_scale(scale)
@@ -118,7 +118,7 @@ def update_of_rescaled_noise(beta1: float, beta2: float, scale: float) -> float:
     of which the derivative of the logarithm by :math:`\log s` at 1 is :math:`\beta_2 - \beta_1^2`.
 
     Raises:
-        ValueError: if a beta is not in [0, 1), or ``scale`` is below 0.
+        ValueError: if a beta is not in [0, 1), or ``scale`` is not above 0.
     """
     _check(beta1, beta2)
     _check_scale(scale)
@@ -169,5 +169,5 @@ def _check(*betas: float) -> None:
 
 
 def _check_scale(scale: float) -> None:
-    if not 0.0 <= scale < math.inf:
-        raise ValueError(f"scale is {scale}; it must be at least 0, and finite.")
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; it must be above 0, and finite.")

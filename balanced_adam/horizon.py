@@ -55,7 +55,8 @@ def of_half_life(steps: float) -> float:
 
 
 def refreshes(beta: float, steps: float) -> float:
-    """How often a run of so many steps renews the average: R = (1 - beta) T (arXiv 2605.10119).
+    """How often a run of so many steps renews the average: R = (1 - beta) T. (In arXiv 2605.10119, T is the step of the least validation loss,
+    read off a finished run; before a run its planned steps have to do.)
 
     Raises:
         ValueError: if ``beta`` is not in [0, 1), or ``steps`` not above 0.
@@ -65,7 +66,8 @@ def refreshes(beta: float, steps: float) -> float:
 
 
 def of_refreshes(count: float, steps: float) -> float:
-    """The beta that a run of so many steps renews ``count`` times: 1 - R / T. arXiv 2605.10119 proposes R = 1000.
+    """The beta that a run of so many steps renews ``count`` times: 1 - R / T. arXiv 2605.10119 proposes R = 1000, for its T
+    (:func:`refreshes`).
 
     Raises:
         ValueError: if ``count`` is not above 0 and at most ``steps``, or ``steps`` not above 0.

@@ -1,6 +1,6 @@
 """A beta for your model and text, from a short pilot run: ``python -m train.choose_beta -- --data FOLDER``.
 
-The pilot trains at beta = 0.95. At some of its steps it draws gradients of other batches, at fixed weights: how much they differ
+The pilot trains at beta = 0.95. At some of its steps it draws gradients of other batches, at the weights of then: how much they differ
 among themselves is the noise V, and how fast their mean moves from one of these steps to the next is the drift D. An average
 over a horizon of H = 1 / (1 - beta) steps has about V / 2H of noise left, and lags H steps behind, which costs D H^2; their sum
 is least at H = (V / 4D)^(1/3). The formula and the pilot's sizes are those of arXiv 2610.08624; this derivation is ours, and so
@@ -9,25 +9,28 @@ are the estimators.
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor
 
 from balanced_adam import horizon
-from train import data, probe
+from train import probe
 from train.pretrain import Trainer
 from train.progress import Progress
 from train.ranks import leave, prepare_environment
 from train.settings import SettingsError, parse, require
 
-PILOT_BETA = 0.95
-BELOW = 10**6  # the probes' batches are those of steps that no run comes to
+PILOT_BETA, MOST = 0.95, 0.999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,53 +49,88 @@ class Pilot:
     """After "--": options of the run that the beta is for, as train.pretrain takes them, such as -- --model small --data FOLDER."""
 
 
+class Probes(NamedTuple):
+    """Gradients drawn at one checkpoint."""
+
+    drawn: int
+    mean: Tensor
+    """(weights,), float64."""
+    noise: float
+    """Their unbiased sample variance, summed over the weights."""
+
+
 class Choice(NamedTuple):
     """What was found."""
 
     noise: float
     """V: the variance of a batch's gradient, summed over all weights, mean over the checkpoints."""
     drift: float
-    """D: the squared distance that the mean gradient moves in a step, by its distance between neighbouring checkpoints. Its noise is taken
-    out, so that it may come out below 0: then it can't be told from none."""
-    horizon: float
-    """(V / 4D)^(1/3) in steps, at least 1; infinite if D isn't above 0."""
+    """D: the squared distance that the mean gradient moves in a step, from its distance between neighbouring checkpoints, less what noise
+    adds to it; mean over them. It may come out below 0."""
+    error: float
+    """Its standard error, over the pairs of neighbouring checkpoints; NaN if there is one pair."""
+
+    @property
+    def horizon(self) -> float:
+        """(V / 4D)^(1/3) in steps, at least 1; infinite if D isn't above 0."""
+        return horizon_of(self.noise, self.drift)
 
     @property
     def beta(self) -> float:
-        """Of this horizon, at most 0.999."""
-        return min(horizon.of_horizon(min(self.horizon, 1e6)), 0.999)
+        """Of this horizon, at most MOST."""
+        return beta_of(self.horizon)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The betas at D plus and minus twice its error."""
+        return beta_of(horizon_of(self.noise, self.drift + 2 * self.error)), beta_of(
+            horizon_of(self.noise, self.drift - 2 * self.error)
+        )
 
 
-def estimate(gradients: list[Tensor], gap: float) -> Choice:
-    """From gradients at each checkpoint, each (probes, elements), ``gap`` steps apart.
-
-    V is the unbiased sample variance. The squared distance of two means of n gradients has 2 V / n of noise in it, which is taken off.
-    """
-    gradients = [each.double() for each in gradients]
-    variances = [float(each.var(dim=0).sum()) for each in gradients]
-    means = [each.mean(dim=0) for each in gradients]
-    probes = len(gradients[0])
-    moved = [
-        float(((b - a) ** 2).sum()) - (v + w) / probes
-        for a, b, v, w in zip(means, means[1:], variances, variances[1:], strict=False)
-    ]
-    noise = sum(variances) / len(variances)
-    drift = sum(moved) / len(moved) / gap**2
-    best = max(1.0, (noise / (4.0 * drift)) ** (1.0 / 3.0)) if drift > 0.0 else float("inf")
-    return Choice(noise, drift, best)
+def horizon_of(noise: float, drift: float) -> float:
+    """Where V / 2H + D H^2 is least, in steps, at least 1; infinite without drift."""
+    return max(1.0, (noise / (4.0 * drift)) ** (1.0 / 3.0)) if drift > 0.0 else math.inf
 
 
-def draw(trainer: Trainer, count: int) -> Tensor:
-    """Gradients of ``count`` batches that training doesn't see, at the weights of now: (count, weights), float32."""
-    module, batch, drawn = trainer.engine.module, trainer.run.parallelism.batch, []
+def beta_of(steps: float) -> float:
+    """Of this horizon, at most MOST."""
+    return min(horizon.of_horizon(min(steps, 1e6)), MOST)
+
+
+def summarize(gradients: Iterable[Tensor]) -> Probes:
+    """Of gradients, (weights,) each, one after the other (Welford 1962): no more than two tensors of float64 are kept."""
+    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+    for count, gradient in enumerate(gradients, 1):
+        away = gradient.double() - mean
+        mean = mean + away / count
+        squares = squares + away * (gradient.double() - mean)
+    return Probes(count, mean, float(squares.sum()) / (count - 1))
+
+
+def estimate(probes: list[Probes], gap: float) -> Choice:
+    """From checkpoints ``gap`` steps apart. The squared distance of two means of n gradients has 2 V / n of noise in it, which is taken off."""
+    moved = torch.tensor(
+        [
+            (float(((b.mean - a.mean) ** 2).sum()) - a.noise / a.drawn - b.noise / b.drawn) / gap**2
+            for a, b in pairwise(probes)
+        ],
+        dtype=torch.float64,
+    )
+    error = float(moved.std()) / math.sqrt(len(moved)) if len(moved) > 1 else math.nan
+    return Choice(sum(each.noise for each in probes) / len(probes), float(moved.mean()), error)
+
+
+def draw(trainer: Trainer, count: int) -> Iterator[Tensor]:
+    """Gradients of ``count`` batches at the weights of now, (weights,) each; every sequence is drawn anew from all of the training text."""
+    module, batch = trainer.engine.module, trainer.run.parallelism.batch
     parameters = [p for p in module.parameters() if p.requires_grad]
-    for number in range(count):
-        step = BELOW + trainer.step * count + number
-        indices = data.batch_indices(step, batch, len(trainer.train), trainer.run.seed + 1)
-        tokens = trainer.train.take(indices).to(trainer.ranks.device)
+    random = np.random.default_rng([trainer.run.seed, trainer.step])
+    for _ in range(count):
+        trainer.ranks.alive()
+        tokens = trainer.train.take(random.integers(len(trainer.train), size=batch)).to(trainer.ranks.device)
         gradients = torch.autograd.grad(module(input_ids=tokens, labels=tokens).loss, parameters)
-        drawn.append(torch.cat([gradient.flatten().cpu() for gradient in gradients]))
-    return torch.stack(drawn)
+        yield torch.cat([gradient.flatten().cpu() for gradient in gradients])
 
 
 def choose(pilot: Pilot) -> tuple[Choice, dict[str, Any]]:
@@ -107,9 +145,10 @@ def choose(pilot: Pilot) -> tuple[Choice, dict[str, Any]]:
     require(gap >= 1, f"steps is {pilot.steps}; it must be at least the number of checkpoints, {pilot.checkpoints}.")
     planned = pilot.planned_steps or 10 * pilot.steps
     require(planned >= pilot.steps, f"planned_steps is {planned}; it must be at least the pilot's {pilot.steps}.")
-    options = {option.split("=")[0] for option in pilot.rest} & {"--betas", "--state", "--allow-unbalanced"}
+    options = {option.split("=")[0] for option in pilot.rest} & {"--betas", "--state", "--allow-unbalanced", "--steps"}
     require(
-        not options, f"{min(options, default='')} is given after --; the pilot runs at {PILOT_BETA} with fp32 state."
+        not options,
+        f"{min(options, default='')} is given after --; the pilot runs at {PILOT_BETA} with fp32 state, and --planned-steps has the run's length.",
     )
     with TemporaryDirectory() as out:
         rest = ("--betas", repr(PILOT_BETA), *pilot.rest)
@@ -120,7 +159,7 @@ def choose(pilot: Pilot) -> tuple[Choice, dict[str, Any]]:
                     line = trainer.train_step()
                     progress.show(trainer.step, f"loss {line['loss']:.4f}")
                     if trainer.step % gap == 0:
-                        found.append(draw(trainer, pilot.probes))
+                        found.append(summarize(draw(trainer, pilot.probes)))
             run = trainer.run
             return estimate(found, gap), {
                 "steps": planned,
@@ -130,12 +169,14 @@ def choose(pilot: Pilot) -> tuple[Choice, dict[str, Any]]:
 
 def report(choice: Choice, plan: dict[str, Any]) -> str:
     """The recommendation with its inputs, and what the other rules would say."""
+    low, high = choice.range
     lines = [
-        f"noise V = {choice.noise:.4g}, drift D = {choice.drift:.4g} a step^2, horizon (V / 4D)^(1/3) = {choice.horizon:.1f} steps",
-        f"beta = {choice.beta:.4f}",
+        f"noise V = {choice.noise:.4g}, drift D = {choice.drift:.3g} ± {choice.error:.2g} a step^2, "
+        f"horizon (V / 4D)^(1/3) = {choice.horizon:.1f} steps",
+        f"beta = {choice.beta:.4f}" + (f" ({low:.4f} to {high:.4f} at D ± twice its error)" if low <= high else ""),
     ]
-    if choice.drift <= 0.0:
-        lines.append("The drift can't be told from noise; more --probes would measure it. The beta is an upper bound.")
+    if not choice.drift > 2 * choice.error:
+        lines.append("The drift can't be told from noise; more --probes or --checkpoints would measure it.")
     others = ["0.95", "0.944", "refresh:1000"]
     for rule in others:
         try:

@@ -94,6 +94,9 @@ class Arm(NamedTuple):
         if state not in FORMATS:
             said, state = text, "fp32"
         if horizon.is_rule(said):
+            with suppress(ValueError):  # what is no number is refused with the run's settings
+                name, _, number = said.rpartition(":")
+                said = f"{name}:{repr(float(number)).removesuffix('.0')}"
             return Arm(said, state)
         try:
             betas = tuple(float(part) for part in said.split(","))
@@ -164,7 +167,10 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
         tied = [repr(beta) for beta in comparison.grid]
         wanted = (*tied, *(f"{first},{second}" for first, second in product(tied, tied) if first != second))
     arms = {str(arm): arm for arm in map(Arm.parse, wanted)}
-    rates = _tuned(comparison.lr_from, arms) if comparison.lr_from else dict.fromkeys(arms, comparison.lr)
+    require(
+        not comparison.lr_from or comparison.lr == Comparison.lr, "lr and lr_from are both given; give one of them."
+    )
+    rates = _tuned(comparison, arms) if comparison.lr_from else dict.fromkeys(arms, comparison.lr)
     for name, values in (("arms", wanted), ("seeds", comparison.seeds), ("lr", comparison.lr)):
         different = arms if name == "arms" else set(values)
         require(bool(values), f"{name} is empty; give at least one.")
@@ -193,22 +199,37 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
         arguments += ["--allow-unbalanced"] if len(arm.words) == 2 else []
         arguments += [] if arm.state == "fp32" else ["--state", arm.state]
         arguments += comparison.rest
-        name = f"beta-{label.replace(',', '-').replace(':', '-')}_lr-{lr!r}_seed-{seed}"
+        name = f"beta-{re.sub(r'[^0-9A-Za-z_.]+', '-', label)}_lr-{lr!r}_seed-{seed}"
         run = {"name": name, "arm": label, "lr": lr, "seed": seed, "arguments": arguments}
         _checked(run, ranks)
         runs.append(run)
-    return {"steps": steps, "ranks": ranks, "launcher": launcher, "runs": runs}
+    tuned = {"lr_from": list(map(str, comparison.lr_from))} if comparison.lr_from else {}
+    return {"steps": steps, "ranks": ranks, "launcher": launcher, "runs": runs, **tuned}
 
 
-def _tuned(folders: tuple[Path, ...], arms: Iterable[str]) -> dict[str, tuple[float, ...]]:
-    """Of each arm, its best learning rate in these comparisons."""
-    best = report.best_lr(report.load(*folders)[1]).groupby("arm")["lr"].first().to_dict()
+def _tuned(comparison: Comparison, arms: Iterable[str]) -> dict[str, tuple[float, ...]]:
+    """Of each arm, its best learning rate in the comparisons in ``lr_from``, or what a plan in ``out`` has taken for it before."""
+    planned = comparison.out / "manifest.json"
+    if planned.exists():
+        taken = {run["arm"]: float(run["lr"]) for run in folder.read_json(planned, "runs")["runs"]}
+        if all(arm in taken for arm in arms):
+            return {arm: (taken[arm],) for arm in arms}
+    folders = " ".join(map(str, comparison.lr_from))
+    table = report.load(*comparison.lr_from)[1]
+    best = report.best_lr(table)
     for arm in arms:
+        there = best.loc[best["arm"] == arm, "validation_loss"]
         require(
-            arm in best,
-            f"lr_from is {' '.join(map(str, folders))}, where no run of the arm {arm} has ended; there are {', '.join(best)}.",
+            len(there) > 0,
+            f"lr_from is {folders}, where no run of the arm {arm} has ended; there are {', '.join(best['arm'].unique())}.",
         )
-    return {arm: (float(best[arm]),) for arm in arms}
+        require(
+            there.notna().any(),
+            f"lr_from is {folders}, where every run of the arm {arm} has diverged; give it other lrs.",
+        )
+    for sentence in report.caveats(table[table["arm"].isin(list(arms))]):
+        print(f"lr_from: {sentence}", file=sys.stderr)
+    return {arm: (float(best.loc[best["arm"] == arm, "lr"].iloc[0]),) for arm in arms}
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
@@ -255,7 +276,7 @@ def read_manifest(file: Path) -> dict[str, Any]:
         require(len(set(cells)) == len(cells), f"{file} has an arm twice with one lr and seed.")
     except (KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"manifest is {file}, which is no plan: {type(error).__name__} {error}.") from None
-    return {key: plan[key] for key in ("steps", "ranks", "launcher", "runs")}
+    return {key: plan[key] for key in ("steps", "ranks", "launcher", "runs", "lr_from") if key in plan}
 
 
 def _settings(run: dict[str, Any], out: Path = Path()) -> Run:
@@ -360,33 +381,37 @@ def execute(plan: dict[str, Any], out: Path, budget: Budget | None = None, disca
     def left() -> list[dict[str, Any]]:
         return [run for run in runs if folder.result(out / run["name"]) is None]
 
+    def typical() -> float:
+        """Seconds of a run: the median of those that have ended, without their start."""
+        ended = [folder.result(out / run["name"]) for run in runs]
+        return statistics.median([result["seconds"] for result in ended if result] or [0.0])
+
     done = len(runs) - len(left())
     if done:
         print(f"{done} of {len(runs)} runs are finished already.", flush=True)
-    took: list[float] = []
-    begun = time.monotonic()
+    begun, begun_here, told = time.monotonic(), 0, False
     with Progress(len(runs) * steps, done * steps, "compare", enabled=True) as progress:
         while pending := left():
             for run in pending:
-                spent = time.monotonic() - begun
-                if len(took) >= budget.runs or spent + (statistics.median(took) if took else 0.0) > budget.seconds:
+                seconds, count = typical(), len(left())
+                if seconds and count and not told:
                     print(
-                        f"The budget is spent: {len(took)} runs in {spent / 3600:.2f} h; {len(left())} are left.",
+                        f"A run takes {seconds:.0f} s; {count} are left: {count * seconds / 3600:.1f} h on one worker.",
                         flush=True,
+                    )
+                    told = True
+                spent = time.monotonic() - begun
+                if begun_here >= budget.runs or spent + seconds > budget.seconds:
+                    print(
+                        f"The budget is spent: {begun_here} runs in {spent / 3600:.2f} h; {count} are left.", flush=True
                     )
                     return
                 with folder.sole_worker(out / run["name"]) as mine:
                     if mine and folder.result(out / run["name"]) is None:
+                        begun_here += 1
                         _execute(plan, run, out, progress, (len(runs) - len(left())) * steps)
                         if discard:
                             shutil.rmtree(out / run["name"] / "checkpoints", ignore_errors=True)
-                        took.append(time.monotonic() - begun - spent)
-                        if len(took) == 1 and (count := len(left())):
-                            forecast = count * took[0] / 3600
-                            print(
-                                f"The first run took {took[0]:.0f} s; {count} are left: {forecast:.1f} h on one worker.",
-                                flush=True,
-                            )
             time.sleep(POLL_SECONDS)  # what is left now, another worker is at
         progress.show(len(runs) * steps)
 
@@ -415,6 +440,10 @@ def compare(comparison: Comparison) -> None:
         "launcher is 'slurm', whose runs are jobs; submit slurm/compare.sbatch with the same options.",
     )
     plan = read_manifest(comparison.manifest) if comparison.manifest else json.loads(json.dumps(manifest(comparison)))
+    require(
+        not comparison.plan_only or not (comparison.max_runs or comparison.max_hours or comparison.discard_checkpoints),
+        "max_runs, max_hours and discard_checkpoints are for runs that are started here; a plan alone has no use for them.",
+    )
     for name in ("max_runs", "max_hours"):
         value = getattr(comparison, name)
         require(value is None or value > 0, f"{name} is {value}; it must be above 0.")
@@ -439,7 +468,8 @@ def compare(comparison: Comparison) -> None:
         seconds=math.inf if comparison.max_hours is None else comparison.max_hours * 3600,
     )
     execute(plan, comparison.out.resolve(), budget, comparison.discard_checkpoints)
-    report.write(comparison.out)
+    if any(folder.result(comparison.out / run["name"]) for run in plan["runs"]):
+        report.write(comparison.out)
 
 
 def _interrupt(*_: object) -> None:

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -45,7 +46,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file aside, sync it and rename it, so that nobody ever sees a part, also after a power cut."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # workers on several hosts may have one process number
     with aside.open("w") as file:
         file.write(text)
         file.flush()
@@ -161,18 +162,27 @@ def claim(run: Run) -> FileLock:
 
 @contextmanager
 def sole_worker(out: Path) -> Iterator[bool]:
-    """Whether this process alone is to start the run in ``out``, for as long as the block takes."""
+    """Whether this process alone is to start the run in ``out``, for as long as the block takes.
+
+    Nobody is to while its ranks are at work: those of another worker, a batch system, or a worker that was killed.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".worker")
+    ours, theirs = FileLock(out / ".worker"), FileLock(out / ".lock")
     try:
-        lock.acquire(timeout=0)
+        ours.acquire(timeout=0)
     except Timeout:
         yield False
         return
     try:
+        try:
+            with theirs.acquire(timeout=0):
+                pass
+        except Timeout:
+            yield False
+            return
         yield True
     finally:
-        lock.release()
+        ours.release()
 
 
 def note(out: Path, event: str, **values: Any) -> None:

@@ -185,7 +185,7 @@ class Trainer:
             progress.show(self.step, f"loss {line['loss']:.4f}")
             nonfinite = 0 if self.is_finite(line) else nonfinite + 1
             if nonfinite == run.stop_after_nonfinite:
-                return {"status": "diverged", "step": self.step, "validation_loss": None}
+                return {"status": "diverged", "step": self.step, "validation_loss": None, **self.about()}
             last = self.step == run.schedule.steps
             if last or (run.logging.validate_every and self.step % run.logging.validate_every == 0):
                 validation_loss = self.validate()
@@ -214,7 +214,13 @@ class Trainer:
             "status": status,
             "step": self.step,
             "validation_loss": validation_loss if status == "finished" else None,
-            "tokens": self.step * run.parallelism.batch * self.train.length,
+            **self.about(),
+        }
+
+    def about(self) -> dict[str, Any]:
+        """For result.json."""
+        return {
+            "tokens": self.step * self.run.parallelism.batch * self.train.length,
             "parameters": self.parameters,
             "world": self.ranks.world,
             "device": _device_name(self.ranks.device),

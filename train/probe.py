@@ -1,4 +1,4 @@
-"""Runs that are looked into: on one rank, at ZeRO stage 0 in fp32, with the gradients of elements drawn from every tensor."""
+"""Runs that are looked into: on one rank, at ZeRO stage 0, with the gradients of elements drawn from every tensor."""
 
 from __future__ import annotations
 
@@ -11,58 +11,69 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from train import checkpoints, deepspeed_config
+from train import checkpoints, deepspeed_config, folder
 from train.pretrain import Trainer, initialize
 from train.ranks import Ranks, start
 from train.settings import REPOSITORY, Run, SettingsError, first_line, parse, require
 
-DECIDED = {"--out", "--ds-config", "--micro-batch", "--precision", "--steps"}
+DECIDED = {"--out", "--ds-config", "--micro-batch"}
 
 
 @contextmanager
 def alone(
     module: str, out: Path, steps: int, rest: tuple[str, ...], checkpoint: Path | None = None
 ) -> Iterator[Trainer]:
-    """A run of so many steps, made from options of train.pretrain; nothing is written.
+    """A run of train.pretrain's; nothing is written.
 
     Args:
-        module: whose run it is, for messages.
+        module: whose it is, for messages.
         out: its folder.
-        steps: of the whole run, which its schedule counts on.
-        rest: the options.
-        checkpoint: a run's folder, whose newest weights are to be begun with, at their step; the moments begin anew.
+        steps: of the whole run, which its schedule counts on, where the options don't say.
+        rest: its options.
+        checkpoint: the folder of a run with these options, which is gone on with from its newest weights, at their step and learning rate;
+            the moments begin anew.
 
     Raises:
-        SettingsError: if an option is decided here, several ranks were started, or the run's settings or the checkpoint are no good.
+        SettingsError: if an option is decided here, several ranks were started, or the options or the checkpoint are no good.
     """
-    given = {option.split("=")[0].replace("_", "-") for option in rest} & DECIDED
-    require(not given, f"{min(given, default='')} is given after --; {module} decides it.")
-    options = ["--out", str(out / "run"), "--ds-config", str(REPOSITORY / "ds_configs" / "zero0.json")]
-    settings = parse(Run, [*options, "--steps", str(steps), "--precision", "fp32", *rest], "train.pretrain", None)
+    given = {option.split("=")[0].replace("_", "-") for option in rest}
+    require(not given & DECIDED, f"{min(given & DECIDED, default='')} is given after --; {module} decides it.")
+    length = [] if "--steps" in given else ["--steps", str(steps)]
+    place = ["--out", str(checkpoint or out / "run"), "--ds-config", str(REPOSITORY / "ds_configs" / "zero0.json")]
+    settings = parse(Run, [*place, *length, *rest], "train.pretrain", None)
     settings.check()
+    if checkpoint is not None:
+        require((checkpoint / "run.json").exists(), f"checkpoint is {checkpoint}, which is not the folder of a run.")
+        folder.check(settings)
     ranks = start(settings.timeout)
     require(ranks.world == 1, f"{module} runs on one rank, and there are {ranks.world}; start it with plain python.")
     with ranks.watch.guard():
         trainer = initialize(settings, ranks, deepspeed_config.resolve(settings, 1, torch.cuda.is_available()))
         if checkpoint is not None:
-            trainer.step = _load_weights(trainer.engine.module, ranks, checkpoint)
+            _go_on(trainer, ranks, checkpoint)
         ranks.watch.begin()
         yield trainer
         ranks.watch.end()
 
 
-def _load_weights(module: torch.nn.Module, ranks: Ranks, run: Path) -> int:
-    """Those of a run's newest checkpoint; its step."""
+def _go_on(trainer: Trainer, ranks: Ranks, run: Path) -> None:
+    """Take the weights of a run's newest checkpoint, and its place in the schedule."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     found = checkpoints.find(ranks, run / "checkpoints")
     if found is None:
         raise SettingsError(f"checkpoint is {run}, which has no whole checkpoint; give the folder of a run.")
+    place, tag = str(found.path.parent), found.path.name
     try:
-        module.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(str(found.path.parent), found.path.name))
+        if found.layout["stage"] == 0:
+            trainer.engine.load_checkpoint(place, tag, load_module_only=True)
+        else:
+            trainer.engine.module.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(place, tag))
     except Exception as error:  # whatever another model's weights run into
         raise SettingsError(f"checkpoint is {run}, whose weights can't be loaded: {first_line(error)}") from None
-    return found.step
+    trainer.step = found.step
+    for _ in range(found.step):
+        trainer.engine.lr_scheduler.step()
 
 
 class Recording(NamedTuple):

@@ -49,7 +49,7 @@ def load(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str, pd.Dat
     cells: set[tuple[str, float, int]] = set()
     for out in folders:
         file = out / "manifest.json"
-        require(file.exists(), f"runs is {out}, which holds no manifest.json; give the folder of a comparison.")
+        require(file.exists(), f"{out} holds no manifest.json; give the folder of a comparison.")
         found = folder.read_json(file, "runs", "command")
         plan = plan or {**found, "runs": []}
         for run in found["runs"]:
@@ -70,13 +70,14 @@ def load(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str, pd.Dat
                 metrics[run["name"]] = pd.DataFrame(
                     lines, columns=sorted({*PLOTS, *(k for line in lines for k in line)})
                 )
-                settings = common_settings(out / run["name"])
+                settings = common_settings(out / run["name"]) | {"device": result.get("device", shared.get("device"))}
                 shared = shared or settings
                 require(
                     settings == shared,
-                    f"runs has {out}, whose runs differ from those of {folders[0]} in more than arm, lr and seed.",
+                    f"runs has {out / run['name']}, which differs from the others in more than arm, lr and seed: "
+                    f"{', '.join(k for k in settings if settings[k] != shared.get(k))}.",
                 )
-    require(bool(rows), f"runs is {', '.join(map(str, folders))}, where no run has ended yet.")
+    require(bool(rows), f"no run has ended yet in {', '.join(map(str, folders))}.")
     table = pd.DataFrame(rows)
     table["validation_loss"] = table["validation_loss"].astype(float)
     return {**plan, "settings": shared}, table, metrics
@@ -181,11 +182,12 @@ def curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], column: str) -
 
 def paired_differences(ours: list[pd.Series], theirs: list[pd.Series]) -> pd.DataFrame:
     """Of losses by step, one series a seed in both lists: the mean difference over seeds, ``middle``, and its 95 % interval (Student's
-    t), ``low`` to ``high``; each of the rolling mean over a twentieth of the steps. Without a second seed the interval is empty."""
+    t), ``low`` to ``high``; each of the rolling mean over a twentieth of the steps. Only steps that all seeds have are in; without a second
+    seed there is no interval (NaN)."""
     paired = pd.concat([a - b for a, b in zip(ours, theirs, strict=True)], axis=1)
-    paired = paired.rolling(max(1, len(paired) // 20)).mean()
+    paired = paired.dropna().rolling(max(1, len(paired) // 20)).mean()
     middle = paired.mean(axis=1)
-    half = stats.t.ppf(1 - LEVEL / 2, len(ours) - 1) * paired.sem(axis=1) if len(ours) > 1 else 0.0
+    half = stats.t.ppf(1 - LEVEL / 2, paired.count(axis=1) - 1) * paired.sem(axis=1)
     return pd.DataFrame({"middle": middle, "low": middle - half, "high": middle + half})
 
 
@@ -270,9 +272,10 @@ def markdown(summary: pd.DataFrame, notes: list[str]) -> str:
 
 
 def common_settings(run: Path) -> dict[str, Any]:
-    """What the runs of a comparison share, from the run.json of one of them."""
-    identity = folder.read_json(run / "run.json", "identity")["identity"]
-    return {k: v for part in identity.values() if isinstance(part, dict) for k, v in part.items() if k not in ARM}
+    """What the runs of a comparison share, from the run.json of one of them: settings, and the text as it was read."""
+    about = folder.read_json(run / "run.json", "identity", "tokens")
+    parts = (part for part in about["identity"].values() if isinstance(part, dict))
+    return {k: v for part in parts for k, v in part.items() if k not in ARM} | {"tokens": about["tokens"]}
 
 
 def write(*folders: Path, baseline: str = "") -> None:
@@ -289,9 +292,11 @@ def write(*folders: Path, baseline: str = "") -> None:
             for name, count in zip(table["name"], table["parameters"], strict=True)
         ]
     best = best_lr(table)
-    baseline = baseline or plan["runs"][0]["arm"]
+    baseline = baseline or next(run["arm"] for run in plan["runs"] if run["arm"] in set(table["arm"]))
     summary = summarize(best, baseline)
     notes = caveats(table)
+    if tuned := plan.get("lr_from"):
+        notes[0] = f"Each arm was run at its best learning rate in {' '.join(tuned)}."
     if len(table) < len(plan["runs"]):
         notes.append(
             f"{len(plan['runs']) - len(table)} of {len(plan['runs'])} planned runs have not ended and are not in here."

@@ -57,7 +57,7 @@ class Response:
     elements: int = 4096
     """Of each tensor; the recording takes 4 bytes x window x elements x tensors of memory."""
     checkpoint: Path | None = None
-    """A run of train.pretrain whose newest weights are to be begun with, at its step; the moments begin anew."""
+    """A run of train.pretrain with the options after "--", which is gone on with from its newest weights; the moments begin anew."""
     rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """After "--": options of the run, as train.pretrain takes them, such as -- --model small --lr 2e-3."""
 
@@ -290,8 +290,11 @@ def main(arguments: list[str] | None = None) -> int:
             f"at is {response.at} and window {response.window}; a window is longer than {STABLE} steps and ends at a step of at.",
         )
         require(response.elements >= 1, f"elements is {response.elements}; it must be at least 1.")
-        for text in response.betas:
-            require(isinstance(Arm.parse(text).betas, tuple), f"betas has {text!r}; give one number, or beta1,beta2.")
+        for arm in map(Arm.parse, response.betas):
+            require(
+                isinstance(arm.betas, tuple) and arm.state == "fp32",
+                f"betas has {str(arm)!r}; give one number, or beta1,beta2.",
+            )
         write(response, of_language(response) if response.task == "language" else of_vision(response))
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -73,9 +73,8 @@ def test_so_many_seeds_show_a_tenth_of_a_per_cent_in_four_of_five_trials() -> No
 def test_contrasts_are_paired_tests_and_holms_over_all_of_them() -> None:
     cells = plane.of(best_of(plane_of(5, 0.05, 0.002, tie=0.05)))
     found = plane.contrasts(cells)
-    assert [(c.ours, c.theirs) for c in found if c.why == "best tied against best untied"] == [
-        ("(0.8, 0.8)", "(0.8, 0.9)")
-    ]
+    (best,) = (c for c in found if c.why == "best tied against best untied")
+    assert best.ours == "(0.8, 0.8)" and best.theirs in ("(0.8, 0.9)", "(0.8, 0.95)")
     usual = [c.ours for c in found if c.why == "tied against the usual pair"]
     assert usual == ["(0.8, 0.8)", "(0.95, 0.95)"]
     alone = {(c.ours, c.theirs): c for c in found if c.why == "the tie alone"}
@@ -158,7 +157,7 @@ def test_a_report_of_a_plane_has_its_map_and_its_contrasts(tmp_path: Path, capsy
         lines = [{"step": step, "loss": 3.0 / step, "step_seconds": 0.5, "update_rms": 0.2} for step in (1, 2)]
         (place / "result.json").write_text(json.dumps(result))
         (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (place / "run.json").write_text(json.dumps({"identity": {"schedule": {"steps": 2}}}))
+        (place / "run.json").write_text(json.dumps({"identity": {"schedule": {"steps": 2}}, "tokens": "t"}))
         runs.append(run)
     plan = {
         "runs": runs,

@@ -1,6 +1,7 @@
 """The response to the gradient's scale: against the rule itself and the closed forms, and on real runs."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,9 @@ import torch
 from balanced_adam import gradient_scale, rule
 from tests.harness.conftest import Make
 from train import response
+from train.folder import read_metrics
 from train.pretrain import pretrain
+from train.probe import alone
 from train.response import Recorder, Recording, changed, magnitude_lag, measure, of_noise, of_steady, slopes, update_of
 
 PAIRS = [(0.9, 0.9), (0.9, 0.95), (0.9, 0.81), (0.0, 0.5)]
@@ -101,22 +104,36 @@ def test_the_recorder_keeps_the_last_gradients_of_elements_of_every_tensor() -> 
 def test_a_language_run_is_measured_from_its_start_and_from_a_checkpoint(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = make("--save-every", "0")
+    run = make("--save-every", "10", "--keep", "3", "--steps", "30")
     options = f"--batch 4 --sequence-length 32 --validation-fraction 0.2 --data {run.data.data} --data-cache {run.data.data_cache}"
-    line = f"--out {tmp_path / 'out'} --betas 0.9 0.9,0.99 --at 12 20 --window 12 --elements 64 -- {options} --warmup 1"
+    line = f"--out {tmp_path / 'out'} --betas 0.9 0.9,0.99 --at 12 22 --window 12 --elements 64 -- {options} --warmup 1 --steps 30"
     assert response.main(line.split()) == 0
     said = capsys.readouterr().out
     assert [row.split(" | ")[:2] for row in said.splitlines() if row[:3] in ("| 1", "| 2")] == [
-        ["| 12", "0.9"], ["| 12", "0.9,0.99"], ["| 20", "0.9"], ["| 20", "0.9,0.99"]
+        ["| 12", "0.9"], ["| 12", "0.9,0.99"], ["| 22", "0.9"], ["| 22", "0.9,0.99"]
     ]  # fmt: skip
     table = pd.read_csv(tmp_path / "out" / "response.csv")
     assert {"all", "model.embed_tokens.weight"} < set(table["layer"]) and table["size"].gt(0.0).all()
     assert {"drift.svg", "rescaled.svg", "response.md"} < {path.name for path in (tmp_path / "out").iterdir()}
-    pretrain(run)  # six steps, and a checkpoint
-    begun = line.replace("--at 12 20", f"--at 18 --checkpoint {run.out}").replace("/out ", "/begun ")
+
+    pretrain(run)
+    for step in (20, 30):
+        shutil.rmtree(run.out / "checkpoints" / f"step-{step:07d}")
+    with alone("test", tmp_path, 30, tuple(line.split(" -- ")[1].split()), run.out) as trainer:
+        lines = [trainer.train_step() for _ in range(2)]
+    before = [entry for entry in read_metrics(run.out) if "loss" in entry][10:12]
+    # The weights, the batches and the learning rate are those of the run; the moments are not.
+    assert lines[0]["loss"] == before[0]["loss"] and lines[1]["loss"] != before[1]["loss"]
+    assert [entry["lr"] for entry in lines] == [entry["lr"] for entry in before]
+    begun = line.replace("--at 12 22", f"--at 22 --checkpoint {run.out}").replace("/out ", "/begun ")
     assert response.main(begun.split()) == 0
-    assert response.main(begun.replace("--at 18", "--at 17").split()) == 2
-    assert "at is 17, less than the checkpoint's 6 steps and a window of 12." in capsys.readouterr().err
+    for wrong, sentence in (
+        (begun.replace("--at 22", "--at 21"), "at is 21, less than the checkpoint's 10 steps and a window of 12."),
+        (begun + " --lr 0.5", "belongs to a run with lr = 0.001, not 0.5"),
+        (begun.replace(str(run.out), str(tmp_path)), f"checkpoint is {tmp_path}, which is not the folder of a run."),
+    ):
+        assert response.main(wrong.split()) == 2
+        assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["vit", "resnet"])
@@ -131,6 +148,7 @@ def test_a_vision_model_is_measured(task: str, tmp_path: Path) -> None:
         ("--at 5", "at is (5,) and window 150; a window is longer than 10 steps and ends at a step of at."),
         ("--betas refresh:10", "betas has 'refresh:10'; give one number, or beta1,beta2."),
         ("--betas 2", "arms has '2'"),
+        ("--betas 0.9:packed8", "betas has '0.9:packed8'; give one number, or beta1,beta2."),
         ("--task vit -- --lr 1", "task is 'vit', which takes no options of a run."),
         ("-- --out x", "--out is given after --; train.response decides it."),
         ("--elements 0", "elements is 0; it must be at least 1."),

@@ -130,7 +130,7 @@ def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_wh
     with subprocess.Popen([sys.executable, "-m", "train.compare", *arguments], cwd=REPOSITORY) as other:
         compare.main(["--max-runs", "1", *arguments])
     assert other.returncode == 0
-    assert "The first run took " in (said := capsys.readouterr().out) and "The budget is spent: 1 runs in 0.0" in said
+    assert "The budget is spent: 1 runs in 0.0" in (said := capsys.readouterr().out) and "h on one worker" in said
     compare.main(arguments)
     said = capsys.readouterr().out
     assert "| 0.9,0.99 |" in said and str(out / "report.html") in said
@@ -179,6 +179,23 @@ def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_wh
     with pytest.raises(SystemExit):
         report.main([str(halves[0]), str(out)])
     assert "runs has beta-0.9_lr-0.002_seed-0 twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [".worker", ".lock"])
+def test_a_run_that_a_worker_or_its_ranks_are_at_is_nobody_elses(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    with folder.sole_worker(run) as mine:
+        assert mine
+    hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(run / name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        with folder.sole_worker(run) as mine:
+            assert not mine
+        other.kill()  # nothing is left of its claim
+    with folder.sole_worker(run) as mine:
+        assert mine
 
 
 @pytest.mark.ranks

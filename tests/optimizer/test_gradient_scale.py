@@ -171,7 +171,7 @@ def test_a_steady_gradient_wants_equal_betas_and_noise_wants_beta2_to_be_beta1_s
     )
 
 
-def test_a_scale_below_zero_is_refused():
+def test_a_scale_of_nothing_is_refused():
     for function in (update_of_rescaled, update_of_rescaled_noise):
-        with pytest.raises(ValueError, match=r"^scale is -1.0; it must be at least 0, and finite.$"):
-            function(0.9, 0.9, -1.0)
+        with pytest.raises(ValueError, match=r"^scale is 0.0; it must be above 0, and finite.$"):
+            function(0.9, 0.0, 0.0)

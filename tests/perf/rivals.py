@@ -6,16 +6,19 @@ same, so that ``python -m train.report`` may put its runs beside those of a comp
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+import tyro
 from torch import Tensor
 
-from balanced_adam import rule
+from balanced_adam import UpdateSize, rule
 from train import compare, folder, report
 from train.settings import REPOSITORY, SettingsError, parse, require
 
@@ -42,6 +45,8 @@ class BFloat16Moments:
         self.steps += 1
         for group in self.param_groups:
             for param in group["params"]:
+                if param.grad is None:  # dropped, since it wasn't finite
+                    continue
                 m, v = self.state.get(param, (torch.zeros_like(param).bfloat16(), torch.zeros_like(param).bfloat16()))
                 hyper = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
                 new, m, v = rule.update(
@@ -81,17 +86,29 @@ RIVALS: dict[str, Callable[[Groups], Rival]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rivals(compare.Comparison):
-    """A comparison of rivals; its arms are betas alone."""
+class Rivals:
+    """Which of them, and the runs; as in train.compare."""
 
+    out: Path = Path("runs/rivals")
     rivals: tuple[str, ...] = tuple(RIVALS)
-    """Which of them; bitsandbytes and torchao must have been installed (pip install --no-deps)."""
+    """bitsandbytes and torchao must have been installed (pip install --no-deps)."""
+    betas: tuple[str, ...] = ("0.95",)
+    lr: tuple[float, ...] = (1e-3,)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 200
+    batch: int = 16
+    sequence_length: int = 128
+    rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
 
 
 def plan(settings: Rivals) -> dict[str, Any]:
     """A comparison's plan with every run once for each rival."""
     require(not set(settings.rivals) - set(RIVALS), f"rivals is {settings.rivals}; there are {', '.join(RIVALS)}.")
-    found = compare.manifest(settings)
+    require(not any(":" in betas for betas in settings.betas), f"betas is {settings.betas}; give numbers alone.")
+    shared = {
+        field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in ("rivals", "betas")
+    }
+    found = compare.manifest(compare.Comparison(arms=settings.betas, launcher="python", ranks=1, **shared))
     stage_0 = ["--ds-config", str(REPOSITORY / "ds_configs" / "zero0.json"), "--save-every", "0"]
     found["runs"] = [
         {
@@ -132,6 +149,7 @@ def train(rival: str, arguments: list[str]) -> int:
             other.step()
 
         optimizer.step = step
+        optimizer.update_size = lambda: UpdateSize(math.nan, math.nan, 1)  # nobody measures the rival's
         return engine, *rest
 
     deepspeed.initialize = with_rival
@@ -150,8 +168,13 @@ def main(arguments: list[str]) -> None:
             return [sys.executable, "-m", "tests.perf.rivals", run["rival"], *place, *run["arguments"]]
 
         compare.command = command
+        file = settings.out / "manifest.json"
+        require(
+            not file.exists() or folder.read_json(file, "runs")["runs"] == json.loads(json.dumps(chosen["runs"])),
+            f"out is {settings.out}, which holds another comparison; give another folder.",
+        )
         settings.out.mkdir(parents=True, exist_ok=True)
-        folder.write_json(settings.out / "manifest.json", {**chosen, **folder.environment()})
+        folder.write_json(file, {**chosen, **folder.environment()})
         compare.execute(chosen, settings.out.resolve())
         report.write(settings.out)
     except SettingsError as error:
