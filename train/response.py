@@ -257,8 +257,15 @@ def write(response: Response, found: Iterator[tuple[int, Recording]]) -> None:
     print(text)
 
 
+TICKS = {
+    "drift": {"-0.1": -1e-1, "-0.01": -1e-2, "-0.001": -1e-3, "0.001": 1e-3, "0.01": 1e-2, "0.1": 1e-1},
+    "rescaled": {"1/8": 1 / 8, "1/2": 1 / 2, "1": 1.0, "2": 2.0, "8": 8.0},
+}
+SHOWN = {0.25: "1/4", 0.5: "1/2", 1.0: "1", 2.0: "2", 4.0: "4"}
+
+
 def figure(rows: pd.DataFrame, kind: str) -> str:
-    """Size over change, one plot for each pair of betas, as SVG: measured, and both closed forms."""
+    """Size over change, one plot for each pair of betas, as SVG: measured, and what it would be for a steady gradient and for noise."""
     rows = rows[(rows["layer"] == "all") & (rows["kind"] == kind)]
     labels = list(rows["betas"].unique())
     canvas, axes = plt.subplots(
@@ -271,7 +278,11 @@ def figure(rows: pd.DataFrame, kind: str) -> str:
         place.plot(here["value"], here["size"], "o", label="measured", markersize=3.5, color="black")
         place.set_title(f"({label})", fontsize=10)
         place.set_yscale("log")
-        place.set_xscale("symlog", linthresh=1e-4) if kind == "drift" else place.set_xscale("log")
+        place.set_yticks(list(SHOWN), list(SHOWN.values()))
+        place.set_ylim(min(SHOWN), max(SHOWN))  # what shrinks faster than the averages forget leaves the plot
+        place.set_xscale("symlog", linthresh=1e-3) if kind == "drift" else place.set_xscale("log")
+        place.set_xticks(list(TICKS[kind].values()), list(TICKS[kind]), fontsize=8)
+        place.minorticks_off()
         place.set_xlabel("drift rho per step" if kind == "drift" else "scale of the last gradient")
         place.spines[["top", "right"]].set_visible(False)
         place.grid(alpha=0.25)
