@@ -22,7 +22,7 @@ import tyro
 from torch import Tensor
 
 from train import folder, probe
-from train.compare import Arm
+from train.plan import Arm
 from train.probe import Recorder, Recording
 from train.progress import Progress
 from train.ranks import leave, prepare_environment

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from balanced_adam import UpdateSize, rule
 from train import compare, folder, report
+from train.plan import Comparison, manifest
 from train.settings import REPOSITORY, SettingsError, parse, require
 
 Groups = list[dict[str, Any]]
@@ -108,7 +109,7 @@ def plan(settings: Rivals) -> dict[str, Any]:
     shared = {
         field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in ("rivals", "betas")
     }
-    found = compare.manifest(compare.Comparison(arms=settings.betas, launcher="python", ranks=1, **shared))
+    found = manifest(Comparison(arms=settings.betas, launcher="python", ranks=1, **shared))
     stage_0 = ["--ds-config", str(REPOSITORY / "ds_configs" / "zero0.json"), "--save-every", "0"]
     found["runs"] = [
         {
