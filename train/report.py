@@ -24,6 +24,7 @@ from statsmodels.stats.multitest import multipletests
 from train import dynamics, folder, plane
 from train.settings import ARM, SettingsError, parse, require
 
+matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "report"}  # text as text; the same file for the same runs
 LEVEL = 0.05
 
 
