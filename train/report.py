@@ -26,6 +26,7 @@ from train.settings import ARM, SettingsError, parse, require
 
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "report"}  # text as text; the same file for the same runs
 LEVEL = 0.05
+POINTS = 200  # of a curve that are drawn, about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +233,8 @@ def as_svg(figure: Any) -> str:
 
 
 def _line(axes: Any, label: str, middle: pd.Series, low: pd.Series, high: pd.Series) -> None:
+    every = max(1, len(middle) // POINTS)
+    middle, low, high = (values[::every] for values in (middle, low, high))
     (line,) = axes.plot(middle.index, middle, label=label, linewidth=1.4)
     axes.fill_between(middle.index, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
 
