@@ -108,10 +108,12 @@ def execute(plan: dict[str, Any], out: Path, budget: Budget | None = None, disca
     def left() -> list[dict[str, Any]]:
         return [run for run in runs if folder.result(out / run["name"]) is None]
 
+    took: list[float] = []  # seconds of whole runs of this worker
+
     def typical() -> float:
-        """Seconds of a run: the median of those that have ended, without their start."""
-        ended = [folder.result(out / run["name"]) for run in runs]
-        return statistics.median([result["seconds"] for result in ended if result] or [0.0])
+        """Seconds of a run: the median of this worker's, or of all that have ended, whose start isn't counted."""
+        ended = [folder.result(out / run["name"]) for run in runs if not took]
+        return statistics.median(took or [result["seconds"] for result in ended if result] or [0.0])
 
     done = len(runs) - len(left())
     if done:
@@ -136,7 +138,9 @@ def execute(plan: dict[str, Any], out: Path, budget: Budget | None = None, disca
                 with folder.sole_worker(out / run["name"]) as mine:
                     if mine and folder.result(out / run["name"]) is None:
                         begun_here += 1
+                        fresh = not folder.read_metrics(out / run["name"])
                         _execute(plan, run, out, progress, (len(runs) - len(left())) * steps)
+                        took += [time.monotonic() - begun - spent] if fresh else []
                         if discard:
                             shutil.rmtree(out / run["name"] / "checkpoints", ignore_errors=True)
             time.sleep(POLL_SECONDS)  # what is left now, another worker is at
