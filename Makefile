@@ -21,7 +21,7 @@ compare: $(INSTALLED) ## compare beta settings on a small language model; with S
 	$(BIN)/python -m train.compare $(if $(STATE),--out runs/compare-$(STATE) --arms 0.95 0.95:$(STATE),--out runs/compare)
 
 test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: $(INSTALLED) ## run the tests that `make test` leaves out (ten minutes; as root with tests/cluster/install.sh, a Slurm too)
 	$(BIN)/python -m pytest -m long
