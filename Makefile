@@ -26,7 +26,7 @@ test: $(INSTALLED) ## run the tests
 test-long: $(INSTALLED) ## run the tests that `make test` leaves out (ten minutes; as root with tests/cluster/install.sh, a Slurm too)
 	$(BIN)/python -m pytest -m long
 
-bench: $(INSTALLED) ## time the step against its peers (quarter of an hour; DeepSpeed compiles its own first)
+bench: $(INSTALLED) ## time the step against its peers, and measure memory (half an hour; DeepSpeed compiles its own first)
 	$(BIN)/python -m tests.perf
 
 drill: $(INSTALLED) ## kill one run sixty times and see that nothing is lost (a quarter of an hour)
