@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from train.settings import REPOSITORY, SettingsError, parse, require
+from train.settings import REPOSITORY, exit_code, parse, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +53,7 @@ def configuration(hosts: Hosts) -> str:
 
 def main(arguments: list[str]) -> int:
     """Command line; the exit code."""
-    try:
-        print(configuration(parse(Hosts, arguments, Path(__file__).stem, __doc__)), end="")
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(configuration(parse(Hosts, arguments, Path(__file__).stem, __doc__)), end=""))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from train import probe
 from train.pretrain import Trainer
 from train.progress import Progress
 from train.ranks import leave, prepare_environment
-from train.settings import SettingsError, parse, require
+from train.settings import exit_code, parse, require
 
 PILOT_BETA, MOST = 0.95, 0.999
 
@@ -160,11 +160,7 @@ def choose(pilot: Pilot) -> tuple[Choice, dict[str, Any]]:
                     progress.show(trainer.step, f"loss {line['loss']:.4f}")
                     if trainer.step % gap == 0:
                         found.append(summarize(draw(trainer, pilot.probes)))
-            run = trainer.run
-            return estimate(found, gap), {
-                "steps": planned,
-                "tokens_per_step": run.parallelism.batch * run.data.sequence_length,
-            }
+            return estimate(found, gap), {"steps": planned, "tokens_per_step": trainer.run.tokens_per_step}
 
 
 def report(choice: Choice, plan: dict[str, Any]) -> str:
@@ -188,14 +184,13 @@ def report(choice: Choice, plan: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: ``python -m train.choose_beta --help``; the exit code."""
-    try:
+
+    def program() -> None:
         prepare_environment()
         pilot = parse(Pilot, sys.argv[1:] if arguments is None else arguments, "train.choose_beta", __doc__)
         print(report(*choose(pilot)))
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(program)
 
 
 if __name__ == "__main__":

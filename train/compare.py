@@ -139,7 +139,7 @@ def execute(plan: dict[str, Any], out: Path, budget: Budget | None = None, disca
                     if mine and folder.result(out / run["name"]) is None:
                         begun_here += 1
                         fresh = not folder.read_metrics(out / run["name"])
-                        _execute(plan, run, out, progress, (len(runs) - len(left())) * steps)
+                        _execute(plan, run, out, progress, (len(runs) - count) * steps)
                         took += [time.monotonic() - begun - spent] if fresh else []
                         if discard:
                             shutil.rmtree(out / run["name"] / "checkpoints", ignore_errors=True)

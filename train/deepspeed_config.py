@@ -87,12 +87,13 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
         ),
         (config, "gradient_clipping", run.optimizer.clip, "clip"),
     ]
-    unknown = set(params) - set(run.parameters()) - PATHS
+    own = run.parameters()
+    unknown = set(params) - set(own) - PATHS
     require(
         not unknown,
         f"ds_config {path} has optimizer.params.{min(unknown, default='')}, which {OPTIMIZER} does not have.",
     )
-    wanted += [(params, key, value, key) for key, value in run.parameters().items()]
+    wanted += [(params, key, value, key) for key, value in own.items()]
     for section, key, value, flag in wanted:
         _fill(section, key, value, flag, path)
     for section, section_name in ((bf16, "bf16"), (fp16, "fp16")):

@@ -11,13 +11,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.patches import Rectangle
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from train import dynamics
+from train.pairs import LEVEL, holm, paired
 
-LEVEL, POWER, SMALL = 0.05, 0.8, 0.001
+POWER, SMALL = 0.8, 0.001
 USUAL, TIED = (0.9, 0.95), (0.95, 0.95)
 Pair = tuple[float, float]
 
@@ -60,13 +59,7 @@ class Contrast(NamedTuple):
 def compare(cells: pd.DataFrame, ours: Pair, theirs: Pair, why: str) -> Contrast:
     """Two cells: mean difference, 95 % interval and p by Student's t over seeds; NaN where there are too few."""
     losses = cells.pivot(index="seed", columns=["beta1", "beta2"], values="validation_loss")
-    difference = (losses[ours] - losses[theirs]).dropna()
-    low = high = p = math.nan
-    if len(difference) > 1 and difference.std() > 0.0:
-        test = stats.ttest_1samp(difference, 0.0)
-        (low, high), p = test.confidence_interval(1 - LEVEL), float(test.pvalue)
-    middle = float(difference.mean()) if len(difference) else math.nan
-    return Contrast(_name(ours), _name(theirs), why, len(difference), middle, float(low), float(high), p)
+    return Contrast(_name(ours), _name(theirs), why, *paired(losses[ours], losses[theirs]))
 
 
 def contrasts(cells: pd.DataFrame) -> list[Contrast]:
@@ -86,12 +79,8 @@ def contrasts(cells: pd.DataFrame) -> list[Contrast]:
             at = [beta2 for beta1, beta2 in found.index if beta1 == first and (second, beta2) in found.index]
             wanted += [((second, beta2), (first, beta2), "beta1 alone") for beta2 in at if beta2 == max(at)]
     results = [compare(cells, *each) for each in wanted]
-    tested = [k for k, contrast in enumerate(results) if not math.isnan(contrast.p)]
-    if tested:
-        corrected = multipletests([results[k].p for k in tested], LEVEL, method="holm")[1]
-        for k, p in zip(tested, corrected, strict=True):
-            results[k] = results[k]._replace(p=float(p))
-    return results
+    corrected = holm(pd.Series([contrast.p for contrast in results], dtype=float))
+    return [contrast._replace(p=float(p)) for contrast, p in zip(results, corrected, strict=True)]
 
 
 class Noise(NamedTuple):

@@ -19,13 +19,15 @@ import numpy as np
 import pandas as pd
 import tyro
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from train import dynamics, folder, plane
-from train.settings import ARM, SettingsError, parse, require
+from train.pairs import LEVEL, Paired, holm, paired
+from train.settings import ARM, SettingsError, exit_code, parse, require
 
-matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "report"}  # text as text; the same file for the same runs
-LEVEL = 0.05
+matplotlib.rcParams |= {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+}  # text as text; the same file for the same runs
 POINTS = 200  # of a curve that are drawn, about
 
 
@@ -119,21 +121,12 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
             "diverged": int(table.loc[table["arm"] == arm, "validation_loss"].isna().sum()),
             "loss": losses.mean(),
         }
-        difference = (losses - by_seed[baseline]).dropna()
-        row["percent"] = 100.0 / by_seed.loc[difference.index, baseline].mean()
-        row |= {"pairs": len(difference), "difference": math.nan, "low": math.nan, "high": math.nan, "p": math.nan}
-        if arm != baseline and len(difference):
-            row["difference"] = difference.mean()
-            if len(difference) > 1 and difference.std() > 0:
-                test = stats.ttest_1samp(difference, 0.0)
-                low, high = test.confidence_interval(1 - LEVEL)
-                row |= {"low": float(low), "high": float(high), "p": float(test.pvalue)}
+        found = paired(losses, by_seed[baseline])
+        row["percent"] = 100.0 / by_seed.loc[losses.notna(), baseline].mean()
+        row |= found._asdict() if arm != baseline else Paired(found.pairs, *[math.nan] * 4)._asdict()
         rows.append(row)
     summary = pd.DataFrame(rows)
-    tested = summary["p"].notna()
-    summary["p_holm"] = math.nan
-    if tested.any():
-        summary.loc[tested, "p_holm"] = multipletests(summary.loc[tested, "p"], LEVEL, method="holm")[1]
+    summary["p_holm"] = holm(summary["p"])
     summary["verdict"] = [verdict(row, baseline) for row in summary.to_dict("records")]
     return summary
 
@@ -315,11 +308,9 @@ def write(*folders: Path, baseline: str = "") -> None:
     if plane.is_plane(best):
         text += "\n" + plane.markdown(table, best)
         cells = plane.of(best)
-        figures = {
-            "validation loss over the betas": as_svg(plane.heat_map(cells, plane.at_edge(table, cells))),
-            **figures,
-        }
-        folder.write_text(out / "plane.svg", next(iter(figures.values())))
+        heat_map = as_svg(plane.heat_map(cells, plane.at_edge(table, cells)))
+        figures = {"validation loss over the betas": heat_map, **figures}
+        folder.write_text(out / "plane.svg", heat_map)
     folder.write_text(out / "report.md", text)
     folder.write_text(out / "report.csv", table.to_csv(index=False))
     template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
@@ -342,12 +333,13 @@ def write(*folders: Path, baseline: str = "") -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line: ``python -m train.report FOLDER``."""
-    try:
+
+    def program() -> None:
         report = parse(Report, sys.argv[1:] if arguments is None else arguments, "train.report", __doc__)
         write(*report.runs, baseline=report.baseline)
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    if code := exit_code(program):
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from train.probe import Recorder, Recording
 from train.progress import Progress
 from train.ranks import leave, prepare_environment
 from train.report import as_svg
-from train.settings import SettingsError, parse, require
+from train.settings import exit_code, parse, require
 
 CHANGES = {
     "drift": (-1e-1, -3e-2, -1e-2, -3e-3, -1e-3, -3e-4, -1e-4, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
@@ -293,7 +293,8 @@ def figure(rows: pd.DataFrame, kind: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: ``python -m train.response --help``; the exit code."""
-    try:
+
+    def program() -> None:
         prepare_environment()
         response = parse(Response, sys.argv[1:] if arguments is None else arguments, "train.response", __doc__)
         require(
@@ -307,10 +308,8 @@ def main(arguments: list[str] | None = None) -> int:
                 f"betas has {str(arm)!r}; give one number, or beta1,beta2.",
             )
         write(response, of_language(response) if response.task == "language" else of_vision(response))
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(program)
 
 
 if __name__ == "__main__":

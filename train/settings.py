@@ -10,6 +10,7 @@ import dataclasses
 import io
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -42,6 +43,16 @@ def require(condition: bool, message: str) -> None:
     """Raise :class:`SettingsError` unless ``condition`` holds."""
     if not condition:
         raise SettingsError(message)
+
+
+def exit_code(program: Callable[[], None]) -> int:
+    """Run it: 0; or 2 where the input is bad, with the sentence for who gave it on stderr."""
+    try:
+        program()
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def first_line(error: BaseException) -> str:
@@ -283,8 +294,12 @@ class Run:
         """
         if not isinstance(self.optimizer.betas, str):
             return None
-        tokens = self.parallelism.batch * self.data.sequence_length
-        return horizon.course(self.optimizer.betas, steps=self.schedule.steps, tokens_per_step=tokens)
+        return horizon.course(self.optimizer.betas, steps=self.schedule.steps, tokens_per_step=self.tokens_per_step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Training tokens in one optimizer step."""
+        return self.parallelism.batch * self.data.sequence_length
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: everything that decides the weights, as plain data for JSON.
