@@ -24,13 +24,14 @@ import tyro
 from torch import Tensor
 
 from balanced_adam import horizon
-from train import probe
+from train import folder, probe
 from train.pretrain import Trainer
 from train.progress import Progress
 from train.ranks import leave, prepare_environment
-from train.settings import exit_code, parse, require
+from train.settings import SettingsError, exit_code, parse, require
 
 PILOT_BETA, MOST = 0.95, 0.999
+PILOT_FILE = "pilot.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class Pilot:
     """Gradients at each of the checkpoints."""
     checkpoints: int = 4
     """At the ends of equal parts of the pilot."""
+    out: Path | None = None
+    """A folder, such as that of a comparison, in which the result is kept as pilot.json; train.regret finds it there."""
     planned_steps: int | None = None
     """Steps of the run that the beta is for, which the pilot's learning rate schedule counts on. Default: ten times the pilot."""
     rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
@@ -150,6 +153,11 @@ def choose(pilot: Pilot) -> tuple[Choice, dict[str, Any]]:
         not options,
         f"{min(options, default='')} is given after --; the pilot runs at {PILOT_BETA} with fp32 state, and --planned-steps has the run's length.",
     )
+    if pilot.out:
+        try:
+            pilot.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"out is {pilot.out}, which can't be used: {error.strerror}.") from None
     with TemporaryDirectory() as out:
         rest = ("--betas", repr(PILOT_BETA), *pilot.rest)
         with probe.alone("train.choose_beta", Path(out), planned, rest) as trainer:
@@ -188,7 +196,11 @@ def main(arguments: list[str] | None = None) -> int:
     def program() -> None:
         prepare_environment()
         pilot = parse(Pilot, sys.argv[1:] if arguments is None else arguments, "train.choose_beta", __doc__)
-        print(report(*choose(pilot)))
+        choice, plan = choose(pilot)
+        print(report(choice, plan))
+        if pilot.out:
+            inputs = {"noise": choice.noise, "drift": choice.drift, "error": choice.error, **plan}
+            folder.write_json(pilot.out / PILOT_FILE, {"beta": choice.beta, "range": choice.range, **inputs})
 
     return exit_code(program)
 

@@ -1,0 +1,156 @@
+"""What rules for a tied beta cost on runs that were made: ``python -m train.regret FOLDER ...``.
+
+A comparison with several tied betas, each at its best learning rate, has a loss for every beta: between two of its betas, a
+straight line over log(1 - beta); beyond them, that of the nearest. A rule's regret is the loss at the beta it chooses less that
+at the best of those that were run, which was chosen by looking, so that no rule can do better but by luck.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import tyro
+
+from balanced_adam import horizon
+from train import folder, plane, report
+from train.choose_beta import PILOT_FILE
+from train.pairs import paired
+from train.settings import SettingsError, exit_code, parse, require
+
+PILOT = "pilot"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regret:
+    """Which runs, and which rules."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (Path("runs/plane"),)
+    """Folders of comparisons; each is a row. Betas of fp32 state count."""
+    rules: tuple[str, ...] = ("0.95", "0.944", "refresh:1000", "half_life_tokens:10e6", PILOT)
+    """As --betas of train.pretrain takes them; "pilot" is what train.choose_beta --out FOLDER has found."""
+
+
+class Cost(NamedTuple):
+    """Of a rule on a comparison. In percent of the best beta's loss; NaN without a second seed, or where it can't be said."""
+
+    beta: float
+    """NaN if the rule comes to none."""
+    beyond: bool
+    """Whether it lies outside the betas that were run."""
+    percent: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.beta):
+            return "none"
+        shown = f"{self.beta:.4f}".rstrip("0") if self.beta < 0.999 else f"{self.beta:.6f}"
+        interval = "" if math.isnan(self.low) else f" [{self.low:+.1f}, {self.high:+.1f}]"
+        return f"{shown}: {self.percent:+.1f}{interval}{' (beyond what was run)' if self.beyond else ''}"
+
+
+def diagonal(table: pd.DataFrame) -> pd.DataFrame:
+    """The losses of the tied betas at their best learning rates, a row a seed and a column a beta, in order.
+
+    Raises:
+        SettingsError: if there are less than three betas that have not diverged.
+    """
+    cells = plane.of(report.best_lr(table))
+    losses = cells[cells["beta1"] == cells["beta2"]].pivot(index="seed", columns="beta1", values="validation_loss")
+    losses = losses.dropna(axis="columns", how="all").sort_index(axis="columns")
+    require(losses.shape[1] >= 3, f"runs has {losses.shape[1]} tied betas; it takes at least three.")
+    return losses
+
+
+def at(losses: pd.DataFrame, beta: float) -> pd.Series:
+    """The loss of each seed at ``beta``: on straight lines over log(1 - beta), and at the nearest beta beyond those that were run."""
+    betas = [float(each) for each in losses.columns]
+    horizons = np.log([horizon.horizon(each) for each in betas])
+    right = int(np.clip(np.searchsorted(betas, beta), 1, len(betas) - 1))
+    part = (math.log(horizon.horizon(beta)) - horizons[right - 1]) / (horizons[right] - horizons[right - 1])
+    part = float(np.clip(part, 0.0, 1.0))
+    left, right_losses = losses[betas[right - 1]], losses[betas[right]]
+    if part in (0.0, 1.0):  # one of those that were run, whatever the other has
+        return right_losses if part else left
+    return (1.0 - part) * left + part * right_losses
+
+
+def best(losses: pd.DataFrame) -> float:
+    """The beta with the least mean loss, of those that all seeds have; of all, if there is none."""
+    whole = losses.dropna(axis="columns")
+    return float((losses if whole.empty else whole).mean().idxmin())
+
+
+def cost(losses: pd.DataFrame, beta: float) -> Cost:
+    """Of a beta, however it was chosen; NaN: of none."""
+    if math.isnan(beta):
+        return Cost(beta, False, math.nan, math.nan, math.nan)
+    least = losses[best(losses)]
+    found, scale = paired(at(losses, beta), least), 100.0 / least.mean()
+    beyond = not losses.columns[0] <= beta <= losses.columns[-1]
+    return Cost(beta, beyond, found.difference * scale, found.low * scale, found.high * scale)
+
+
+def chosen(rule: str, out: Path, steps: int, tokens_per_step: int) -> float:
+    """The beta of a rule on the runs in ``out``; NaN if it comes to none there."""
+    if rule == PILOT:
+        file = out / PILOT_FILE
+        return float(folder.read_json(file, "beta")["beta"]) if file.exists() else math.nan
+    try:
+        return horizon.choose(rule, steps=steps, tokens_per_step=tokens_per_step)
+    except ValueError:
+        return math.nan
+
+
+def check(rules: tuple[str, ...]) -> None:
+    """Raise :class:`SettingsError` if one of them would come to no beta on any run."""
+    for rule in rules:
+        try:
+            horizon.choose("0.95" if rule == PILOT else rule, steps=1e12, tokens_per_step=1)
+        except ValueError as error:
+            raise SettingsError(f'rules has {rule!r}, which is not "{PILOT}", and {error}') from None
+
+
+def row(out: Path, rules: tuple[str, ...]) -> dict[str, str]:
+    """Of the table, for one comparison."""
+    plan, table, _ = report.load(out)
+    settings: dict[str, Any] = plan["settings"]
+    losses = diagonal(table)
+    tokens = settings["batch"] * settings["sequence_length"]
+    named = f"`{settings['model']}` on {Path(settings['data']).name}, {settings['batch']} x {settings['sequence_length']}, {plan['steps']} steps"
+    cells = {
+        "runs": named,
+        "seeds": str(len(losses)),
+        "best tied": f"{best(losses):g}: {losses[best(losses)].mean():.4f}",
+    }
+    return cells | {rule: str(cost(losses, chosen(rule, out, plan["steps"], tokens))) for rule in rules}
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """A table."""
+    lines = [" | ".join(each.values()) for each in rows]
+    return "\n".join(f"| {line} |" for line in (" | ".join(rows[0]), "|".join(["---"] * len(rows[0])), *lines))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: ``python -m train.regret --help``; the exit code."""
+
+    def program() -> None:
+        regret = parse(Regret, sys.argv[1:] if arguments is None else arguments, "train.regret", __doc__)
+        check(regret.rules)
+        print(markdown([row(out, regret.rules) for out in regret.runs]))
+        print(
+            "\nA rule's beta, and its loss over that of the best tied beta that was run, in percent, with 95 % intervals."
+        )
+
+    return exit_code(program)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
