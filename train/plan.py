@@ -19,6 +19,7 @@ from balanced_adam import horizon
 from balanced_adam.state import FORMATS
 from train import folder, report
 from train.settings import ARM, Optimizer, Run, SettingsError, parse, require
+from train.tuning import best_lr
 
 # What a comparison decides for each of its runs.
 COMPARED = {
@@ -197,7 +198,7 @@ def _tuned(comparison: Comparison, arms: Iterable[str]) -> dict[str, tuple[float
             return {arm: (taken[arm],) for arm in arms}
     folders = " ".join(map(str, comparison.lr_from))
     table = report.load(*comparison.lr_from)[1]
-    best = report.best_lr(table)
+    best = best_lr(table)
     for arm in arms:
         there = best.loc[best["arm"] == arm, "validation_loss"]
         require(

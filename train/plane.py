@@ -15,6 +15,7 @@ from statsmodels.stats.power import TTestPower
 
 from train import dynamics
 from train.pairs import LEVEL, holm, paired
+from train.tuning import at_edge
 
 POWER, SMALL = 0.8, 0.001
 USUAL, TIED = (0.9, 0.95), (0.95, 0.95)
@@ -114,17 +115,13 @@ def seeds_for(difference: float, deviation: float) -> int | None:
     return counts[found] if found < len(counts) else None
 
 
-def at_edge(table: pd.DataFrame, cells: pd.DataFrame) -> set[Pair]:
-    """Cells whose best learning rate is the least or the greatest that was tried for them."""
-    rates = table.groupby("arm")["lr"].agg(["min", "max"])
-    return {
-        (row.beta1, row.beta2)
-        for row in cells.drop_duplicates("arm").itertuples()
-        if rates.loc[row.arm, "min"] < rates.loc[row.arm, "max"] and row.lr in tuple(rates.loc[row.arm])
-    }
+def edges(table: pd.DataFrame) -> set[Pair]:
+    """Cells at the edge of their learning rates (:func:`train.tuning.at_edge`)."""
+    marked = of(table[table["arm"].isin(at_edge(table))])
+    return set(zip(marked["beta1"], marked["beta2"], strict=True))
 
 
-def heat_map(cells: pd.DataFrame, edges: set[Pair]) -> Any:
+def heat_map(cells: pd.DataFrame, marked: set[Pair]) -> Any:
     """A figure: the mean loss of each cell (:func:`means`), the diagonal framed, cells at the edge of their learning rates marked with *."""
     found = means(cells).unstack("beta1")
     diverged = (
@@ -139,7 +136,7 @@ def heat_map(cells: pd.DataFrame, edges: set[Pair]) -> Any:
     middle = np.nanmean([np.nanmin(found), np.nanmax(found)]) if found.notna().any(axis=None) else 0.0
     for (y, beta2), (x, beta1) in product(enumerate(found.index), enumerate(found.columns)):
         value, count = found.loc[beta2, beta1], diverged.loc[beta2, beta1]
-        text = "" if math.isnan(value) else f"{value:.3f}{'*' if (beta1, beta2) in edges else ''}"
+        text = "" if math.isnan(value) else f"{value:.3f}{'*' if (beta1, beta2) in marked else ''}"
         text = f"{count:.0f} diverged" if count > 0 else text
         axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if value > middle else "black")
         if beta1 == beta2:
@@ -172,8 +169,8 @@ def markdown(table: pd.DataFrame, best: pd.DataFrame) -> str:
             f"- Of the runs with its beta1 the tied one moves most evenly (omega, window {window}) in {chosen.votes} of {chosen.beta1s} beta1s "
             f"(p = {chosen.p:.2g}), and in {chosen.tied} of {chosen.rows} rows of one lr and seed."
         )
-    if edges := sorted(at_edge(table, cells)):
-        lines.append(f"- At the edge of their learning rates, and not to be trusted: {', '.join(map(_name, edges))}.")
+    if marked := sorted(edges(table)):
+        lines.append(f"- At the edge of their learning rates, and not to be trusted: {', '.join(map(_name, marked))}.")
     return "\n".join(lines) + "\n"
 
 

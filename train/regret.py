@@ -22,6 +22,7 @@ from train import folder, plane, report
 from train.choose_beta import PILOT_FILE
 from train.pairs import paired
 from train.settings import SettingsError, exit_code, parse, require
+from train.tuning import best_lr
 
 PILOT = "pilot"
 
@@ -61,7 +62,7 @@ def diagonal(table: pd.DataFrame) -> pd.DataFrame:
     Raises:
         SettingsError: if there are less than three betas that have not diverged.
     """
-    cells = plane.of(report.best_lr(table))
+    cells = plane.of(best_lr(table))
     losses = cells[cells["beta1"] == cells["beta2"]].pivot(index="seed", columns="beta1", values="validation_loss")
     losses = losses.dropna(axis="columns", how="all").sort_index(axis="columns")
     require(losses.shape[1] >= 3, f"runs has {losses.shape[1]} tied betas; it takes at least three.")

@@ -23,6 +23,7 @@ from scipy import stats
 from train import dynamics, folder, plane
 from train.pairs import LEVEL, Paired, holm, paired
 from train.settings import ARM, SettingsError, exit_code, parse, require
+from train.tuning import at_edge, best_lr
 
 matplotlib.rcParams |= {
     "svg.fonttype": "none",
@@ -87,20 +88,6 @@ def load(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str, pd.Dat
     return {**plan, "settings": shared}, table, metrics
 
 
-def best_lr(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each arm's best learning rate: fewest divergences, then the lowest mean loss.
-
-    While runs are missing, over the seeds that have ended at every learning rate of the arm, if there are any.
-    """
-    kept = []
-    for _, arm in table.groupby("arm", sort=False):
-        everywhere = arm.groupby("seed")["lr"].transform("nunique") == arm["lr"].nunique()
-        by_lr = (arm[everywhere] if everywhere.any() else arm).groupby("lr")["validation_loss"]
-        ranking = pd.DataFrame({"diverged": by_lr.apply(lambda x: x.isna().sum()), "loss": by_lr.mean()})
-        kept.append(arm[arm["lr"] == ranking.sort_values(["diverged", "loss"]).index[0]])
-    return pd.concat(kept)
-
-
 def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """One row per arm: mean loss, and the paired difference from the baseline with its interval and verdict; ``percent`` times a
     difference is that in percent of the baseline's loss.
@@ -148,17 +135,15 @@ def verdict(row: dict[str, Any], baseline: str) -> str:
 def caveats(table: pd.DataFrame) -> list[str]:
     """What a reader must know before believing the table."""
     rates = sorted(table["lr"].unique())
-    by_arm = {arm: sorted(rows["lr"].unique()) for arm, rows in table.groupby("arm", sort=False)}
     said = []
     if len(rates) == 1:
         said.append(f"One learning rate ({rates[0]:g}) was used for all arms; an arm tuned on its own might do better.")
-    elif max(map(len, by_arm.values())) == 1:
+    elif table.groupby("arm")["lr"].nunique().max() == 1:
         said.append("Each arm was run at one learning rate, chosen for it beforehand.")
     else:
         said.append(f"Each arm is shown at its best of the learning rates {', '.join(f'{r:g}' for r in rates)}.")
-        for arm, rows in best_lr(table).groupby("arm", sort=False):
-            if rows["lr"].iloc[0] in (by_arm[arm][0], by_arm[arm][-1]):
-                said.append(f"({arm}) is best at the edge of the learning rates tried, so its optimum may lie beyond.")
+        for arm in at_edge(table):
+            said.append(f"({arm}) is best at the edge of the learning rates tried, so its optimum may lie beyond.")
     if table["seed"].nunique() == 1:
         said.append("There is one seed, and one seed proves nothing.")
     return said
@@ -308,7 +293,7 @@ def write(*folders: Path, baseline: str = "") -> None:
     if plane.is_plane(best):
         text += "\n" + plane.markdown(table, best)
         cells = plane.of(best)
-        heat_map = as_svg(plane.heat_map(cells, plane.at_edge(table, cells)))
+        heat_map = as_svg(plane.heat_map(cells, plane.edges(table)))
         figures = {"validation loss over the betas": heat_map, **figures}
         folder.write_text(out / "plane.svg", heat_map)
     folder.write_text(out / "report.md", text)

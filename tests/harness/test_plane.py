@@ -132,7 +132,7 @@ def test_cells_at_the_edge_of_their_learning_rates_are_named_and_the_map_has_eve
     middle = table[table["lr"] == 1e-3].assign(lr=5e-4, validation_loss=3.0)
     wider = pd.concat([table, middle[middle["arm"] != "0.9"]])
     cells = plane.of(best_of(wider))
-    assert plane.at_edge(wider, cells) == {(0.9, 0.9)}
+    assert plane.edges(wider) == {(0.9, 0.9)}
     figure = plane.heat_map(cells, {(0.9, 0.9)})
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert len(texts) == 9 and sum(text.endswith("*") for text in texts) == 1

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from train import report
+from train import report, tuning
 
 
 def runs(losses: dict[str, list[float]], lr: float = 1e-3) -> pd.DataFrame:
@@ -54,7 +54,7 @@ def test_each_arm_is_shown_at_its_best_learning_rate_and_an_edge_is_flagged() ->
     table = pd.concat(
         [runs({"0.95": [2.0, 2.0], "x": [3.0, 3.0]}, 1e-3), runs({"0.95": [2.5, 2.5], "x": [1.0, math.nan]}, 2e-3)]
     )
-    best = report.best_lr(table).groupby("arm")["lr"].first()
+    best = tuning.best_lr(table).groupby("arm")["lr"].first()
     assert best.to_dict() == {"0.95": 1e-3, "x": 1e-3}  # a divergence loses to any loss
     assert sum("at the edge" in note for note in report.caveats(table)) == 2
 

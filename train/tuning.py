@@ -1,0 +1,27 @@
+"""The learning rate at which an arm did best, and whether it might do better beyond those that were tried."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+
+def best_lr(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each arm's best learning rate: fewest divergences, then the lowest mean loss.
+
+    While runs are missing, over the seeds that have ended at every learning rate of the arm, if there are any.
+    """
+    kept = []
+    for _, arm in table.groupby("arm", sort=False):
+        everywhere = arm.groupby("seed")["lr"].transform("nunique") == arm["lr"].nunique()
+        by_lr = (arm[everywhere] if everywhere.any() else arm).groupby("lr")["validation_loss"]
+        ranking = pd.DataFrame({"diverged": by_lr.apply(lambda x: x.isna().sum()), "loss": by_lr.mean()})
+        kept.append(arm[arm["lr"] == ranking.sort_values(["diverged", "loss"]).index[0]])
+    return pd.concat(kept)
+
+
+def at_edge(table: pd.DataFrame) -> list[str]:
+    """The arms whose best learning rate is the least or the greatest that was tried for them; none if each arm was run at one alone."""
+    tried = table.groupby("arm", sort=False)["lr"].agg(["min", "max", "nunique"])
+    best = best_lr(table).groupby("arm", sort=False)["lr"].first()
+    outer = (best == tried["min"]) | (best == tried["max"])
+    return list(tried.index[outer & (tried["nunique"].max() > 1)])
