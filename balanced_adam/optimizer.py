@@ -208,11 +208,13 @@ class BalancedAdam(torch.optim.Optimizer):
             for param in group["params"]:
                 if param in self.handed or param.grad is not None:
                     self._step_parameter(param, group, updates)
+                elif states.format_of(self.state.get(param, {})) not in (None, group["state"]):  # loaded
+                    self._cut += states.bring_to(group["state"], self.state[param], param)
         kernels.step(updates)
         if self._cut:
             cut, self._cut = self._cut, 0
             _warn_once(
-                f"{cut} elements of the loaded state had |m| > sqrt(v), as only unequal betas make it; packing has cut m off there.",
+                f"{cut} elements of the loaded state had an m beyond what its packed form holds (sqrt(v), and less in packed8); it is cut off there.",
                 "cut",
             )
         for update in updates:  # autograd must know that they have changed
@@ -384,6 +386,15 @@ class BalancedAdam(torch.optim.Optimizer):
             return UpdateSize(0.0, 0.0, 0)
         return UpdateSize(float(torch.stack(greatest).amax()), float(torch.stack(squares).sum()), count)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; a group's ``state`` is the format that its moments are in, also where the next step will change it."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            found = {states.format_of(saved["state"].get(number, {})) for number in group["params"]} - {None}
+            if len(found) == 1:
+                group["state"] = found.pop()
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of a BalancedAdam or of a ``torch.optim.AdamW``.
 
@@ -393,8 +404,9 @@ class BalancedAdam(torch.optim.Optimizer):
         warning says so.
 
         Raises:
-            ValueError: if the groups don't match, a moment has another shape than its parameter, or the state is that of
-                AMSGrad or of an Adam whose weight decay was not decoupled; nothing has changed then.
+            ValueError: if the groups don't match, a moment is missing or has another shape than its parameter, moments are in a format that
+                isn't known or not the one they are called, or the state is that of AMSGrad or of an Adam whose weight decay
+                was not decoupled; nothing has changed then.
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
 

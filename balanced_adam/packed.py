@@ -94,7 +94,7 @@ FORMATS = {
         Format("packed8", torch.uint8, 4, 25, 2.0**-54, 4, 22, 3 / 32, nearest=False),
     )
 }
-"""√v up to 2^24, 31 and 8; levels of √v 0.05 %, 4 to 6 % and a factor of 4 apart; |r| up to 1.5, 1.46 and 0.91."""
+"""√v up to 2^24, 31 and 8; levels of √v 0.05 %, 3 to 6 % and a factor of 4 apart; |r| up to 1.5, 1.46 and 0.91."""
 BY_WORD = {format.word: format for format in FORMATS.values()}
 
 
@@ -134,7 +134,7 @@ def pack(format: Format, exp_avg: Tensor, exp_avg_sq: Tensor, dither: tuple[Tens
         level = level + (w > low * between).to(torch.int64)
     level = level.clamp(max=format.w_top)
     scale = _scale(_number((level << format.w_shift) + format.w_base))
-    above = _bits(exp_avg.abs() * _number(0x7F000000 - _bits(scale)) + format.r_floor) - format.r_base
+    above = _bits(_ratio(exp_avg, scale) + format.r_floor) - format.r_base
     size = above + (1 << (format.r_shift - 1) if nearest else dither[1] >> (32 - format.r_shift))  # type: ignore[index]
     size = (size >> format.r_shift).clamp(max=format.r_top)
     sign = (_bits(exp_avg) >> 31).masked_fill(exp_avg.isnan(), 0)
@@ -143,6 +143,14 @@ def pack(format: Format, exp_avg: Tensor, exp_avg_sq: Tensor, dither: tuple[Tens
     if format.word.is_signed:
         code = code - ((code >> (bits - 1)) << bits)
     return code.to(format.word)
+
+
+def beyond(words: Tensor, exp_avg: Tensor) -> Tensor:
+    """Where m, packed into these words, was beyond the greatest level that they have for it, and was cut off; bool, the words' shape."""
+    format = BY_WORD[words.dtype]
+    _, exp_avg_sq = unpack(words)
+    level = _bits(_ratio(exp_avg, _scale(exp_avg_sq + format.w_floor)) + format.r_floor) - format.r_base
+    return level > format.r_top << format.r_shift
 
 
 def update(
@@ -201,6 +209,11 @@ def start(step: int) -> int:
 def _scale(w: Tensor) -> Tensor:
     """s: half the exponent of w."""
     return _number(((_bits(w) >> 1) & 0x7F800000) + 0x20000000)
+
+
+def _ratio(exp_avg: Tensor, scale: Tensor) -> Tensor:
+    """|m| / s, without a division, since s is a power of 2."""
+    return exp_avg.abs() * _number(0x7F000000 - _bits(scale))
 
 
 def _bits(x: Tensor) -> Tensor:

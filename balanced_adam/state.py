@@ -37,7 +37,8 @@ def bring_to(format: str, state: State, param: Tensor) -> int:
     loads a universal checkpoint. Nothing is lost if there is no memory for it.
 
     Returns:
-        The number of elements of loaded moments whose |m| was above √v, as only unequal betas make it: packing cuts m off.
+        The number of elements of loaded moments whose m was beyond what the format holds, and is cut off: |m| above √v, as unequal
+        betas make it, or in packed8 above 0.6 to 1 times √v.
     """
     known = packed.FORMATS.get(format)
     loaded = "exp_avg" in state
@@ -56,7 +57,7 @@ def bring_to(format: str, state: State, param: Tensor) -> int:
         return 0
     source = [state[name] for name in MOMENTS] if loaded else [state[WORDS]]
     # In logical order, whatever the parameter's: only of a contiguous tensor are the parts views.
-    words, beyond = torch.empty(param.shape, dtype=known.word, device=param.device), 0
+    words, cut = torch.empty(param.shape, dtype=known.word, device=param.device), 0
     # Part by part: the oracle's intermediate results take eighty bytes an element.
     whole = (words, param.detach(), *source)
     for target, weights, *values in zip(*(t.reshape(-1).split(2**20) for t in whole), strict=True):
@@ -64,19 +65,26 @@ def bring_to(format: str, state: State, param: Tensor) -> int:
         # As a step would round them, if not by a gradient; moments that have come from words are those words again.
         numbers = packed.dither(weights.to(torch.float32), exp_avg, int(state["step"]))
         target.copy_(packed.pack(known, exp_avg, exp_avg_sq, numbers))
-        if loaded:  # beyond what rounding explains
-            beyond += int((exp_avg.abs() > rule.root(exp_avg_sq) * 1.001 + known.w_floor**0.5).sum())
+        if loaded:
+            cut += int(packed.beyond(target, exp_avg).sum())
     state[WORDS] = words
     for name in MOMENTS:
         state.pop(name, None)
-    return beyond
+    return cut
+
+
+def format_of(state: State) -> str | None:
+    """The format that a parameter's state is in; None if it has none yet, or one that isn't known."""
+    if "exp_avg" in state:
+        return "fp32"
+    return packed.BY_WORD[state[WORDS].dtype].name if WORDS in state and state[WORDS].dtype in packed.BY_WORD else None
 
 
 def check_loaded(format: Any, state: State) -> None:
-    """See that a loaded state can be read.
+    """See that a loaded state can be read, and is what it is called.
 
     Raises:
-        ValueError: if it is in a format that isn't known, or its words aren't words.
+        ValueError: if it is in a format that isn't known or not the one that it is called, or a moment is missing.
     """
     if format not in FORMATS:
         raise ValueError(
@@ -86,6 +94,14 @@ def check_loaded(format: Any, state: State) -> None:
         raise ValueError(
             f"the loaded state has packed moments of {state[WORDS].dtype}, which no format has; it is damaged."
         )
+    found = format_of(state)
+    missing = [name for name in MOMENTS if name not in state]
+    if len(missing) == 1 or (found is None and float(state.get("step", 0)) > 0):
+        raise ValueError(
+            f"the loaded state has {', '.join(map(str, state))}; it must have {' and '.join(MOMENTS)}, or {WORDS}. Is it another optimizer's?"
+        )
+    if found is not None and found != format:
+        raise ValueError(f"the loaded state is called {format}, and what it holds is {found}; it is damaged.")
 
 
 def unpacked(saved: Any) -> Any:

@@ -266,18 +266,104 @@ def test_moments_of_unequal_betas_are_cut_and_counted_once(state: str) -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         train(ours, params, range(1, 4))
-    told = [str(w.message) for w in said if "|m| > sqrt(v)" in str(w.message)]
+    told = [str(w.message) for w in said if "beyond what its packed form holds" in str(w.message)]
     assert len(told) == 1 and told[0].startswith("4 elements")
     m, v = packed.unpack(ours.state[params[0]]["packed"])
     assert (m.abs() <= v.sqrt() * 1.5 + 1e-8).all()
 
 
-def test_a_state_that_is_loaded_and_saved_before_a_step_loads_again_in_any_format() -> None:
+@pytest.mark.parametrize("state", FORMATS)
+def test_the_elements_that_are_counted_are_those_whose_moment_is_cut_off(state: str) -> None:
+    """m from 0 to 2.5 times √v; where it is cut, what is stored is the greatest level, and less than m."""
+    format, size = FORMATS[state], 20_000
+    exp_avg_sq = moments(size, seed=3)[1]
+    exp_avg = exp_avg_sq.sqrt() * torch.linspace(0.0, 2.5, size)
+    words = packed.pack(format, exp_avg, exp_avg_sq, tuple(t[:size] for t in numbers(256)))
+    cut = packed.beyond(words, exp_avg)
+    stored, v = packed.unpack(words)
+    top = (words.to(torch.int64) & format.r_top) == format.r_top
+    assert 0.3 < float(cut.double().mean()) < 0.9 and not (cut & ~top).any()
+    assert (stored[cut] < exp_avg[cut]).all()
+    gap = {"packed32": 2.0**-13, "packed16": 1 / 16, "packed8": 1 / 4}[state]  # of the two greatest levels of r
+    power = 2.0 ** ((v + format.w_floor).log2() / 2 + 0.5).floor()
+    assert ((exp_avg - stored)[~cut] <= 1.001 * gap * power[~cut]).all()
+
+
+@pytest.mark.parametrize("state", FORMATS)
+def test_moments_that_come_from_words_are_packed_again_without_a_warning(state: str) -> None:
+    params = [nn.Parameter(torch.randn(2000, generator=torch.Generator().manual_seed(0)))]
+    _warned.discard("cut")
+    first = BalancedAdam(params, state=state)
+    train(first, params, range(5))
+    second = BalancedAdam(params, state=state)
+    second.load_state_dict(unpacked(copy.deepcopy(first.state_dict())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(second, params, range(5, 6))
+
+
+def test_a_parameter_without_gradient_is_brought_to_the_new_format_too() -> None:
+    params = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3))]
+    first = BalancedAdam(params, state="packed16")
+    train(first, params, range(2))
+    second = BalancedAdam(params, state="packed8")
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    params[0].grad, params[1].grad = torch.ones(4), None
+    second.step()
+    assert [second.state[p]["packed"].dtype for p in params] == [torch.uint8] * 2
+    assert second.state_dict()["param_groups"][0]["state"] == "packed8"
+
+
+@pytest.mark.parametrize(
+    ("state", "format", "message"),
+    [
+        (
+            {"step": torch.tensor(500.0), "state1": torch.ones(4), "absmax1": torch.ones(1)},
+            "fp32",
+            "has step, state1, absmax1; it must",
+        ),
+        (
+            {"step": torch.tensor(5.0), "exp_avg": torch.ones(4)},
+            "fp32",
+            "has step, exp_avg; it must have exp_avg and exp_avg_sq",
+        ),
+        (
+            {"step": torch.tensor(5.0), "packed": torch.ones(4, dtype=torch.int16)},
+            "packed32",
+            "called packed32, and what it holds is packed16",
+        ),
+        (
+            {"step": torch.tensor(5.0), "packed": torch.ones(4, dtype=torch.int16)},
+            "fp32",
+            "called fp32, and what it holds is packed16",
+        ),
+    ],
+    ids=["another_optimizers", "half", "mismatched", "unnamed"],
+)
+def test_a_state_that_is_not_what_it_is_called_is_refused_and_nothing_changes(
+    state: dict, format: str, message: str
+) -> None:
+    params = [nn.Parameter(torch.ones(4))]
+    optimizer = BalancedAdam(params, state="packed16")
+    train(optimizer, params, range(2))
+    before = copy.deepcopy(optimizer.state_dict())
+    group = {**before["param_groups"][0], "state": format}
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict({"state": {0: state}, "param_groups": [group]})
+    after = optimizer.state_dict()
+    assert torch.equal(after["state"][0]["packed"], before["state"][0]["packed"])
+    assert after["param_groups"] == before["param_groups"]
+
+
+def test_a_state_that_is_loaded_and_saved_before_a_step_is_called_what_it_is_and_loads_again_in_any_format() -> None:
     params = [nn.Parameter(torch.ones(4))]
     first = BalancedAdam(params, state="packed16")
     train(first, params, range(2))
     second = BalancedAdam(params, state="packed8")
     second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert (
+        second.state_dict()["param_groups"][0]["state"] == "packed16" and second.param_groups[0]["state"] == "packed8"
+    )
     for state in STATES:
         third = BalancedAdam(params, state=state)
         third.load_state_dict(copy.deepcopy(second.state_dict()))
