@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple, overload
 
@@ -434,10 +435,10 @@ class BalancedAdam(torch.optim.Optimizer):
                             f"the loaded {name} has shape {tuple(tensor.shape)}, its parameter {tuple(param.shape)}."
                         )
 
-        own = [(group["betas"], group["state"]) for group in self.param_groups]
         hook = self.register_load_state_dict_pre_hook(examine)
         try:
-            super().load_state_dict(state_dict)
+            with self.keeping_own():
+                super().load_state_dict(state_dict)
         finally:
             hook.remove()
 
@@ -446,16 +447,23 @@ class BalancedAdam(torch.optim.Optimizer):
                 dtype = tensor.dtype if name == states.WORDS else rule.moments_dtype(param.dtype)
                 if self.state[param][name].dtype != dtype:
                     self.state[param][name] = tensor.to(device=param.device, dtype=dtype, copy=True)
+
+    @contextmanager
+    def keeping_own(self) -> Iterator[None]:
+        """Around whatever loads the groups' settings: the format of the state stays, and so do equal betas where unequal ones can't be."""
+        own = [(group["betas"], group["state"]) for group in self.param_groups]
+        yield
         for group, (betas, format) in zip(self.param_groups, own, strict=True):
             group["state"] = format
             beta1, beta2 = group["betas"]
             if beta1 != beta2 and not (self.defaults["allow_unbalanced"] and format == "fp32"):
                 group["betas"] = betas
-                warnings.warn(
-                    f"the loaded state was made with betas ({beta1}, {beta2}); this BalancedAdam goes on with {betas}. "
-                    "A step may exceed lr until the old averages have faded.",
-                    stacklevel=2,
-                )
+                if os.environ.get("RANK", "0") == "0":
+                    warnings.warn(
+                        f"the loaded state was made with betas ({beta1}, {beta2}); this BalancedAdam goes on with {betas}. "
+                        "A step may exceed lr until the old averages have faded.",
+                        stacklevel=2,
+                    )
 
 
 _warned: set[str] = set()

@@ -56,15 +56,11 @@ def patch_fragments() -> None:
 
 def keep_formats(original: Callable[..., None], self: Any, *args: Any) -> None:
     """Loading a universal checkpoint sets everything in a group as it was saved; the format of the state is this run's own."""
-    own = [group["state"] for group in self.optimizer.param_groups]
-    try:
+    with self.optimizer.keeping_own():
         original(self, *args)
-    finally:
-        for group, state in zip(self.optimizer.param_groups, own, strict=True):
-            group["state"] = state
-        for loaded in self.optimizer.state.values():
-            if "exp_avg" in loaded:
-                loaded.pop(WORDS, None)  # of before
+    for loaded in self.optimizer.state.values():
+        if "exp_avg" in loaded:
+            loaded.pop(WORDS, None)  # of before
 
 
 def _is_packed(state: dict[str, Any], key: str | None) -> bool:

@@ -56,8 +56,12 @@ def train(
     device: str = "cpu",
     stored: str = "fp32",
     moving: bool = False,
+    later: tuple[tuple[int, str], ...] = (),
 ) -> State:
-    """Weights and moments after ``steps`` steps, worked out on the ranks' kind of device and returned on the CPU."""
+    """Weights and moments after ``steps`` steps, worked out on the ranks' kind of device and returned on the CPU.
+
+    Moments are stored as ``stored``, and from each step in ``later`` on (counted from 0) in the format named there.
+    """
     weights = first_weights()
     state: State = {
         "weights": {name: weights[name].to(device) for name in TRAINED},
@@ -65,7 +69,13 @@ def train(
         "exp_avg_sq": {name: torch.zeros(SHAPES[name], device=device) for name in TRAINED},
     }
     given = {name: torch.zeros(SHAPES[name]) for name in TRAINED}
+    betas_of = stored
     for step in range(steps):
+        for when, format in later:
+            if step == when:
+                stored, betas_of = format, "packed16"  # whichever came first, betas are equal from now on
+                if format != "fp32":
+                    _pack_again(packed.FORMATS[format], state, step)
         grads = {name: grad for name in TRAINED if (grad := gradient(step, name)) is not None}
         if absent is Absent.ZERO:
             given = {name: torch.zeros(SHAPES[name]) for name in TRAINED}
@@ -75,7 +85,7 @@ def train(
         if absent is Absent.STALE_AND_CLIPPED:
             given = clipped
         for number, group in enumerate(GROUPS):
-            settings = {**group.settings(stored), "step": step + 1, "eps": EPS}
+            settings = {**group.settings(betas_of), "step": step + 1, "eps": EPS}
             if moving:
                 betas = [moving_beta(number, each) for each in range(step + 1)]
                 # As many steps at the beta of now as make the product of all, or one more.
@@ -90,3 +100,11 @@ def train(
                 for key, value in zip(TENSORS, new, strict=True):
                     state[key][name] = value
     return {key: {name: value.cpu() for name, value in values.items()} for key, values in state.items()}
+
+
+def _pack_again(format: packed.Format, state: State, step: int) -> None:
+    """Moments in another format from now on: rounded as a step would, but by m instead of the gradient."""
+    for name in TRAINED:
+        weights, exp_avg, exp_avg_sq = (state[key][name] for key in TENSORS)
+        words = packed.pack(format, exp_avg, exp_avg_sq, packed.dither(weights, exp_avg, step))
+        state["exp_avg"][name], state["exp_avg_sq"][name] = packed.unpack(words)

@@ -57,6 +57,17 @@ CHAINS = {
 }
 
 
+CHAINS["formats_change_fp32_packed16_packed8_fp32"] = [
+    BF16,
+    Case(3, "bf16", state="packed16"),
+    BF16._replace(state="packed8"),
+    Case(2, "bf16"),
+]
+CHAINS["packed32_stages_2_3_1_3"] = [
+    case._replace(state="packed32") for case in (Case(2, "bf16"), Case(3, "bf16"), BF16, Case(3, "bf16"))
+]
+
+
 class Leg(NamedTuple):
     """What one world does: for each chain a case, in a folder of the chain's."""
 
@@ -104,6 +115,8 @@ def test_each_leg_begins_where_the_last_one_ended_and_goes_on_as_one_process_wou
     if number:
         before = legs()[number - 1][0][chain][1]
         assert differences([begin for begin, _ in ranks], before) == EXACT
-    first = CHAINS[chain][0]
-    control = train(CUTS[number + 1], first.absent(), stored=first.state)
+    first, *others = CHAINS[chain]
+    formats = [first.state, *(case.state for case in others)]
+    later = tuple((CUTS[k], formats[k]) for k in range(1, 4) if formats[k] != formats[k - 1])
+    control = train(CUTS[number + 1], first.absent(), stored=first.state, later=later)
     assert differences([end for _, end in ranks], control) == EXACT

@@ -34,7 +34,26 @@ ZERO = [
     Case(3, "bf16"),
     Case(3, "bf16", offload=True),
 ]
-RIGID = [Case(0, "fp32"), Case(0, "bf16"), *ZERO]
+PACKED = [  # which DeepSpeed's own converter doesn't know; test_elastic.py has the harness's
+    Case(0, "fp32", path="fused", state="packed8"),
+    Case(1, "bf16", state="packed16"),
+    Case(1, "bf16", grad_accum="fp32", state="packed8"),
+    Case(2, "bf16", offload=True, state="packed8"),
+    Case(3, "bf16", state="packed16"),
+    Case(3, "fp32", offload=True, state="packed32"),
+]
+RIGID = [Case(0, "fp32"), Case(0, "bf16"), *ZERO, *PACKED]
+SWITCHES = [
+    (Case(1, "bf16"), "packed16"),
+    (Case(1, "bf16", state="packed16"), "packed8"),
+    (Case(1, "bf16", grad_accum="fp32", state="packed8"), "packed32"),
+    (Case(2, "bf16", offload=True, state="packed8"), "fp32"),
+    (Case(3, "bf16"), "packed8"),
+    (Case(3, "bf16", state="packed16"), "fp32"),
+    (Case(3, "fp32", offload=True, state="packed32"), "packed16"),
+    (Case(0, "fp32", path="fused", state="packed8"), "packed16"),
+]
+"""A run that was saved, and the format it goes on in."""
 SETTINGS_OF_GROUP_0 = Case(3, "bf16", mutant="settings_of_group_0")
 
 
@@ -79,6 +98,19 @@ def load(what: Load) -> dict[Case, Resumed]:
     return results
 
 
+def switch(folder: str) -> list[State]:
+    """Job: load what was saved in one format into a run with another, and run to the end."""
+    results = []
+    for case, state in SWITCHES:
+        engine = start(case._replace(state=state))
+        path, _ = engine.load_checkpoint(f"{folder}/{case}", tag="cut")
+        assert path is not None, f"{case}: nothing loaded"
+        advance(engine, CUT, END)
+        results.append(read(engine))
+        engine.destroy()
+    return results
+
+
 class Checkpoints:
     """The uncut runs with their checkpoints, and the runs that went on from them; each is run once."""
 
@@ -86,6 +118,7 @@ class Checkpoints:
         self.folder = folder
         self.uncut = spawn(save, SAVED_BY, folder)
         self.resumed = once(self._resumed)
+        self.switched = once(lambda: spawn(switch, SAVED_BY, folder))
         self._convert = once(self._convert_all)
 
     def _convert_all(self) -> None:
@@ -127,12 +160,19 @@ def checkpoints() -> Iterator[Checkpoints]:
 def test_the_uncut_run_is_the_control(checkpoints: Checkpoints, case: Case) -> None:
     for when, steps in enumerate((CUT, END)):
         states = [rank[case][when] for rank in checkpoints.uncut]
-        assert differences(states, train(steps, case.absent(), device=device(SAVED_BY))) == EXACT
+        assert differences(states, train(steps, case.absent(), device=device(SAVED_BY), stored=case.state)) == EXACT
 
 
 @pytest.mark.parametrize("case", RIGID, ids=str)
 def test_resumed_on_as_many_ranks(checkpoints: Checkpoints, case: Case) -> None:
     checkpoints.check(SAVED_BY, False, case)
+
+
+@pytest.mark.parametrize("number", range(len(SWITCHES)), ids=[f"{case}-to-{state}" for case, state in SWITCHES])
+def test_a_run_goes_on_in_another_format_as_one_process_would(checkpoints: Checkpoints, number: int) -> None:
+    case, state = SWITCHES[number]
+    control = train(END, case.absent(), device=device(SAVED_BY), stored=case.state, later=((CUT, state),))
+    assert differences([rank[number] for rank in checkpoints.switched()], control) == EXACT
 
 
 @pytest.mark.parametrize("case", ZERO, ids=str)
