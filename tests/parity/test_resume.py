@@ -111,6 +111,26 @@ def switch(folder: str) -> list[State]:
     return results
 
 
+MOVED = [
+    case for case in RIGID if case.stage in (1, 2) and not case.offload and not (case.stage == 1 and case.grad_accum)
+]
+"""The others can't: BF16_Optimizer and stage 0 have no offload_states, and stage 3's takes DeepSpeed's own FusedAdam alone."""
+
+
+def move(_: str) -> dict[Case, State]:
+    """Job: run to the cut, move all state to the host and back, run to the end."""
+    results = {}
+    for case in MOVED:
+        engine = start(case)
+        advance(engine, 0, CUT)
+        engine.offload_states(pin_memory=False)
+        engine.reload_states()
+        advance(engine, CUT, END)
+        results[case] = read(engine)
+        engine.destroy()
+    return results
+
+
 class Checkpoints:
     """The uncut runs with their checkpoints, and the runs that went on from them; each is run once."""
 
@@ -118,6 +138,7 @@ class Checkpoints:
         self.folder = folder
         self.uncut = spawn(save, SAVED_BY, folder)
         self.resumed = once(self._resumed)
+        self.moved = once(lambda: spawn(move, SAVED_BY, folder))
         self.switched = once(lambda: spawn(switch, SAVED_BY, folder))
         self._convert = once(self._convert_all)
 
@@ -166,6 +187,11 @@ def test_the_uncut_run_is_the_control(checkpoints: Checkpoints, case: Case) -> N
 @pytest.mark.parametrize("case", RIGID, ids=str)
 def test_resumed_on_as_many_ranks(checkpoints: Checkpoints, case: Case) -> None:
     checkpoints.check(SAVED_BY, False, case)
+
+
+@pytest.mark.parametrize("case", MOVED, ids=str)
+def test_state_that_went_to_the_host_and_back_goes_on_as_if_it_had_not(checkpoints: Checkpoints, case: Case) -> None:
+    assert differences([rank[case] for rank in checkpoints.moved()], checkpoints.uncut[0][case][1]) == EXACT
 
 
 @pytest.mark.parametrize("number", range(len(SWITCHES)), ids=[f"{case}-to-{state}" for case, state in SWITCHES])
