@@ -17,12 +17,13 @@ from tests.kernels.build import emulated
 DTYPES = {0: None, 1: torch.float32, 2: torch.bfloat16, 3: torch.float16}
 MASTER = [Variant(1, grad, copy, False) for grad in (1, 2, 3) for copy in (0, 1, 2, 3)]
 IN_PLACE = [Variant(2, 2, 0, False), Variant(3, 3, 0, False)]
-KEEP = [Variant(1, 1, copy, True, state) for copy in (0, 1, 2, 3) for state in (0, 2)]
+KEEP = [Variant(1, 1, copy, True, state) for copy in (0, 1, 2, 3) for state in (0, 1, 2, 3)]
 PACKED = [
     Variant(param, grad, copy, False, state)
     for param, grad, copy in ((1, 1, 0), (1, 2, 2), (1, 3, 3), (2, 2, 0), (3, 3, 0))
     for state in (1, 2, 3)
 ]
+PACKED += [Variant(1, grad, copy, False, 2) for grad, copy in ((1, 2), (1, 3), (2, 0), (3, 0))]
 VARIANTS = MASTER + IN_PLACE + PACKED
 """Those that CUDA has, if not every combination with a packed state; the CPU has KEEP as well."""
 WORDS = (torch.float32, torch.int32, torch.int16, torch.uint8)

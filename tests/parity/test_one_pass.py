@@ -47,6 +47,9 @@ def cases(path: str) -> list[Case]:
         for offload in (False, True) if stage > 1 else (False,):
             for accum in (None, "fp32") if dtype == "bf16" else (None,):
                 found.append(Case(stage, dtype, offload, accum, clip, path))
+    for stage, state in product((1, 2, 3), ("packed16", "packed8")):
+        for offload in (False, True) if stage > 1 else (False,):
+            found.append(Case(stage, dtypes()[-1], offload, clip=7.2, path=path, state=state))
     return found
 
 

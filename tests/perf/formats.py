@@ -66,23 +66,34 @@ def by_hash_alone(param: Tensor, grad: Tensor, step: int) -> tuple[Tensor, Tenso
     return packed.dither(param, grad, step)[0], packed.dither(param, grad, step + 10**6)[0]
 
 
+SIXTEEN, EIGHT = FORMATS["packed16"], FORMATS["packed8"]
+COARSE = EIGHT._replace(w_bits=5, w_shift=24, r_bits=3, r_shift=23, r_floor=1 / 8)
+LOW, HIGH = EIGHT._replace(r_floor=1 / 16), EIGHT._replace(r_floor=1 / 8)
+TRAINED: list[tuple[str, Format, Numbers]] = [
+    ("packed16-hash", SIXTEEN, by_hash_alone),
+    ("packed8-hash", EIGHT, by_hash_alone),
+    ("packed8-0.69", LOW, packed.dither),
+    ("packed8-1.38", HIGH, packed.dither),
+    ("packed8-5+3", COARSE, packed.dither),
+]
+"""Those that were trained, too (tests.perf.rivals), with their names there."""
+
+
 def candidates() -> list[tuple[str, Format, Numbers | None]]:
-    sixteen, eight = FORMATS["packed16"], FORMATS["packed8"]
-    coarse = eight._replace(w_bits=5, w_shift=24, r_bits=3, r_shift=23, r_floor=1 / 8)
     return [
         ("packed32", FORMATS["packed32"], packed.dither),
-        ("packed16: 9 + 7 bits", sixteen, packed.dither),
-        ("both by a hash", sixteen, by_hash_alone),
-        ("to nearest", sixteen, None),
-        ("8 + 8 bits", sixteen._replace(w_bits=8, w_shift=21, r_bits=8, r_shift=18), packed.dither),
-        ("10 + 6 bits", sixteen._replace(w_bits=10, w_shift=19, r_bits=6, r_shift=20, r_floor=7 / 64), packed.dither),
-        ("packed8: 4 + 4 bits, r to 0.91", eight, packed.dither),
-        ("both by a hash", eight, by_hash_alone),
-        ("r to 0.69", eight._replace(r_floor=1 / 16), packed.dither),
-        ("r to 1.38", eight._replace(r_floor=1 / 8), packed.dither),
-        ("5 + 3 bits, octaves of sqrt(v)", coarse, packed.dither),
-        ("6 + 2 bits, half octaves", eight._replace(w_bits=6, w_shift=23, r_bits=2, r_shift=22, r_floor=1.0), packed.dither),
-        ("4 bits: 2 + 2", eight._replace(w_bits=2, w_shift=27, r_bits=2, r_shift=23, r_floor=0.5), packed.dither),
+        ("packed16: 9 + 7 bits", SIXTEEN, packed.dither),
+        ("both by a hash", SIXTEEN, by_hash_alone),
+        ("to nearest", SIXTEEN, None),
+        ("8 + 8 bits", SIXTEEN._replace(w_bits=8, w_shift=21, r_bits=8, r_shift=18), packed.dither),
+        ("10 + 6 bits", SIXTEEN._replace(w_bits=10, w_shift=19, r_bits=6, r_shift=20, r_floor=7 / 64), packed.dither),
+        ("packed8: 4 + 4 bits, r to 0.91", EIGHT, packed.dither),
+        ("both by a hash", EIGHT, by_hash_alone),
+        ("r to 0.69", LOW, packed.dither),
+        ("r to 1.38", HIGH, packed.dither),
+        ("5 + 3 bits, octaves of sqrt(v)", COARSE, packed.dither),
+        ("6 + 2 bits, half octaves", EIGHT._replace(w_bits=6, w_shift=23, r_bits=2, r_shift=22, r_floor=1.0), packed.dither),
+        ("4 bits: 2 + 2", EIGHT._replace(w_bits=2, w_shift=27, r_bits=2, r_shift=23, r_floor=0.5), packed.dither),
     ]  # fmt: skip
 
 
@@ -224,6 +235,17 @@ def nearest(found: Recording) -> list[dict[str, str]]:
     return rows
 
 
+def sensitivity(found: Recording) -> list[dict[str, str]]:
+    """Table: how far runs come apart whose gradients differ in their last bit, relative to the way that they have gone."""
+    changed = found._replace(gradients=torch.nextafter(found.gradients, torch.tensor(torch.inf)))
+    rows = []
+    for format in (None, *FORMATS.values()):
+        ours, other = (follow(each, 0.95, format, packed.dither).sum(dim=0) for each in (found, changed))
+        apart = float((ours - other).norm() / ours.norm())
+        rows.append({"format": format.name if format else "fp32", "apart": f"{apart:.1e}"})
+    return rows
+
+
 def main() -> None:
     print(f"{machine()}\n\n`tiny`, {STEPS} steps recorded, the first {SKIPPED} not counted.\n")
     with TemporaryDirectory() as place:
@@ -231,4 +253,5 @@ def main() -> None:
         (found,) = spawn(record, 1, f"{place}/run", seconds=600)
     print(table(splits(found)) + "\n", flush=True)
     print(table(nearest(found)) + "\n", flush=True)
-    print(table(hardships(found)) + "\n")
+    print(table(hardships(found)) + "\n", flush=True)
+    print(table(sensitivity(found)) + "\n")

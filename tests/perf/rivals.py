@@ -1,4 +1,4 @@
-"""Other optimizers with a small state, on the runs of a comparison: ``python -m tests.perf.rivals --help``.
+"""Other optimizers with a small state, and other packed formats, on the runs of a comparison: ``python -m tests.perf.rivals --help``.
 
 Each takes BalancedAdam's place in train.pretrain, at ZeRO stage 0; weights, batches, schedule, clipping and validation are the
 same, so that ``python -m train.report`` may put its runs beside those of a comparison. A run that is cut begins anew.
@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -18,7 +19,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from balanced_adam import UpdateSize, rule
+from balanced_adam import UpdateSize, packed, rule
+from tests.perf import formats
 from train import compare, folder, report
 from train.plan import Comparison, manifest
 from train.settings import REPOSITORY, SettingsError, parse, require
@@ -57,6 +59,28 @@ class BFloat16Moments:
                 self.state[param] = m.bfloat16(), v.bfloat16()
 
 
+class AnotherFormat:
+    """A packed state as the package might have had it (tests/perf/formats.py), stepped by the oracle."""
+
+    def __init__(self, groups: Groups, format: packed.Format, numbers: formats.Numbers) -> None:
+        self.param_groups, self.format, self.numbers, self.steps = groups, format, numbers, 0
+        self.state: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.steps += 1
+        for group in self.param_groups:
+            hyper = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+            for param in group["params"]:
+                if param.grad is None:  # dropped, since it wasn't finite
+                    continue
+                words = self.state.get(param, torch.zeros_like(param, dtype=self.format.word))
+                moments = packed.unpack(words, self.format)
+                new, m, v = rule.update(param, param.grad, *moments, step=self.steps, bounded=True, **hyper)
+                self.state[param] = packed.pack(self.format, m, v, self.numbers(param, param.grad, self.steps))
+                param.copy_(new)
+
+
 def bitsandbytes(groups: Groups) -> Rival:
     """AdamW8bit: int8 by a table, an absolute maximum for each 256 elements; tensors below 4096 elements in fp32."""
     import bitsandbytes
@@ -83,6 +107,7 @@ RIVALS: dict[str, Callable[[Groups], Rival]] = {
     "bitsandbytes8": bitsandbytes,
     "torchao8": torchao,
     "torchao4": torchao4,
+    **{name: partial(AnotherFormat, format=format, numbers=numbers) for name, format, numbers in formats.TRAINED},
 }
 
 
@@ -91,7 +116,7 @@ class Rivals:
     """Which of them, and the runs; as in train.compare."""
 
     out: Path = Path("runs/rivals")
-    rivals: tuple[str, ...] = tuple(RIVALS)
+    rivals: tuple[str, ...] = ("bf16", "bitsandbytes8", "torchao8", "torchao4")
     """bitsandbytes and torchao must have been installed (pip install --no-deps)."""
     betas: tuple[str, ...] = ("0.95",)
     lr: tuple[float, ...] = (1e-3,)
