@@ -9,13 +9,11 @@ import os
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from balanced_adam import unpacked
+from balanced_adam.zero import unpacking
 from train.checkpoints import only_known_classes
 from train.watch import end_with_parent
 
@@ -41,17 +39,6 @@ def convert(source: str, target: str) -> None:
             )
         )
         _for_every_stage(Path(target))
-
-
-@contextmanager
-def unpacking() -> Iterator[None]:
-    """What is loaded has fp32 moments, which alone the converter knows; in the workers that it forks, too."""
-    load = torch.load
-    torch.load = lambda *args, **kwargs: unpacked(load(*args, **kwargs))
-    try:
-        yield
-    finally:
-        torch.load = load
 
 
 def _for_every_stage(folder: Path) -> None:

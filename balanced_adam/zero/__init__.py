@@ -1,6 +1,7 @@
 """Everything that knows DeepSpeed: registration by name, mends of its defects on our paths, ZeRO's step in one pass."""
 
 from balanced_adam.zero.one_pass import describe
+from balanced_adam.zero.packed_state import unpacking
 from balanced_adam.zero.registration import NAME, TESTED_DEEPSPEED, register
 
-__all__ = ["NAME", "TESTED_DEEPSPEED", "describe", "register"]
+__all__ = ["NAME", "TESTED_DEEPSPEED", "describe", "register", "unpacking"]

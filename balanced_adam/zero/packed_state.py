@@ -7,12 +7,14 @@ checkpoints hold fp32 moments, which the first step after loading packs again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from balanced_adam.state import MOMENTS, WORDS, moments
+from balanced_adam.state import MOMENTS, WORDS, moments, unpacked
 from balanced_adam.zero.one_pass import Override
 
 
@@ -27,10 +29,25 @@ def overrides() -> Sequence[Override]:
         (BF16_Optimizer, "load_hp_checkpoint_state_from_checkpoint_dir", keep_formats),
         (DeepSpeedZeroOptimizer, "_lazy_init_hp_params_optimizer_state", _link_again_1),
         (BF16_Optimizer, "_lazy_init_hp_params_optimizer_state", _link_again_bf16),
+        (DeepSpeedZeroOptimizer, "initialize_optimizer_states", _refuse_elastic),
         (DeepSpeedZeroOptimizer_Stage3, "_get_fp32_opt_state_partition", _decoded_3),
         (DeepSpeedZeroOptimizer_Stage3, "set_full_hp_param", _refuse_3),
         (DeepSpeedZeroOptimizer_Stage3, "set_local_hp_param", _refuse_3),
     ]
+
+
+@contextmanager
+def unpacking() -> Iterator[None]:
+    """Within it ``torch.load`` gives fp32 moments in place of packed ones (:func:`balanced_adam.unpacked`), in processes that are forked, too.
+
+    For what knows no packed state: ``deepspeed.checkpoint.ds_to_universal.main`` becomes able to convert such a checkpoint.
+    """
+    load = torch.load
+    torch.load = lambda *args, **kwargs: unpacked(load(*args, **kwargs))
+    try:
+        yield
+    finally:
+        torch.load = load
 
 
 def patch_fragments() -> None:
@@ -78,6 +95,16 @@ def _refuse(key: str | None) -> None:
 
 
 # ---- Stages 1 and 2, and BF16_Optimizer
+
+
+def _refuse_elastic(original: Callable[..., None], self: Any) -> None:
+    format = next((group["state"] for group in self.optimizer.param_groups if group["state"] != "fp32"), None)
+    if self.elastic_checkpoint and format:
+        raise ValueError(
+            f"zero_optimization.elastic_checkpoint is true and state is {format!r}: such a checkpoint makes words floats; leave it out, "
+            "and use universal checkpoints to change the number of ranks."
+        )
+    original(self)
 
 
 def _link_again_1(original: Callable[..., None], self: Any) -> None:

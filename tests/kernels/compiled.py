@@ -1,4 +1,6 @@
-"""What NVRTC makes of the CUDA source; ``python -m tests.kernels.compiled`` prints it as a table. Needs no GPU."""
+"""What NVRTC makes of the CUDA source, and the C++ compiler of the rule; ``python -m tests.kernels.compiled`` prints it as tables.
+
+Needs no GPU."""
 
 from __future__ import annotations
 
@@ -13,8 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from balanced_adam.kernels import cuda
+from balanced_adam.kernels.cuda import STATE_TYPES
 from balanced_adam.kernels.table import Variant
 from tests.kernels.bits import VARIANTS
+from tests.kernels.build import COMPILER, SOURCES, flags
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 SM, GHZ, TERABYTES = 132, 1.7, 3.0
@@ -84,6 +88,41 @@ def accesses(instructions: list[str]) -> Counter[str]:
     return kinds
 
 
+LOOP = """
+#include "rule.h"
+using namespace balanced_adam;
+typedef {state} State;
+extern "C" void loop(float* __restrict p, const float* __restrict g, State::Word* __restrict first, State::Word* __restrict second,
+                     i64 n, const Scalars* scalars) {{
+  const Scalars s = *scalars;
+#pragma GCC ivdep
+  for (i64 i = 0; i < n; i++) {{
+    State::Code a = first[i], b = State::TWO ? second[i] : a;
+    step<State>(s, p[i], g[i], a, b);
+    first[i] = (State::Word)a;
+    if (State::TWO) second[i] = (State::Word)b;
+  }}
+}}
+"""
+
+
+def cpu_loop(state: str) -> Counter[str]:
+    """Instructions with AVX-512 in the loop over fp32 weights, for 16 elements; by their names. ``state`` is a type in rule.h."""
+    with TemporaryDirectory() as folder:
+        source, listing = Path(folder) / "loop.cpp", Path(folder) / "loop.s"
+        source.write_text(LOOP.format(state=state))
+        wide = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+        assert COMPILER is not None, "no C++ compiler"
+        subprocess.run([COMPILER, *flags(), *wide, f"-I{SOURCES}", "-S", source, "-o", listing], check=True)
+        lines = [line.strip() for line in listing.read_text().splitlines()]
+    labels = {line[:-1]: at for at, line in enumerate(lines) if line.endswith(":")}
+    jumps = [(labels[line.split()[1]], at) for at, line in enumerate(lines) if re.match(r"j\w+\s+\.L", line)]
+    loops = [[x for x in lines[a:b] if not x.startswith(".")] for a, b in jumps if a < b]
+    body = min((loop for loop in loops if any("vsqrtps" in x and "zmm" in x for x in loop)), key=len)
+    turns = sum("vsqrtps" in x for x in body)
+    return Counter({name: count / turns for name, count in Counter(x.split()[0] for x in body).items()})  # type: ignore[arg-type]
+
+
 def main() -> None:
     versions = {p: importlib.metadata.version(p) for p in ("nvidia-cuda-nvrtc", "cuda-bindings")}
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
@@ -106,6 +145,20 @@ def main() -> None:
             size = 8 + 2 * stored + moved
             slots = instructions / 32 * (TERABYTES * 1e12 / size) / (SM * 4 * GHZ * 1e9)
             print(f"| {name} | {what} | {size} | {instructions:.0f} | {slots:.0%} |")
+
+    print(f"\nInstructions of the CPU's loop for 16 elements, AVX-512, {version_of_compiler()}:\n")
+    print("| moments | all | of vectors | what most of them are |\n|---|---|---|---|")
+    for name, state in zip(("fp32", "packed32", "packed16", "packed8"), STATE_TYPES, strict=True):
+        found = cpu_loop(state)
+        vectors = sum(count for kind, count in found.items() if kind.startswith("v"))
+        most = ", ".join(f"{kind} {count:.3g}" for kind, count in found.most_common(6))
+        print(f"| {name} | {found.total():.0f} | {vectors:.0f} | {most} |")
+
+
+def version_of_compiler() -> str:
+    return subprocess.run([str(COMPILER), "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[
+        0
+    ]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,54 @@ def numbers(count: int) -> tuple[Tensor, Tensor]:
     """All pairs of ``count`` evenly spaced numbers from 0 to 2^32 - 1, as dither has them."""
     step = 2**32 // count
     return tuple(t.flatten() for t in torch.meshgrid(*[torch.arange(count) * step + step // 2] * 2, indexing="ij"))
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32).view(np.uint32)
+
+
+CONSTANTS = {  # of docs/packed-state.md: A, B, δ², ζ, bits of r without its sign, greatest levels
+    "packed32": (13, 10, 2.0**-80, 1 / 2, 14, 2**17 - 1, 2**14 - 1),
+    "packed16": (20, 19, 2.0**-54, 13 / 128, 6, 511, 63),
+    "packed8": (25, 22, 2.0**-54, 3 / 32, 3, 15, 7),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_words_are_those_of_the_formulas_in_the_docs(name: str) -> None:
+    a, b, floor, zeta, r_bits, w_top, r_top = CONSTANTS[name]
+    random, size, step = np.random.default_rng(0), 100_000, 7
+    weight, gradient = (random.normal(size=size).astype(np.float32) for _ in range(2))
+    root = 2.0 ** random.uniform(-32, 6, size)
+    v, m = (root * root).astype(np.float32), (root * random.uniform(-1.2, 1.2, size)).astype(np.float32)
+    with np.errstate(over="ignore"):
+        start = np.uint32(step) * np.uint32(0x9E3779B9)
+        mixed = (bits(abs(weight)) * np.uint32(0x85EBCA6B) + start) ^ bits(abs(gradient))
+        u_w = (mixed ^ (mixed >> 15)) * np.uint32(0x7FEB352D)
+        u_r = (bits(abs(weight)) & np.uint32(0x7FC00000)) * np.uint32(633) + start
+    w = v + np.float32(floor)
+    above, base = (bits(x).astype(np.int64) for x in (w, np.full(1, floor)))
+    above = above - base
+    if name == "packed32":
+        level = (above + (1 << (a - 1))) >> a
+    elif name == "packed16":
+        level = (above + (u_w >> np.uint32(32 - a))) >> a
+    else:
+        level = np.minimum(above >> a, 14)
+        low = (base + (level << a)).astype(np.uint32).view(np.float32)
+        level = level + (
+            w > low * (np.float32(1) + (u_w >> np.uint32(9)).astype(np.float32) * np.float32(15 * 2.0**-23))
+        )
+    level = np.minimum(level, w_top)
+    stored = (base + (level << a)).astype(np.uint32)
+    s = (((stored >> 1) & np.uint32(0x7F800000)) + np.uint32(0x20000000)).view(np.float32)
+    above = bits(abs(m) / s + np.float32(zeta)).astype(np.int64) - int(bits(np.full(1, zeta))[0])
+    size_of_r = np.minimum((above + ((1 << (b - 1)) if name == "packed32" else u_r >> np.uint32(32 - b))) >> b, r_top)
+    code = (level << (r_bits + 1)) | ((m < 0).astype(np.int64) << r_bits) | size_of_r
+    dither = packed.dither(torch.from_numpy(weight), torch.from_numpy(gradient), step)
+    words = packed.pack(FORMATS[name], torch.from_numpy(m), torch.from_numpy(v), dither)
+    width = torch.iinfo(words.dtype).bits
+    assert (words.to(torch.int64).numpy() & (2**width - 1) == code).all()
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
@@ -453,6 +502,16 @@ BAD = [
 def test_a_format_that_cannot_be_is_refused_in_one_sentence(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BalancedAdam([nn.Parameter(torch.zeros(2))], **settings)
+
+
+@pytest.mark.parametrize("state", FORMATS)
+def test_an_eps_far_below_the_least_moment_is_warned_of_where_it_matters(state: str) -> None:
+    _warned.clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        BalancedAdam([nn.Parameter(torch.ones(4))], eps=1e-15, state=state)
+        BalancedAdam([nn.Parameter(torch.ones(4))], eps=1e-9, state=state)
+    assert len([w for w in said if "eps is 1e-15" in str(w.message)]) == (state != "packed32")
 
 
 def test_float64_parameters_keep_their_moments_and_say_so() -> None:

@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from balanced_adam import BalancedAdam, register, zero
 from tests.parity.cases import PHANTOM, Case, advance, of_the_wrong, read, start
 from tests.parity.control import TENSORS
+from tests.parity.test_one_pass import FP16
 from tests.parity.worker import spawn
 
 UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
@@ -98,22 +99,33 @@ def test_without_the_mend_stage_0_in_16_bits_is_one_step_ahead() -> None:
     assert of_the_wrong()[PHANTOM]["weights"] > 0  # with the mend: test_exact.py
 
 
-def fp16_at_stage_0(case: Case) -> str:
-    """Job: what an engine says to it."""
+def refusal(job: tuple[Case, dict[str, Any]]) -> str:
+    """Job: what an engine says to a config with these entries."""
+    case, entries = job
     try:
-        start(case, fp16={"enabled": True})
+        start(case, **entries)
     except ValueError as error:
         return str(error)
     return "accepted"
 
 
 @pytest.mark.ranks
+@pytest.mark.skipif(not FP16, reason="DeepSpeed refuses fp16 on this processor before we can")
 def test_an_engine_in_fp16_at_stage_0_is_refused() -> None:
-    (said,) = spawn(fp16_at_stage_0, 1, Case(0, "fp16"))
+    (said,) = spawn(refusal, 1, (Case(0, "fp16"), {"fp16": {"enabled": True}}))
     assert said.startswith("zero_optimization.stage is 0 with fp16.enabled") and said.endswith(
         "use bf16, or stage 1, 2 or 3."
     )
     assert "\n" not in said
+
+
+@pytest.mark.ranks
+def test_an_elastic_checkpoint_with_a_packed_state_is_refused() -> None:
+    case = Case(1, "bf16", state="packed16")
+    elastic = {"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}
+    (said,) = spawn(refusal, 1, (case, elastic))
+    assert said.startswith("zero_optimization.elastic_checkpoint is true and state is 'packed16'") and "\n" not in said
+    assert spawn(refusal, 1, (case._replace(state="fp32"), elastic)) == ["accepted"]
 
 
 def lower_case_name(case: Case) -> str:
