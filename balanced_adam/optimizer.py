@@ -415,6 +415,8 @@ class BalancedAdam(torch.optim.Optimizer):
         def examine(_: torch.optim.Optimizer, seen: dict[str, Any]) -> None:
             # Registered last, so that it sees what torch will load, whatever other hooks have made of it.
             for group in seen["param_groups"]:
+                if "betas" not in group:
+                    raise ValueError("the loaded state has groups without betas; it is not that of an Adam.")
                 if group.get("amsgrad"):
                     raise ValueError(
                         "the loaded state has amsgrad=True, which BalancedAdam does not have; train it on with AdamW."
@@ -427,9 +429,9 @@ class BalancedAdam(torch.optim.Optimizer):
             ids = chain.from_iterable(group["params"] for group in seen["param_groups"])
             params = chain.from_iterable(group["params"] for group in self.param_groups)
             loaded.update({p: seen["state"].get(i, {}) for i, p in zip(ids, params, strict=False)})
-            formats = [group.get("state", "fp32") for group in seen["param_groups"] for _ in group["params"]]
-            for format, (param, state) in zip(formats, loaded.items(), strict=False):
-                states.check_loaded(format, state)
+            for group in seen["param_groups"]:
+                states.check_loaded(group.get("state", "fp32"), [seen["state"].get(i, {}) for i in group["params"]])
+            for param, state in loaded.items():
                 for name, tensor in states.stored(state).items():
                     if tensor.shape != param.shape:
                         raise ValueError(
@@ -451,20 +453,27 @@ class BalancedAdam(torch.optim.Optimizer):
 
     @contextmanager
     def keeping_own(self) -> Iterator[None]:
-        """Around whatever loads the groups' settings: the format of the state stays, and so do equal betas where unequal ones can't be."""
+        """Around whatever loads the groups' settings: the format of the state stays, and so do equal betas where unequal ones can't be.
+
+        What betas the loaded averages were made with is remembered, for bias correction.
+        """
         own = [(group["betas"], group["state"]) for group in self.param_groups]
-        yield
-        for group, (betas, format) in zip(self.param_groups, own, strict=True):
-            group["state"] = format
-            beta1, beta2 = group["betas"]
-            if beta1 != beta2 and not (self.defaults["allow_unbalanced"] and format == "fp32"):
-                group["betas"] = betas
-                if os.environ.get("RANK", "0") == "0":
-                    warnings.warn(
-                        f"the loaded state was made with betas ({beta1}, {beta2}); this BalancedAdam goes on with {betas}. "
-                        "A step may exceed lr until the old averages have faded.",
-                        stacklevel=2,
-                    )
+        for group in self.param_groups:
+            group.pop(decay.KEY, None)
+        try:
+            yield
+        finally:
+            for group, (betas, format) in zip(self.param_groups, own, strict=True):
+                group["state"] = format
+                beta1, beta2 = self._betas[id(group)] = _pair(group["betas"], allow_unbalanced=True)
+                if beta1 != beta2 and not (self.defaults["allow_unbalanced"] and format == "fp32"):
+                    group["betas"] = betas
+                    if os.environ.get("RANK", "0") == "0":
+                        warnings.warn(
+                            f"the loaded state was made with betas ({beta1}, {beta2}); this BalancedAdam goes on with {betas}. "
+                            "A step may exceed lr until the old averages have faded.",
+                            stacklevel=4,  # who called load_state_dict
+                        )
 
 
 _warned: set[str] = set()

@@ -23,8 +23,8 @@ gradient and of the step. For r they are
 with the step t, irrational κ and φ, and q = exponent and first bit of the weight: over the steps of one element a rotation by φ,
 which takes all values far more evenly than independent numbers would; so the roundings of successive steps cancel sooner, and less
 noise is left in m. (For w this would not do: v's roundings would depend on those before, and leave v too small by 2 %.) Weights of different
-size are out of step by κ. The bits of weight and gradient are the same in every sharding, on every device and after a restart, and so
-are the words.
+size are out of step by κ. From weights and gradients of the same bits come the same words, in every sharding, on every
+device and after a restart.
 """
 
 from __future__ import annotations

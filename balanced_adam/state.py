@@ -38,7 +38,7 @@ def bring_to(format: str, state: State, param: Tensor) -> int:
 
     Returns:
         The number of elements of loaded moments whose m was beyond what the format holds, and is cut off: |m| above √v, as unequal
-        betas make it, or in packed8 above 0.6 to 1 times √v.
+        betas make it, or in packed8 above 0.91 times the root of the w that is stored.
     """
     known = packed.FORMATS.get(format)
     loaded = "exp_avg" in state
@@ -80,28 +80,37 @@ def format_of(state: State) -> str | None:
     return packed.BY_WORD[state[WORDS].dtype].name if WORDS in state and state[WORDS].dtype in packed.BY_WORD else None
 
 
-def check_loaded(format: Any, state: State) -> None:
-    """See that a loaded state can be read, and is what it is called.
+def check_loaded(format: Any, group: list[State]) -> None:
+    """See that the loaded states of a group's parameters can be read, and are what they are called.
+
+    A group may hold several formats: that of a run that ended while it changed to the one that its group is called by.
 
     Raises:
-        ValueError: if it is in a format that isn't known or not the one that it is called, or a moment is missing.
+        ValueError: if it is called by a format that isn't known, or that none of its states has, or one of them lacks something.
     """
     if format not in FORMATS:
         raise ValueError(
             f"the loaded state is in the format {format!r}; this version of BalancedAdam reads {', '.join(FORMATS)}."
         )
-    if WORDS in state and state[WORDS].dtype not in packed.BY_WORD:
-        raise ValueError(
-            f"the loaded state has packed moments of {state[WORDS].dtype}, which no format has; it is damaged."
+    for state in group:
+        if WORDS in state and state[WORDS].dtype not in packed.BY_WORD:
+            raise ValueError(
+                f"the loaded state has packed moments of {state[WORDS].dtype}, which no format has; it is damaged."
+            )
+        begun = bool(state.keys() - {"step"}) or float(state.get("step", 0)) > 0
+        whole = "step" in state and (
+            all(name in state for name in MOMENTS) or (WORDS in state and not state.keys() & {*MOMENTS})
         )
-    found = format_of(state)
-    missing = [name for name in MOMENTS if name not in state]
-    if len(missing) == 1 or (found is None and float(state.get("step", 0)) > 0):
+        if begun and not whole:
+            raise ValueError(
+                f"the loaded state has {', '.join(map(str, state))}; it must have step, and {' and '.join(MOMENTS)} or {WORDS}. "
+                "Is it another optimizer's?"
+            )
+    found = dict.fromkeys(filter(None, map(format_of, group)))
+    if found and format not in found:
         raise ValueError(
-            f"the loaded state has {', '.join(map(str, state))}; it must have {' and '.join(MOMENTS)}, or {WORDS}. Is it another optimizer's?"
+            f"the loaded state is called {format}, and what it holds is {', '.join(found)}; it is damaged."
         )
-    if found is not None and found != format:
-        raise ValueError(f"the loaded state is called {format}, and what it holds is {found}; it is damaged.")
 
 
 def unpacked(saved: Any) -> Any:

@@ -170,7 +170,9 @@ def markdown(table: pd.DataFrame, best: pd.DataFrame) -> str:
             f"(p = {chosen.p:.2g}), and in {chosen.tied} of {chosen.rows} rows of one lr and seed."
         )
     if marked := sorted(edges(table)):
-        lines.append(f"- At the edge of their learning rates, and not to be trusted: {', '.join(map(_name, marked))}.")
+        lines.append(
+            f"- Best at the edge of their learning rates, or run at one alone, and not to be trusted: {', '.join(map(_name, marked))}."
+        )
     return "\n".join(lines) + "\n"
 
 

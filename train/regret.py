@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import sys
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import tyro
 
@@ -34,7 +34,7 @@ class Regret:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (Path("runs/plane"),)
     """Folders of comparisons; each is a row. Betas of fp32 state count."""
     rules: tuple[str, ...] = ("0.95", "0.944", "refresh:1000", "half_life_tokens:10e6", PILOT)
-    """As --betas of train.pretrain takes them; "pilot" is what train.choose_beta --out FOLDER has found."""
+    """As --betas of train.pretrain takes them, but for from:A:to:B; "pilot" is what train.choose_beta --out FOLDER has found."""
 
 
 class Cost(NamedTuple):
@@ -72,14 +72,13 @@ def diagonal(table: pd.DataFrame) -> pd.DataFrame:
 def at(losses: pd.DataFrame, beta: float) -> pd.Series:
     """The loss of each seed at ``beta``: on straight lines over log(1 - beta), and at the nearest beta beyond those that were run."""
     betas = [float(each) for each in losses.columns]
-    horizons = np.log([horizon.horizon(each) for each in betas])
-    right = int(np.clip(np.searchsorted(betas, beta), 1, len(betas) - 1))
-    part = (math.log(horizon.horizon(beta)) - horizons[right - 1]) / (horizons[right] - horizons[right - 1])
-    part = float(np.clip(part, 0.0, 1.0))
-    left, right_losses = losses[betas[right - 1]], losses[betas[right]]
-    if part in (0.0, 1.0):  # one of those that were run, whatever the other has
-        return right_losses if part else left
-    return (1.0 - part) * left + part * right_losses
+    beta = min(max(beta, betas[0]), betas[-1])
+    if beta in betas:  # whatever its neighbours have
+        return losses[beta]
+    right = bisect_left(betas, beta)
+    here, low, high = (math.log(horizon.horizon(each)) for each in (beta, betas[right - 1], betas[right]))
+    part = (here - low) / (high - low)
+    return (1.0 - part) * losses[betas[right - 1]] + part * losses[betas[right]]
 
 
 def best(losses: pd.DataFrame) -> float:
@@ -99,10 +98,21 @@ def cost(losses: pd.DataFrame, beta: float) -> Cost:
 
 
 def chosen(rule: str, out: Path, steps: int, tokens_per_step: int) -> float:
-    """The beta of a rule on the runs in ``out``; NaN if it comes to none there."""
+    """The beta of a rule on the runs in ``out``; NaN if it comes to none there.
+
+    Raises:
+        SettingsError: if there is a pilot for other runs.
+    """
     if rule == PILOT:
         file = out / PILOT_FILE
-        return float(folder.read_json(file, "beta")["beta"]) if file.exists() else math.nan
+        if not file.exists():
+            return math.nan
+        found = folder.read_json(file, "beta", "steps", "tokens_per_step")
+        require(
+            (found["steps"], found["tokens_per_step"]) == (steps, tokens_per_step),
+            f"{file} is for {found['steps']} steps of {found['tokens_per_step']} tokens, and the runs there are {steps} of {tokens_per_step}.",
+        )
+        return float(found["beta"])
     try:
         return horizon.choose(rule, steps=steps, tokens_per_step=tokens_per_step)
     except ValueError:
@@ -110,8 +120,9 @@ def chosen(rule: str, out: Path, steps: int, tokens_per_step: int) -> float:
 
 
 def check(rules: tuple[str, ...]) -> None:
-    """Raise :class:`SettingsError` if one of them would come to no beta on any run."""
+    """Raise :class:`SettingsError` if one of them would come to no beta on any run, or to more than one."""
     for rule in rules:
+        require(not rule.startswith("from:"), f"rules has {rule!r}, whose beta moves; a rule here must come to one.")
         try:
             horizon.choose("0.95" if rule == PILOT else rule, steps=1e12, tokens_per_step=1)
         except ValueError as error:

@@ -20,7 +20,8 @@ def best_lr(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_edge(table: pd.DataFrame) -> list[str]:
-    """The arms whose best learning rate is the least or the greatest that was tried for them; none if each arm was run at one alone."""
+    """The arms whose best learning rate is the least or the greatest that was tried for them, as the only one is; none if each arm was run at
+    one alone, since they were tuned elsewhere then."""
     tried = table.groupby("arm", sort=False)["lr"].agg(["min", "max", "nunique"])
     best = best_lr(table).groupby("arm", sort=False)["lr"].first()
     outer = (best == tried["min"]) | (best == tried["max"])

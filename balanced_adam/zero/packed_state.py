@@ -75,9 +75,14 @@ def keep_formats(original: Callable[..., None], self: Any, *args: Any) -> None:
     """Loading a universal checkpoint sets everything in a group as it was saved; the format of the state is this run's own."""
     with self.optimizer.keeping_own():
         original(self, *args)
-    for loaded in self.optimizer.state.values():
+    forget_words(self.optimizer)
+
+
+def forget_words(optimizer: Any) -> None:
+    """Of before a universal checkpoint was loaded: what it brought are moments."""
+    for loaded in optimizer.state.values():
         if "exp_avg" in loaded:
-            loaded.pop(WORDS, None)  # of before
+            loaded.pop(WORDS, None)
 
 
 def _is_packed(state: dict[str, Any], key: str | None) -> bool:

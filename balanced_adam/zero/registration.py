@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from balanced_adam import decay
 from balanced_adam.optimizer import BalancedAdam
 from balanced_adam.zero import one_pass, packed_state
 
@@ -108,10 +109,12 @@ def _no_phantom_step(original: Callable[..., None], self: Any) -> None:
 
 
 def _settings_per_group(original: Callable[..., None], self: Any, checkpoint_dir: str) -> None:
-    with self.optimizer.keeping_own():  # before DeepSpeed gives every group the settings of the first
-        packed_state.keep_formats(original, self, checkpoint_dir)
+    with self.optimizer.keeping_own():
+        original(self, checkpoint_dir)
         # The file that DeepSpeed itself has just unpickled; it holds settings and step counts, no moments.
         saved = torch.load(Path(checkpoint_dir) / "zero" / "optimizer_state.pt", weights_only=False)
         groups = saved["optimizer_state_dict"]["param_groups"]
         for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
+            group.pop(decay.KEY, None)  # of the first group
             group.update({key: value for key, value in settings.items() if key != "params"})
+    packed_state.forget_words(self.optimizer)

@@ -133,6 +133,9 @@ def test_cells_at_the_edge_of_their_learning_rates_are_named_and_the_map_has_eve
     wider = pd.concat([table, middle[middle["arm"] != "0.9"]])
     cells = plane.of(best_of(wider))
     assert plane.edges(wider) == {(0.9, 0.9)}
+    at_one_lr = pd.concat([wider[wider["arm"] != "0.8"], best_of(wider[wider["arm"] == "0.8"])])
+    assert plane.edges(at_one_lr) == {(0.9, 0.9), (0.8, 0.8)}
+    assert plane.edges(best_of(wider)) == set()
     figure = plane.heat_map(cells, {(0.9, 0.9)})
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert len(texts) == 9 and sum(text.endswith("*") for text in texts) == 1

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from train import regret
+from train.settings import SettingsError
 
 BETAS = (0.8, 0.9, 0.95, 0.975)
 
@@ -57,11 +58,13 @@ def test_a_rule_that_comes_to_no_beta_has_none(tmp_path: Path) -> None:
     assert str(regret.cost(losses(), regret.chosen("refresh:1000", tmp_path, 400, 1024))) == "none"
     assert regret.chosen("refresh:40", tmp_path, 400, 1024) == pytest.approx(0.9)
     assert math.isnan(regret.chosen("pilot", tmp_path, 400, 1024))
-    (tmp_path / "pilot.json").write_text(json.dumps({"beta": 0.9}))
+    (tmp_path / "pilot.json").write_text(json.dumps({"beta": 0.9, "steps": 400, "tokens_per_step": 1024}))
     assert str(regret.cost(losses(), regret.chosen("pilot", tmp_path, 400, 1024))) == "0.9: +0.0"
+    with pytest.raises(SettingsError, match="is for 400 steps of 1024 tokens, and the runs there are 400 of 2048"):
+        regret.chosen("pilot", tmp_path, 400, 2048)
 
 
-@pytest.mark.parametrize("rule", ["0.95x", "refresh:many", "1.0", "half_life_tokens:-1"])
+@pytest.mark.parametrize("rule", ["0.95x", "refresh:many", "1.0", "half_life_tokens:-1", "from:0.9:to:0.99"])
 def test_a_bad_rule_is_refused_before_runs_are_read(rule: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert regret.main(["runs/none", "--rules", rule]) == 2
     assert capsys.readouterr().err.startswith(f"error: rules has '{rule}'")

@@ -177,6 +177,39 @@ def test_the_optimizer_never_shares_memory_with_the_state_it_loaded():
         assert all(torch.equal(saved["state"][number][key], value) for key, value in state.items())
 
 
+def test_settings_that_somebody_loads_into_the_groups_count_as_those_of_load_state_dict():
+    """As DeepSpeed does with a universal checkpoint; the averages were made with another beta than this run began with."""
+    ends = []
+    for by_hand in (True, False):
+        params = [torch.nn.Parameter(torch.ones(4))]
+        old = BalancedAdam(params, lr=0.1, betas=0.9)
+        train(old, params, range(5))
+        saved = copy.deepcopy(old.state_dict())
+        new = BalancedAdam(params, lr=0.1, betas=0.95)
+        if by_hand:
+            new.param_groups[0]["decay"] = (0.5, 3, 0.0)  # of before
+            with new.keeping_own():
+                new.param_groups[0].update({k: v for k, v in saved["param_groups"][0].items() if k != "params"})
+            new.state[params[0]] = saved["state"][0]
+        else:
+            new.load_state_dict(saved)
+        assert new.param_groups[0]["betas"] == (0.9, 0.9)
+        train(new, params, range(5, 6))
+        assert "decay" not in new.param_groups[0]
+        ends.append(params[0].detach())
+    assert torch.equal(*ends)
+
+
+def test_the_state_of_an_optimizer_without_betas_is_refused_and_nothing_changes():
+    params = [torch.nn.Parameter(torch.ones(4))]
+    sgd = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    train(sgd, params, range(1))
+    optimizer = BalancedAdam(params)
+    with pytest.raises(ValueError, match="groups without betas"):
+        optimizer.load_state_dict(sgd.state_dict())
+    train(optimizer, params, range(1))
+
+
 def test_what_a_load_hook_makes_of_the_state_is_what_is_loaded():
     params = parameters(torch.bfloat16)
     theirs = BalancedAdam(params)

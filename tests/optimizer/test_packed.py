@@ -409,8 +409,10 @@ def test_a_parameter_without_gradient_is_brought_to_the_new_format_too() -> None
         (
             {"step": torch.tensor(5.0), "exp_avg": torch.ones(4)},
             "fp32",
-            "has step, exp_avg; it must have exp_avg and exp_avg_sq",
+            "has step, exp_avg; it must have step, and exp_avg and exp_avg_sq",
         ),
+        ({"momentum_buffer": torch.ones(4)}, "fp32", "has momentum_buffer; it must have step"),
+        ({"exp_avg": torch.ones(4), "exp_avg_sq": torch.ones(4)}, "fp32", "has exp_avg, exp_avg_sq; it must have step"),
         (
             {"step": torch.tensor(5.0), "packed": torch.ones(4, dtype=torch.int16)},
             "packed32",
@@ -422,7 +424,7 @@ def test_a_parameter_without_gradient_is_brought_to_the_new_format_too() -> None
             "called fp32, and what it holds is packed16",
         ),
     ],
-    ids=["another_optimizers", "half", "mismatched", "unnamed"],
+    ids=["another_optimizers", "half", "momentum", "without_step", "mismatched", "unnamed"],
 )
 def test_a_state_that_is_not_what_it_is_called_is_refused_and_nothing_changes(
     state: dict, format: str, message: str
@@ -437,6 +439,18 @@ def test_a_state_that_is_not_what_it_is_called_is_refused_and_nothing_changes(
     after = optimizer.state_dict()
     assert torch.equal(after["state"][0]["packed"], before["state"][0]["packed"])
     assert after["param_groups"] == before["param_groups"]
+
+
+def test_a_group_that_was_saved_while_its_format_changed_loads_again() -> None:
+    params = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3))]
+    first = BalancedAdam(params, state="packed16")
+    train(first, params, range(2))
+    saved = copy.deepcopy(first.state_dict())
+    saved["state"][1]["packed"] = torch.ones(3, dtype=torch.uint8)
+    second = BalancedAdam(params, state="packed8")
+    second.load_state_dict(saved)
+    train(second, params, range(2, 3))
+    assert {second.state[p]["packed"].dtype for p in params} == {torch.uint8}
 
 
 def test_a_state_that_is_loaded_and_saved_before_a_step_is_called_what_it_is_and_loads_again_in_any_format() -> None:

@@ -124,6 +124,8 @@ def move(_: str) -> dict[Case, State]:
         engine = start(case)
         advance(engine, 0, CUT)
         engine.offload_states(pin_memory=False)
+        for state in engine.basic_optimizer.state.values():  # on a CPU they are where they were; let them be elsewhere
+            state.update({name: value.clone() for name, value in state.items()})
         engine.reload_states()
         advance(engine, CUT, END)
         results[case] = read(engine)
