@@ -1,21 +1,30 @@
-"""A comparison over the beta plane: heat map, what the tie costs, the noise of a seed, and how many seeds a small difference would take."""
+"""A comparison over the beta plane: heat map, what the tie costs, the noise of a seed, and how many seeds a small difference would take.
+
+train.report shows it. From report.csv files that were kept, such as those in docs/results: ``python -m train.plane FILE ... --out plane.svg``.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_left
+from dataclasses import dataclass
 from itertools import combinations, product
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import tyro
 from matplotlib.patches import Rectangle
 from statsmodels.stats.power import TTestPower
 
-from train import dynamics
+from train import dynamics, folder
+from train.figures import as_svg
 from train.pairs import LEVEL, holm, paired
-from train.tuning import at_edge
+from train.settings import SettingsError, exit_code, parse, require
+from train.tuning import at_edge, best_lr
 
 POWER, SMALL = 0.8, 0.001
 USUAL, TIED = (0.9, 0.95), (0.95, 0.95)
@@ -178,3 +187,50 @@ def markdown(table: pd.DataFrame, best: pd.DataFrame) -> str:
 
 def _name(pair: Pair) -> str:
     return f"({pair[0]:g}, {pair[1]:g})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What is read and written."""
+
+    tables: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """report.csv files of train.report, which are put together; no run may be in two of them."""
+    out: Path = Path("plane.svg")
+    """The heat map; the tables are printed."""
+
+
+def read(*files: Path) -> pd.DataFrame:
+    """The runs in these tables.
+
+    Raises:
+        SettingsError: if one can't be read, a run is in two of them, or they have no plane.
+    """
+    try:
+        table = pd.concat([pd.read_csv(file, dtype={"arm": str}) for file in files], ignore_index=True)
+        twice = table.duplicated(["arm", "lr", "seed"])
+    except (OSError, KeyError, ValueError) as error:
+        raise SettingsError(f"tables is {' '.join(map(str, files))}, which are no tables of runs: {error}") from None
+    require(not twice.any(), f"tables has the arm, lr and seed of {int(twice.sum())} runs twice; give each run once.")
+    require(
+        is_plane(best_lr(table)),
+        "tables has too few pairs of betas for a plane; it takes two tied and two untied ones.",
+    )
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: ``python -m train.plane --help``; the exit code."""
+
+    def program() -> None:
+        kept = parse(Kept, sys.argv[1:] if arguments is None else arguments, "train.plane", __doc__)
+        table = read(*kept.tables)
+        best = best_lr(table)
+        print(markdown(table, best))
+        folder.write_text(kept.out, as_svg(heat_map(of(best), edges(table))))
+        print(kept.out.resolve())
+
+    return exit_code(program)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import jinja2
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,14 +16,11 @@ import tyro
 from scipy import stats
 
 from train import dynamics, folder, plane
+from train.figures import as_svg, as_url
 from train.pairs import LEVEL, Paired, holm, paired
 from train.settings import ARM, SettingsError, exit_code, parse, require
 from train.tuning import at_edge, best_lr
 
-matplotlib.rcParams |= {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "report",
-}  # text as text; the same file for the same runs
 POINTS = 200  # of a curve that are drawn, about
 
 
@@ -199,27 +191,11 @@ def _over_steps() -> tuple[Any, Any]:
     return figure, axes
 
 
-def as_svg(figure: Any) -> str:
-    """The finished figure, with a legend where lines have names; it is closed."""
-    for axes in figure.axes:
-        if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
-    svg = io.StringIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return svg.getvalue()
-
-
 def _line(axes: Any, label: str, middle: pd.Series, low: pd.Series, high: pd.Series) -> None:
     every = max(1, len(middle) // POINTS)
     middle, low, high = (values[::every] for values in (middle, low, high))
     (line,) = axes.plot(middle.index, middle, label=label, linewidth=1.4)
     axes.fill_between(middle.index, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
-
-
-def as_url(svg: str) -> str:
-    """An image for an HTML page."""
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
 PLOTS = {

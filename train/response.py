@@ -22,11 +22,11 @@ import tyro
 from torch import Tensor
 
 from train import folder, probe
+from train.figures import as_svg
 from train.plan import Arm
 from train.probe import Recorder, Recording
 from train.progress import Progress
 from train.ranks import leave, prepare_environment
-from train.report import as_svg
 from train.settings import exit_code, parse, require
 
 CHANGES = {

@@ -177,3 +177,35 @@ def test_a_report_of_a_plane_has_its_map_and_its_contrasts(tmp_path: Path, capsy
     assert "| tied against the usual pair | (0.8, 0.8) | (0.9, 0.95) | 2 |" in said
     assert "<svg" in (tmp_path / "plane.svg").read_text()
     assert "validation loss over the betas" in (tmp_path / "report.html").read_text()
+
+
+def test_kept_tables_are_put_together_and_give_the_same_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = plane_of(3, 0.01, 0.001)
+    files = [tmp_path / f"{seed}.csv" for seed in range(3)]
+    for seed, file in enumerate(files):
+        table[table["seed"] == seed].to_csv(file, index=False)
+    assert plane.main([*map(str, files), "--out", str(tmp_path / "plane.svg")]) == 0
+    assert plane.markdown(table, best_of(table)).strip() in capsys.readouterr().out
+    assert (tmp_path / "plane.svg").read_text().count("validation loss") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "which are no tables of runs"),
+        ("arm,lr,seed,validation_loss\n0.9,1e-3,0,2.0\n0.9,1e-3,0,2.0\n", "1 runs twice"),
+        ("arm,lr,seed,validation_loss\n0.9,1e-3,0,2.0\n", "too few pairs of betas"),
+        ("a,b\n1,2\n", "which are no tables of runs"),
+    ],
+)
+def test_a_table_that_is_none_is_refused_in_one_sentence(
+    content: str | None, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "table.csv"
+    if content:
+        file.write_text(content)
+    assert plane.main([str(file)]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1

@@ -1,0 +1,30 @@
+"""Figures as SVG: text as text, no display, and the same file for the same numbers."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "report"}
+
+
+def as_svg(figure: Any) -> str:
+    """The finished figure, with a legend where lines have names; it is closed."""
+    for axes in figure.axes:
+        if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return svg.getvalue()
+
+
+def as_url(svg: str) -> str:
+    """An image for an HTML page."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
