@@ -99,19 +99,24 @@ class Case(NamedTuple):
             return Absent.STALE_AND_CLIPPED
         return Absent.STALE if self.stage == 3 else Absent.ZERO
 
-    def control_clip(self) -> Clip | None:
+    def control_clip(self, world: int) -> Clip | None:
         """How the norm of the gradient is rounded: per group, in float32 but for stage 3 without offload.
 
-        * stage 0, and BF16_Optimizer at stage 1: runtime/engine.py:3502, runtime/utils.py:909: one group;
+        * stage 0, and BF16_Optimizer at stage 1: runtime/engine.py:3502, runtime/utils.py:909: one group; in fp32 at stage 0 a mean over
+          the ranks (runtime/utils.py:400);
         * stages 1 and 2: runtime/zero/stage_1_and_2.py:2943 (``scaled_global_norm``): the parameter groups;
         * stage 3: runtime/zero/stage3.py:2573 (``_get_norm_groups``): its sub-groups; float64 without offload.
+
+        Roots are torch's, but for stage 0 in 16 bits and offload at stage 2 (runtime/zero/stage_1_and_2.py:1949).
         """
         if not self.clip:
             return None
+        exact = (self.stage == 0 and self.dtype != "fp32") or (self.stage == 2 and self.offload)
         if self.stage == 0 or (self.stage == 1 and self.grad_accum):
-            return Clip(self.clip, torch.float32, (tuple(TRAINED),))
+            ranks = world if self.stage == 0 and self.dtype == "fp32" else 1
+            return Clip(self.clip, torch.float32, (tuple(TRAINED),), exact, ranks)
         if self.stage < 3:
-            return Clip(self.clip, torch.float32, tuple(group.names for group in GROUPS))
+            return Clip(self.clip, torch.float32, tuple(group.names for group in GROUPS), exact)
         return Clip(self.clip, torch.float32 if self.offload else torch.float64, SUB_GROUPS)
 
 
@@ -239,7 +244,7 @@ def _compared(world: int, cases: list[Case]) -> dict[Case, dict[str, float]]:
     return {
         case: differences(
             [rank[case] for rank in ranks],
-            train(STEPS, case.absent(), case.control_clip(), device(world), case.state, case.moving),
+            train(STEPS, case.absent(), case.control_clip(world), device(world), case.state, case.moving),
         )
         for case in cases
     }

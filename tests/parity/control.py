@@ -32,12 +32,19 @@ class Clip(NamedTuple):
     limit: float
     dtype: torch.dtype
     groups: tuple[tuple[str, ...], ...]
+    exact: bool = False
+    """Whether the groups' roots are correctly rounded. Those that torch takes on a CPU are MKL's, which on AMD's aren't."""
+    ranks: int = 1
+    """The norm is a mean over so many ranks, which all have the same, by a sum of quotients."""
 
     def factor(self, grads: dict[str, Tensor]) -> float:
         """What every gradient is multiplied by: 1 / max(1, (norm + 1e-6) / limit), in ``dtype``."""
         # Sums of squares of dyadic rationals, exact in any order.
         squares = [sum(float(grads[n].double().square().sum()) for n in group if n in grads) for group in self.groups]
-        norm = torch.linalg.vector_norm(torch.tensor(squares, dtype=self.dtype).sqrt())
+        by_torch = torch.tensor(squares, dtype=self.dtype).sqrt()
+        roots = torch.tensor([math.sqrt(each) for each in squares], dtype=self.dtype) if self.exact else by_torch
+        part = torch.linalg.vector_norm(roots) / self.ranks
+        norm = sum([part] * self.ranks, torch.zeros_like(part))
         return float(1.0 / torch.clamp((norm + 1e-6) / self.limit, min=1.0))
 
 
