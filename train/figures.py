@@ -1,4 +1,4 @@
-"""Figures as SVG: text as text, no display, and the same file for the same numbers."""
+"""Figures as SVG (text as text, no display, and the same file for the same numbers), and tables as Markdown."""
 
 from __future__ import annotations
 
@@ -28,3 +28,9 @@ def as_svg(figure: Any) -> str:
 def as_url(svg: str) -> str:
     """An image for an HTML page."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Markdown; the keys of the first row are the head."""
+    lines = [" | ".join(row.values()) for row in rows]
+    return "\n".join(f"| {line} |" for line in [" | ".join(rows[0]), "|".join(["---"] * len(rows[0])), *lines])

@@ -18,7 +18,7 @@ import pandas as pd
 import tyro
 
 from balanced_adam import horizon
-from train import folder, plane, report
+from train import figures, folder, plane, report
 from train.choose_beta import PILOT_FILE
 from train.pairs import paired
 from train.settings import SettingsError, exit_code, parse, require
@@ -144,19 +144,13 @@ def row(out: Path, rules: tuple[str, ...]) -> dict[str, str]:
     return cells | {rule: str(cost(losses, chosen(rule, out, plan["steps"], tokens))) for rule in rules}
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
-    """A table."""
-    lines = [" | ".join(each.values()) for each in rows]
-    return "\n".join(f"| {line} |" for line in (" | ".join(rows[0]), "|".join(["---"] * len(rows[0])), *lines))
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Command line: ``python -m train.regret --help``; the exit code."""
 
     def program() -> None:
         regret = parse(Regret, sys.argv[1:] if arguments is None else arguments, "train.regret", __doc__)
         check(regret.rules)
-        print(markdown([row(out, regret.rules) for out in regret.runs]))
+        print(figures.table([row(out, regret.rules) for out in regret.runs]))
         print(
             "\nA rule's beta, and its loss over that of the best tied beta that was run, in percent, with 95 % intervals."
         )

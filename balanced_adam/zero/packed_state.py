@@ -75,14 +75,9 @@ def keep_formats(original: Callable[..., None], self: Any, *args: Any) -> None:
     """Loading a universal checkpoint sets everything in a group as it was saved; the format of the state is this run's own."""
     with self.optimizer.keeping_own():
         original(self, *args)
-    forget_words(self.optimizer)
-
-
-def forget_words(optimizer: Any) -> None:
-    """Of before a universal checkpoint was loaded: what it brought are moments."""
-    for loaded in optimizer.state.values():
+    for loaded in self.optimizer.state.values():
         if "exp_avg" in loaded:
-            loaded.pop(WORDS, None)
+            loaded.pop(WORDS, None)  # of before
 
 
 def _is_packed(state: dict[str, Any], key: str | None) -> bool:

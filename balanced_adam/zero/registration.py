@@ -109,7 +109,7 @@ def _no_phantom_step(original: Callable[..., None], self: Any) -> None:
 
 
 def _settings_per_group(original: Callable[..., None], self: Any, checkpoint_dir: str) -> None:
-    with self.optimizer.keeping_own():
+    def load(self: Any, checkpoint_dir: str) -> None:
         original(self, checkpoint_dir)
         # The file that DeepSpeed itself has just unpickled; it holds settings and step counts, no moments.
         saved = torch.load(Path(checkpoint_dir) / "zero" / "optimizer_state.pt", weights_only=False)
@@ -117,4 +117,5 @@ def _settings_per_group(original: Callable[..., None], self: Any, checkpoint_dir
         for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
             group.pop(decay.KEY, None)  # of the first group
             group.update({key: value for key, value in settings.items() if key != "params"})
-    packed_state.forget_words(self.optimizer)
+
+    packed_state.keep_formats(load, self, checkpoint_dir)

@@ -156,9 +156,8 @@ def main() -> None:
 
 
 def version_of_compiler() -> str:
-    return subprocess.run([str(COMPILER), "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[
-        0
-    ]
+    done = subprocess.run([str(COMPILER), "--version"], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[0]
 
 
 if __name__ == "__main__":

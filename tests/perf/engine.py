@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from balanced_adam.packed import FORMATS
 from tests.parity.worker import spawn
-from tests.perf.measure import WARM_UP, machine, ratio, table
+from tests.perf.measure import WARM_UP, machine, ratio
+from train.figures import table
 
 WORLD, ROUNDS = 2, 9
 TENSORS, SIZE = 40, 1_000_000

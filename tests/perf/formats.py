@@ -17,8 +17,9 @@ from torch import Tensor
 from balanced_adam import packed, rule
 from balanced_adam.packed import FORMATS, Format
 from tests.parity.worker import spawn
-from tests.perf.measure import machine, table
+from tests.perf.measure import machine
 from train import deepspeed_config
+from train.figures import table
 from train.pretrain import initialize
 from train.ranks import start
 from train.settings import REPOSITORY, Run, parse

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from tests.parity.worker import spawn
-from tests.perf.measure import WARM_UP, machine, ratio, table
+from tests.perf.measure import WARM_UP, machine, ratio
 from train import deepspeed_config, folder
+from train.figures import table
 from train.pretrain import initialize
 from train.ranks import start
 from train.settings import Run, parse

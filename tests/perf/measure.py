@@ -46,12 +46,6 @@ def ratio(other: list[float], ours: list[float]) -> str:
     return f"{statistics.median(a / b for a, b in zip(other, ours, strict=True)):.2f}"
 
 
-def table(rows: list[dict[str, str]]) -> str:
-    """Markdown."""
-    lines = [" | ".join(row.values()) for row in rows]
-    return "\n".join(f"| {line} |" for line in [" | ".join(rows[0]), "|".join(["---"] * len(rows[0])), *lines])
-
-
 def machine() -> str:
     """What ran, for the head of a report."""
     cpu = platform.processor() or platform.machine()

@@ -36,35 +36,14 @@ class Rival(Protocol):
     def step(self) -> Any: ...
 
 
-class BFloat16Moments:
-    """The same rule; both moments rounded to the nearest bfloat16 after each step: 4 bytes a weight."""
+class Rounded:
+    """The same rule, with moments that are stored in some other way after each step."""
+
+    bounded = False
 
     def __init__(self, groups: Groups) -> None:
         self.param_groups, self.steps = groups, 0
-        self.state: dict[Tensor, tuple[Tensor, Tensor]] = {}
-
-    @torch.no_grad()
-    def step(self) -> None:
-        self.steps += 1
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:  # dropped, since it wasn't finite
-                    continue
-                m, v = self.state.get(param, (torch.zeros_like(param).bfloat16(), torch.zeros_like(param).bfloat16()))
-                hyper = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
-                new, m, v = rule.update(
-                    param, param.grad, m.float(), v.float(), step=self.steps, bounded=False, **hyper
-                )
-                param.copy_(new)
-                self.state[param] = m.bfloat16(), v.bfloat16()
-
-
-class AnotherFormat:
-    """A packed state as the package might have had it (tests/perf/formats.py), stepped by the oracle."""
-
-    def __init__(self, groups: Groups, format: packed.Format, numbers: formats.Numbers) -> None:
-        self.param_groups, self.format, self.numbers, self.steps = groups, format, numbers, 0
-        self.state: dict[Tensor, Tensor] = {}
+        self.state: dict[Tensor, Any] = {}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -74,11 +53,44 @@ class AnotherFormat:
             for param in group["params"]:
                 if param.grad is None:  # dropped, since it wasn't finite
                     continue
-                words = self.state.get(param, torch.zeros_like(param, dtype=self.format.word))
-                moments = packed.unpack(words, self.format)
-                new, m, v = rule.update(param, param.grad, *moments, step=self.steps, bounded=True, **hyper)
-                self.state[param] = packed.pack(self.format, m, v, self.numbers(param, param.grad, self.steps))
+                zeros = torch.zeros_like(param)
+                m, v = self.read(self.state[param]) if param in self.state else (zeros, zeros)
+                new, m, v = rule.update(param, param.grad, m, v, step=self.steps, bounded=self.bounded, **hyper)
+                self.state[param] = self.write(m, v, param, param.grad)
                 param.copy_(new)
+
+    def read(self, stored: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def write(self, m: Tensor, v: Tensor, param: Tensor, grad: Tensor) -> Any:
+        """``param`` is that before the step."""
+        raise NotImplementedError
+
+
+class BFloat16Moments(Rounded):
+    """Both moments rounded to the nearest bfloat16: 4 bytes a weight."""
+
+    def read(self, stored: Any) -> tuple[Tensor, Tensor]:
+        return stored[0].float(), stored[1].float()
+
+    def write(self, m: Tensor, v: Tensor, param: Tensor, grad: Tensor) -> Any:
+        return m.bfloat16(), v.bfloat16()
+
+
+class AnotherFormat(Rounded):
+    """A packed state as the package might have had it (tests/perf/formats.py)."""
+
+    bounded = True
+
+    def __init__(self, groups: Groups, format: packed.Format, numbers: formats.Numbers) -> None:
+        super().__init__(groups)
+        self.format, self.numbers = format, numbers
+
+    def read(self, stored: Any) -> tuple[Tensor, Tensor]:
+        return packed.unpack(stored, self.format)
+
+    def write(self, m: Tensor, v: Tensor, param: Tensor, grad: Tensor) -> Any:
+        return packed.pack(self.format, m, v, self.numbers(param, grad, self.steps))
 
 
 def bitsandbytes(groups: Groups) -> Rival:

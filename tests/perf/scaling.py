@@ -15,7 +15,8 @@ import torch
 
 from tests.parity.worker import spawn
 from tests.perf.engine import MEGABYTE, ONE_PASS, SIZE, TENSORS, balanced, start, status
-from tests.perf.measure import machine, table
+from tests.perf.measure import machine
+from train.figures import table
 
 MODELS = {"1.3B": (1.3e9, 0.5e9, 8), "7B": (7e9, 0.55e9, 64), "70B": (70e9, 2e9, 512)}
 """Name: weights, weights of the largest layer, GPUs."""

@@ -12,7 +12,8 @@ from torch import nn
 from balanced_adam import BalancedAdam
 from balanced_adam.kernels.cpu import ISA, load
 from balanced_adam.packed import FORMATS
-from tests.perf.measure import interleaved, machine, ratio, table
+from tests.perf.measure import interleaved, machine, ratio
+from train.figures import table
 
 SETTINGS: dict[str, Any] = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.1}
 BETAS = (0.95, 0.95)
