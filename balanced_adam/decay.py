@@ -4,6 +4,9 @@ The weights of an average that began at zero sum to :math:`1 - \prod_i \beta_i`,
 same in all t steps. Dividing by less than that sum would break the bound of a step; so the product is kept, in its group, from
 the first change on, and the rule is told the number of steps at the beta of now that make it. Rounded up, so that the bound holds:
 :math:`|m| \le \sqrt{(1 - \prod_i \beta_i)\, v}` (Cauchy-Schwarz, as for :func:`balanced_adam.gradient_scale.update_bound`).
+
+The product is the group's, not a parameter's: one that gets its first gradient after a change (unfrozen then, or an expert that is rarely
+asked) is corrected as if it had been there all the time, so that its first steps are smaller than lr, as without bias correction.
 """
 
 from __future__ import annotations

@@ -153,6 +153,7 @@ def update_bound(beta1: float, beta2: float, step: int | None = None) -> float:
         return 1.0
     # With beta2 = 0, v is the last gradient alone, and nothing bounds an older one.
     ratio = beta1 * beta1 / beta2 if beta2 else math.inf
+    ratio = 1.0 if math.isclose(ratio, 1.0, rel_tol=1e-15) else ratio  # 0.7 * 0.7 / 0.49 is rounded to less
     if step is None:
         return (1.0 - beta1) / math.sqrt((1.0 - beta2) * (1.0 - ratio)) if ratio < 1.0 else math.inf
     if ratio > 1.0 and step * math.log(ratio) > 700.0:  # beyond double precision

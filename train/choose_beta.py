@@ -3,7 +3,8 @@
 The pilot trains at beta = 0.95. At some of its steps it draws gradients of other batches, at the weights of then: how much they differ
 among themselves is the noise V, and how fast their mean moves from one of these steps to the next is the drift D. An average
 over a horizon of H = 1 / (1 - beta) steps has about V / 2H of noise left, and lags H steps behind, which costs D H^2; their sum
-is least at H = (V / 4D)^(1/3). The formula and the pilot's sizes are those of arXiv 2610.08624; this derivation is ours, and so
+is least at H = (V / 4D)^(1/3). A mean that turns on its way moves further in a step than its distance over many tells, so that the
+gap between checkpoints (a quarter of the pilot) is a choice too, and a longer one finds a longer horizon. The formula and the pilot's sizes are those of arXiv 2610.08624; this derivation is ours, and so
 are the estimators.
 """
 
@@ -71,7 +72,7 @@ class Choice(NamedTuple):
     """D: the squared distance that the mean gradient moves in a step, from its distance between neighbouring checkpoints, less what noise
     adds to it; mean over them. It may come out below 0."""
     error: float
-    """Its standard error, over the pairs of neighbouring checkpoints; NaN if there is one pair."""
+    """Its standard error, over the pairs of neighbouring checkpoints as if they were independent (they share a checkpoint)."""
 
     @property
     def horizon(self) -> float:
@@ -80,8 +81,8 @@ class Choice(NamedTuple):
 
     @property
     def beta(self) -> float:
-        """Of this horizon, at most MOST."""
-        return beta_of(self.horizon)
+        """Of this horizon, at most MOST; NaN if D isn't above 0, which says nothing of beta."""
+        return beta_of(self.horizon) if self.drift > 0.0 else math.nan
 
     @property
     def range(self) -> tuple[float, float]:
@@ -120,7 +121,7 @@ def estimate(probes: list[Probes], gap: float) -> Choice:
         ],
         dtype=torch.float64,
     )
-    error = float(moved.std()) / math.sqrt(len(moved)) if len(moved) > 1 else math.nan
+    error = float(moved.std()) / math.sqrt(len(moved))
     return Choice(sum(each.noise for each in probes) / len(probes), float(moved.mean()), error)
 
 
@@ -137,16 +138,20 @@ def draw(trainer: Trainer, count: int) -> Iterator[Tensor]:
 
 
 def choose(pilot: Pilot) -> tuple[Choice, dict[str, Any]]:
-    """Run the pilot; what was found, and the run's settings that the rules in words need.
+    """Run the pilot; what was found, and which runs it is for: ``steps``, ``tokens_per_step``, ``parameters``; and the pilot's steps between
+    two checkpoints, ``gap``, over which the drift was measured.
 
     Raises:
         SettingsError: if the run's options, or the pilot's sizes, are no good.
     """
     require(pilot.probes >= 2, f"probes is {pilot.probes}; it must be at least 2.")
-    require(pilot.checkpoints >= 2, f"checkpoints is {pilot.checkpoints}; it must be at least 2.")
+    require(
+        pilot.checkpoints >= 3,
+        f"checkpoints is {pilot.checkpoints}; it must be at least 3, two of whose distances tell how sure the drift is.",
+    )
     gap = pilot.steps // pilot.checkpoints
     require(gap >= 1, f"steps is {pilot.steps}; it must be at least the number of checkpoints, {pilot.checkpoints}.")
-    planned = pilot.planned_steps or 10 * pilot.steps
+    planned = 10 * pilot.steps if pilot.planned_steps is None else pilot.planned_steps
     require(planned >= pilot.steps, f"planned_steps is {planned}; it must be at least the pilot's {pilot.steps}.")
     options = {option.split("=")[0] for option in pilot.rest} & {"--betas", "--state", "--allow-unbalanced", "--steps"}
     require(
@@ -168,23 +173,26 @@ def choose(pilot: Pilot) -> tuple[Choice, dict[str, Any]]:
                     progress.show(trainer.step, f"loss {line['loss']:.4f}")
                     if trainer.step % gap == 0:
                         found.append(summarize(draw(trainer, pilot.probes)))
-            return estimate(found, gap), {"steps": planned, "tokens_per_step": trainer.run.tokens_per_step}
+            plan = {"steps": planned, "tokens_per_step": trainer.run.tokens_per_step}
+            return estimate(found, gap), {**plan, "parameters": trainer.parameters, "gap": gap}
 
 
 def report(choice: Choice, plan: dict[str, Any]) -> str:
     """The recommendation with its inputs, and what the other rules would say."""
     low, high = choice.range
+    recommended = "none" if math.isnan(choice.beta) else f"{choice.beta:.4f}"
     lines = [
-        f"noise V = {choice.noise:.4g}, drift D = {choice.drift:.3g} ± {choice.error:.2g} a step^2, "
+        f"noise V = {choice.noise:.4g}, drift D = {choice.drift:.3g} ± {choice.error:.2g} a step^2 over {plan['gap']} steps, "
         f"horizon (V / 4D)^(1/3) = {choice.horizon:.1f} steps",
-        f"beta = {choice.beta:.4f}" + (f" ({low:.4f} to {high:.4f} at D ± twice its error)" if low <= high else ""),
+        f"beta = {recommended} ({low:.4f} to {high:.4f} at D ± twice its error)",
     ]
     if not choice.drift > 2 * choice.error:
         lines.append("The drift can't be told from noise; more --probes or --checkpoints would measure it.")
     others = ["0.95", "0.944", "refresh:1000"]
     for rule in others:
         try:
-            lines.append(f"{rule}: {horizon.choose(rule, **plan):.4f}")
+            beta = horizon.choose(rule, steps=plan["steps"], tokens_per_step=plan["tokens_per_step"])
+            lines.append(f"{rule}: {beta:.4f}")
         except ValueError as error:
             lines.append(f"{rule}: none ({error})")
     return "\n".join(lines)
@@ -200,7 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(report(choice, plan))
         if pilot.out:
             inputs = {"noise": choice.noise, "drift": choice.drift, "error": choice.error, **plan}
-            folder.write_json(pilot.out / PILOT_FILE, {"beta": choice.beta, "range": choice.range, **inputs})
+            beta = None if math.isnan(choice.beta) else choice.beta
+            folder.write_json(pilot.out / PILOT_FILE, {"beta": beta, "range": choice.range, **inputs})
 
     return exit_code(program)
 

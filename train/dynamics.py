@@ -16,7 +16,8 @@ WINDOWS = (10, 50, 200)
 
 
 def omega(metrics: pd.DataFrame, parameters: float, window: int) -> float:
-    """The mean absolute first difference of the exponential moving average (span ``window``, in steps) of the norm of step / lr.
+    """The mean absolute first difference of the exponential moving average (span ``window``, in steps) of the norm of step / lr, both after
+    the first tenth of the steps: the average must not begin at the first step, where Adam's is 1 in every element.
 
     Args:
         metrics: a run's, with columns ``step`` and ``update_rms``.
@@ -27,8 +28,8 @@ def omega(metrics: pd.DataFrame, parameters: float, window: int) -> float:
         NaN if there are less than two steps.
     """
     sizes = metrics.set_index("step")["update_rms"].dropna() * math.sqrt(parameters)
-    smooth = sizes.ewm(span=window, adjust=False).mean()
-    return float(smooth[smooth.index > len(smooth) // 10].diff().abs().mean())
+    smooth = sizes[sizes.index > len(sizes) // 10].ewm(span=window, adjust=False).mean()
+    return float(smooth.diff().abs().mean())
 
 
 class Selection(NamedTuple):
@@ -42,7 +43,8 @@ class Selection(NamedTuple):
     """Of the beta1s, in how many the tied run is the evenest in the mean over the lrs and seeds that all of them have."""
     beta1s: int
     p: float
-    """Of so many votes or more by chance (exact binomial); NaN without any."""
+    """Of so many votes or more if each beta2 were the evenest as often (binomial; exact where all beta1s have as many cells); NaN without
+    any. Where omega falls or rises with beta2 that is no fair coin."""
 
 
 def selection(cells: pd.DataFrame, window: int) -> Selection:

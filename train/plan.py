@@ -43,6 +43,9 @@ MODULES = {
 }
 
 
+GRID_LR = (5e-4, 1e-3, 2e-3)  # a cell at one learning rate alone would say little of its betas
+
+
 class Arm(NamedTuple):
     """What the runs of a comparison differ in, but for lr and seed."""
 
@@ -107,7 +110,7 @@ class Comparison:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; every arm starts from the same weights and sees the same batches for the same seed."""
     lr: tuple[float, ...] = (1e-3,)
-    """Peak learning rates; every arm is run with each."""
+    """Peak learning rates; every arm is run with each. A grid, where none is given, has 5e-4, 1e-3 and 2e-3."""
     lr_from: tuple[Path, ...] = ()
     """Instead of lr: folders of comparisons in which these arms were tuned; each is run at its best learning rate there."""
     steps: int = 200
@@ -152,7 +155,8 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
     require(
         not comparison.lr_from or comparison.lr == Comparison.lr, "lr and lr_from are both given; give one of them."
     )
-    rates = _tuned(comparison, arms) if comparison.lr_from else dict.fromkeys(arms, comparison.lr)
+    every = GRID_LR if comparison.grid and comparison.lr == Comparison.lr else comparison.lr
+    rates = _tuned(comparison, arms) if comparison.lr_from else dict.fromkeys(arms, every)
     for name, values in (("arms", wanted), ("seeds", comparison.seeds), ("lr", comparison.lr)):
         different = arms if name == "arms" else set(values)
         require(bool(values), f"{name} is empty; give at least one.")
@@ -193,8 +197,9 @@ def _tuned(comparison: Comparison, arms: Iterable[str]) -> dict[str, tuple[float
     """Of each arm, its best learning rate in the comparisons in ``lr_from``, or what a plan in ``out`` has taken for it before."""
     planned = comparison.out / "manifest.json"
     if planned.exists():
-        taken = {run["arm"]: float(run["lr"]) for run in folder.read_json(planned, "runs")["runs"]}
-        if all(arm in taken for arm in arms):
+        before = folder.read_json(planned, "runs")
+        taken = {run["arm"]: float(run["lr"]) for run in before["runs"]}
+        if before.get("lr_from") == list(map(str, comparison.lr_from)) and all(arm in taken for arm in arms):
             return {arm: (taken[arm],) for arm in arms}
     folders = " ".join(map(str, comparison.lr_from))
     table = report.load(*comparison.lr_from)[1]

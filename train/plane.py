@@ -9,7 +9,7 @@ import math
 import sys
 from bisect import bisect_left
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -18,22 +18,24 @@ import numpy as np
 import pandas as pd
 import tyro
 from matplotlib.patches import Rectangle
+from scipy import stats
 from statsmodels.stats.power import TTestPower
 
 from train import dynamics, folder
 from train.figures import as_svg
 from train.pairs import LEVEL, holm, paired
-from train.settings import SettingsError, exit_code, parse, require
+from train.settings import SettingsError, exit_code, first_line, parse, require
 from train.tuning import at_edge, best_lr
 
 POWER, SMALL = 0.8, 0.001
 USUAL, TIED = (0.9, 0.95), (0.95, 0.95)
+NUMBER = r"\d*\.?\d+(e-?\d+)?"
 Pair = tuple[float, float]
 
 
 def of(best: pd.DataFrame) -> pd.DataFrame:
     """Those rows of the arms' best learning rates that are a pair of betas with fp32 state, with columns ``beta1`` and ``beta2``."""
-    found = best[best["arm"].str.fullmatch(r"[\d.e-]+(,[\d.e-]+)?")].copy()
+    found = best[best["arm"].str.fullmatch(f"{NUMBER}(,{NUMBER})?")].copy()
     numbers = found["arm"].str.split(",").map(lambda parts: [float(part) for part in parts])
     return found.assign(beta1=[pair[0] for pair in numbers], beta2=[pair[-1] for pair in numbers])
 
@@ -47,17 +49,19 @@ def is_plane(best: pd.DataFrame) -> bool:
 
 def means(cells: pd.DataFrame) -> pd.Series:
     """The mean loss of each cell over the seeds that have ended in all cells (over its own, if there is none), by (beta1, beta2). NaN where
-    one of these runs has diverged."""
+    a run has diverged, at whatever seed."""
     everywhere = cells.groupby("seed")["arm"].transform("nunique") == cells["arm"].nunique()
     chosen = cells[everywhere] if everywhere.any() else cells
-    return chosen.groupby(["beta1", "beta2"])["validation_loss"].agg(lambda losses: losses.mean(skipna=False))
+    found = chosen.groupby(["beta1", "beta2"])["validation_loss"].mean()
+    whole = cells.groupby(["beta1", "beta2"])["validation_loss"].agg(lambda losses: losses.notna().all())
+    return found.where(whole.loc[found.index])
 
 
 class Contrast(NamedTuple):
     """The loss of one cell less that of another, paired by seed."""
 
-    ours: str
-    theirs: str
+    ours: Pair
+    theirs: Pair
     why: str
     pairs: int
     difference: float
@@ -69,26 +73,30 @@ class Contrast(NamedTuple):
 def compare(cells: pd.DataFrame, ours: Pair, theirs: Pair, why: str) -> Contrast:
     """Two cells: mean difference, 95 % interval and p by Student's t over seeds; NaN where there are too few."""
     losses = cells.pivot(index="seed", columns=["beta1", "beta2"], values="validation_loss")
-    return Contrast(_name(ours), _name(theirs), why, *paired(losses[ours], losses[theirs]))
+    return Contrast(ours, theirs, why, *paired(losses[ours], losses[theirs]))
 
 
 def contrasts(cells: pd.DataFrame) -> list[Contrast]:
-    """What the tie costs as a whole, the tie alone (beta1 fixed), and beta1 alone (beta2 fixed); Holm-corrected over all of them."""
+    """Of the cells that have not diverged: what the tie costs as a whole; the tie alone, at the best tied beta1, at 0.95 and at 0.9; beta1
+    alone, between neighbours at the greatest beta2 that ties neither. Each comparison once, Holm-corrected over all of them."""
     found = means(cells).dropna()
     tied = found[[first == second for first, second in found.index]]
     untied = found.drop(tied.index)
-    wanted: list[tuple[Pair, Pair, str]] = []
+    wanted: dict[tuple[Pair, Pair], str] = {}
     if len(tied) and len(untied):
-        wanted.append((tied.idxmin(), untied.idxmin(), "best tied against best untied"))
-        if USUAL in untied.index:
-            pairs = dict.fromkeys([tied.idxmin(), *({TIED} & set(tied.index))])
-            wanted += [(pair, USUAL, "tied against the usual pair") for pair in pairs]
-        for beta, _ in tied.index:
-            wanted += [((beta, beta), pair, "the tie alone") for pair in untied.index if pair[0] == beta]
-        for first, second in combinations(sorted({first for first, _ in found.index}), 2):
-            at = [beta2 for beta1, beta2 in found.index if beta1 == first and (second, beta2) in found.index]
-            wanted += [((second, beta2), (first, beta2), "beta1 alone") for beta2 in at if beta2 == max(at)]
-    results = [compare(cells, *each) for each in wanted]
+        best = tied.idxmin()
+        wanted[best, untied.idxmin()] = "best tied against best untied"
+        for pair in (best, TIED):
+            if USUAL in untied.index and pair in tied.index:
+                wanted.setdefault((pair, USUAL), "tied against the usual pair")
+        for beta in dict.fromkeys([best[0], TIED[0], USUAL[0]]):
+            if (beta, beta) in tied.index:
+                for pair in untied.index[untied.index.get_level_values("beta1") == beta]:
+                    wanted.setdefault(((beta, beta), pair), "the tie alone")
+        for first, second in pairwise(sorted({first for first, _ in untied.index})):
+            if at := [beta2 for beta1, beta2 in untied.index if beta1 == first and (second, beta2) in untied.index]:
+                wanted.setdefault(((second, max(at)), (first, max(at))), "beta1 alone")
+    results = [compare(cells, *pairs, why) for pairs, why in wanted.items()]
     corrected = holm(pd.Series([contrast.p for contrast in results], dtype=float))
     return [contrast._replace(p=float(p)) for contrast, p in zip(results, corrected, strict=True)]
 
@@ -101,7 +109,7 @@ class Noise(NamedTuple):
     of_a_pair: float
     """That of the difference of two cells with the same seed, pooled over all pairs of cells."""
     seeds: int | None
-    """That would show a difference of 0.1 % (two-sided 5 %, power 80 %)."""
+    """That would show a difference of 0.1 % (one two-sided test at 5 %, power 80 %)."""
 
 
 def noise(cells: pd.DataFrame) -> Noise:
@@ -156,31 +164,59 @@ def heat_map(cells: pd.DataFrame, marked: set[Pair]) -> Any:
 
 def markdown(table: pd.DataFrame, best: pd.DataFrame) -> str:
     """The contrasts as a table, and the noise, for a report."""
-    cells = of(best)
-    found = noise(cells)
+    cells, marked = of(best), edges(table)
+    found, asked = noise(cells), contrasts(cells)
+
+    def named(pair: Pair) -> str:
+        return _name(pair) + ("*" if pair in marked else "")
+
     lines = ["| | cell | less | pairs | difference | 95 % interval | p (Holm) |", "|---|---|---|---|---|---|---|"]
-    for c in contrasts(cells):
+    for c in asked:
         interval, p = ("n/a", "n/a") if math.isnan(c.p) else (f"{c.low:+.4f} to {c.high:+.4f}", f"{c.p:.3f}")
-        lines.append(f"| {c.why} | {c.ours} | {c.theirs} | {c.pairs} | {c.difference:+.4f} | {interval} | {p} |")
-    lines += [
-        "",
-        "- Cells are chosen by their mean over the seeds that all have; the best of many looks better than it is.",
-    ]
+        lines.append(
+            f"| {c.why} | {named(c.ours)} | {named(c.theirs)} | {c.pairs} | {c.difference:+.4f} | {interval} | {p} |"
+        )
+    lines.append("")
+    pairs = [c.pairs for c in asked if c.pairs > 1]
+    if pairs:
+        t = stats.t.ppf(1.0 - LEVEL / 2 / len(asked), min(pairs) - 1)
+        lines.append(
+            f"- p is corrected for {len(asked)} comparisons, the intervals are not: with {min(pairs)} pairs the first of them has to be {t:.1f} "
+            "standard errors from 0."
+        )
+    of_cells = means(cells).dropna()
+    tied = of_cells[[first == second for first, second in of_cells.index]]
+    lines.append(
+        "- Cells are chosen by their mean over the seeds that all have (over their own, if there is none); the best of many looks better than "
+        f"it is, and of {len(of_cells) - len(tied)} untied cells more so than of {len(tied)} tied ones."
+    )
+    for what, losses, axis in (("tied beta", tied, 0), ("beta1", of_cells, 0), ("beta2", of_cells, 1)):
+        betas = losses.index.get_level_values(axis)
+        if len(set(betas)) > 1 and (chosen := losses.idxmin()[axis]) in (min(betas), max(betas)):
+            lines.append(
+                f"- The best {what} is {chosen:g}, at the edge of those that were run; the optimum may lie beyond."
+            )
+    for cell, losses in cells.groupby(["beta1", "beta2"])["validation_loss"]:
+        if losses.isna().any():
+            lines.append(
+                f"- {_name(cell)} has diverged in {losses.isna().sum()} of {len(losses)} runs, and is in no comparison."
+            )
     if not math.isnan(found.of_a_pair):
         needed = "more than anybody has" if found.seeds is None else f"{found.seeds}"
         lines.append(
             f"- A seed moves the loss of a run by {found.of_a_run:.4f} (standard deviation), and the difference of two cells by "
-            f"{found.of_a_pair:.4f}; to show a difference of 0.1 % takes {needed} seeds (power 80 %)."
+            f"{found.of_a_pair:.4f}; to show a difference of 0.1 % in one comparison takes {needed} seeds (power 80 %)."
         )
     for window in dynamics.WINDOWS:
-        chosen = dynamics.selection(of(table), window)
+        if f"omega_{window}" in table:
+            even = dynamics.selection(of(table), window)
+            lines.append(
+                f"- Of the runs with its beta1 the tied one moves most evenly (omega, window {window}) in {even.votes} of {even.beta1s} beta1s "
+                f"(p = {even.p:.2g}), and in {even.tied} of {even.rows} rows of one lr and seed."
+            )
+    if marked:
         lines.append(
-            f"- Of the runs with its beta1 the tied one moves most evenly (omega, window {window}) in {chosen.votes} of {chosen.beta1s} beta1s "
-            f"(p = {chosen.p:.2g}), and in {chosen.tied} of {chosen.rows} rows of one lr and seed."
-        )
-    if marked := sorted(edges(table)):
-        lines.append(
-            f"- Best at the edge of their learning rates, or run at one alone, and not to be trusted: {', '.join(map(_name, marked))}."
+            f"- *: best at the edge of their learning rates, or run at one alone, and not to be trusted: {', '.join(map(_name, sorted(marked)))}."
         )
     return "\n".join(lines) + "\n"
 
@@ -203,19 +239,34 @@ def read(*files: Path) -> pd.DataFrame:
     """The runs in these tables.
 
     Raises:
-        SettingsError: if one can't be read, a run is in two of them, or they have no plane.
+        SettingsError: if one can't be read or is no table of runs, a run is in two of them, or they are of several experiments.
     """
-    try:
-        table = pd.concat([pd.read_csv(file, dtype={"arm": str}) for file in files], ignore_index=True)
-        twice = table.duplicated(["arm", "lr", "seed"])
-    except (OSError, KeyError, ValueError) as error:
-        raise SettingsError(f"tables is {' '.join(map(str, files))}, which are no tables of runs: {error}") from None
-    require(not twice.any(), f"tables has the arm, lr and seed of {int(twice.sum())} runs twice; give each run once.")
+    tables = []
+    for file in files:
+        try:
+            table = pd.read_csv(file, dtype={"arm": str})
+            numbers = table[["lr", "seed", "validation_loss"]].apply(pd.to_numeric)
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise SettingsError(f"{file} is no table of runs: {first_line(error)}") from None
+        require(
+            len(table) > 0 and table[["arm", "lr", "seed"]].notna().all(axis=None),
+            f"{file} is no table of runs: it has a row without arm, lr or seed, or none at all.",
+        )
+        tables.append(table.assign(**numbers))
+    require(bool(tables), "no table is given; give report.csv files of train.report.")
+    found = pd.concat(tables, ignore_index=True)
+    twice = found.duplicated(["arm", "lr", "seed"])
     require(
-        is_plane(best_lr(table)),
-        "tables has too few pairs of betas for a plane; it takes two tied and two untied ones.",
+        not twice.any(), f"the tables have the arm, lr and seed of {int(twice.sum())} runs twice; give each run once."
     )
-    return table
+    finished = found[found["validation_loss"].notna()]
+    for column in {"step", "tokens", "parameters"} & set(finished.columns):
+        values = sorted(finished[column].dropna().unique())
+        require(
+            len(values) <= 1,
+            f"the tables have runs that differ in more than arm, lr and seed: {column} is {', '.join(f'{value:g}' for value in values)}.",
+        )
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -225,8 +276,16 @@ def main(arguments: list[str] | None = None) -> int:
         kept = parse(Kept, sys.argv[1:] if arguments is None else arguments, "train.plane", __doc__)
         table = read(*kept.tables)
         best = best_lr(table)
+        require(
+            is_plane(best), "the tables have too few pairs of betas for a plane; it takes two tied and two untied ones."
+        )
+        figure = as_svg(heat_map(of(best), edges(table)))
+        try:
+            kept.out.parent.mkdir(parents=True, exist_ok=True)
+            folder.write_text(kept.out, figure)
+        except OSError as error:
+            raise SettingsError(f"out is {kept.out}, which can't be written: {error.strerror}.") from None
         print(markdown(table, best))
-        folder.write_text(kept.out, as_svg(heat_map(of(best), edges(table))))
         print(kept.out.resolve())
 
     return exit_code(program)

@@ -153,15 +153,16 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss on held-out text, the same blocks every time and for every number of ranks."""
-        batch = self.run.parallelism.batch
-        batches = min(len(self.validation) // batch, self.run.logging.validation_batches or sys.maxsize)
+        """Mean loss on held-out text: blocks spread evenly over all of it, the same ones every time and for every number of ranks."""
+        batch, held_out = self.run.parallelism.batch, len(self.validation)
+        batches = min(held_out // batch, self.run.logging.validation_batches or sys.maxsize)
+        blocks = np.arange(batches * batch) * held_out // (batches * batch)
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         self.engine.eval()
         for number in range(batches):
             for part in range(self.accumulation):
                 self.ranks.alive()
-                tokens = self.mine(np.arange(number * batch, (number + 1) * batch), part)
+                tokens = self.mine(blocks[number * batch : (number + 1) * batch], part)
                 total += self.engine(input_ids=tokens, labels=tokens).loss.double()
         self.engine.train()
         return self.ranks.sum([float(total)])[0] / (batches * self.accumulation * self.ranks.world)

@@ -1,4 +1,4 @@
-"""What rules for a tied beta cost on runs that were made: ``python -m train.regret FOLDER ...``.
+"""What rules for a tied beta cost on runs that were made: ``python -m train.regret FOLDER_OR_CSV ...``.
 
 A comparison with several tied betas, each at its best learning rate, has a loss for every beta: between two of its betas, a
 straight line over log(1 - beta); beyond them, that of the nearest. A rule's regret is the loss at the beta it chooses less that
@@ -12,7 +12,7 @@ import sys
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import pandas as pd
 import tyro
@@ -32,9 +32,10 @@ class Regret:
     """Which runs, and which rules."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (Path("runs/plane"),)
-    """Folders of comparisons; each is a row. Betas of fp32 state count."""
+    """Each is a row: a folder with the report.csv of train.report (A, after train.report A B C) and what train.choose_beta --out has left, or
+    such a table that was kept, as docs/results/plane-tiny.csv and its plane-tiny.pilot.json. Betas of fp32 state count."""
     rules: tuple[str, ...] = ("0.95", "0.944", "refresh:1000", "half_life_tokens:10e6", PILOT)
-    """As --betas of train.pretrain takes them, but for from:A:to:B; "pilot" is what train.choose_beta --out FOLDER has found."""
+    """As --betas of train.pretrain takes them, but for from:A:to:B; "pilot" is what train.choose_beta has found."""
 
 
 class Cost(NamedTuple):
@@ -51,21 +52,26 @@ class Cost(NamedTuple):
     def __str__(self) -> str:
         if math.isnan(self.beta):
             return "none"
-        shown = f"{self.beta:.4f}".rstrip("0") if self.beta < 0.999 else f"{self.beta:.6f}"
-        interval = "" if math.isnan(self.low) else f" [{self.low:+.1f}, {self.high:+.1f}]"
-        return f"{shown}: {self.percent:+.1f}{interval}{' (beyond what was run)' if self.beyond else ''}"
+        shown = f"{self.beta:.4g}" if self.beta < 0.999 else f"{self.beta:.6f}"
+        interval = "" if math.isnan(self.low) else f" [{self.low:+.2f}, {self.high:+.2f}]"
+        return f"{shown}: {self.percent:+.2f}{interval}{' (beyond what was run)' if self.beyond else ''}"
 
 
 def diagonal(table: pd.DataFrame) -> pd.DataFrame:
-    """The losses of the tied betas at their best learning rates, a row a seed and a column a beta, in order.
+    """The losses of the tied betas at their best learning rates, a row a seed that has ended at all of them and a column a beta, in order;
+    NaN is one that has diverged.
 
     Raises:
-        SettingsError: if there are less than three betas that have not diverged.
+        SettingsError: if there is no such seed, or there are less than three betas that have not diverged.
     """
     cells = plane.of(best_lr(table))
-    losses = cells[cells["beta1"] == cells["beta2"]].pivot(index="seed", columns="beta1", values="validation_loss")
+    tied = cells[cells["beta1"] == cells["beta2"]]
+    tied = tied[tied.groupby("seed")["arm"].transform("nunique") == tied["arm"].nunique()]
+    losses = tied.pivot(index="seed", columns="beta1", values="validation_loss")
     losses = losses.dropna(axis="columns", how="all").sort_index(axis="columns")
-    require(losses.shape[1] >= 3, f"runs has {losses.shape[1]} tied betas; it takes at least three.")
+    require(
+        losses.shape[1] >= 3, f"there are {losses.shape[1]} tied betas whose runs have ended; it takes at least three."
+    )
     return losses
 
 
@@ -82,7 +88,7 @@ def at(losses: pd.DataFrame, beta: float) -> pd.Series:
 
 
 def best(losses: pd.DataFrame) -> float:
-    """The beta with the least mean loss, of those that all seeds have; of all, if there is none."""
+    """The beta with the least mean loss, of those that have diverged at no seed; of all, if there is none."""
     whole = losses.dropna(axis="columns")
     return float((losses if whole.empty else whole).mean().idxmin())
 
@@ -97,24 +103,26 @@ def cost(losses: pd.DataFrame, beta: float) -> Cost:
     return Cost(beta, beyond, found.difference * scale, found.low * scale, found.high * scale)
 
 
-def chosen(rule: str, out: Path, steps: int, tokens_per_step: int) -> float:
-    """The beta of a rule on the runs in ``out``; NaN if it comes to none there.
+def chosen(rule: str, pilot: Path, runs: dict[str, int]) -> float:
+    """The beta of a rule for these runs; NaN if it comes to none.
+
+    Args:
+        rule: its words.
+        pilot: the file that train.choose_beta has left, if there is one.
+        runs: ``steps``, ``tokens_per_step`` and ``parameters`` of each.
 
     Raises:
         SettingsError: if there is a pilot for other runs.
     """
     if rule == PILOT:
-        file = out / PILOT_FILE
-        if not file.exists():
+        if not pilot.exists():
             return math.nan
-        found = folder.read_json(file, "beta", "steps", "tokens_per_step")
-        require(
-            (found["steps"], found["tokens_per_step"]) == (steps, tokens_per_step),
-            f"{file} is for {found['steps']} steps of {found['tokens_per_step']} tokens, and the runs there are {steps} of {tokens_per_step}.",
-        )
-        return float(found["beta"])
+        found = folder.read_json(pilot, "beta", *runs)
+        for key, value in runs.items():
+            require(found[key] == value, f"{pilot} is for runs with {key} = {found[key]}, and these have {value}.")
+        return math.nan if found["beta"] is None else float(found["beta"])
     try:
-        return horizon.choose(rule, steps=steps, tokens_per_step=tokens_per_step)
+        return horizon.choose(rule, steps=runs["steps"], tokens_per_step=runs["tokens_per_step"])
     except ValueError:
         return math.nan
 
@@ -129,19 +137,31 @@ def check(rules: tuple[str, ...]) -> None:
             raise SettingsError(f'rules has {rule!r}, which is not "{PILOT}", and {error}') from None
 
 
-def row(out: Path, rules: tuple[str, ...]) -> dict[str, str]:
-    """Of the table, for one comparison."""
-    plan, table, _ = report.load(out)
-    settings: dict[str, Any] = plan["settings"]
+def row(place: Path, rules: tuple[str, ...]) -> dict[str, str]:
+    """Of the table, for one comparison.
+
+    Raises:
+        SettingsError: if it has no table of runs, or they don't make a diagonal.
+    """
+    kept = place.suffix == ".csv"
+    file, pilot = (place, place.with_suffix(".pilot.json")) if kept else (place / report.TABLE, place / PILOT_FILE)
+    table = plane.read(file)
+    finished = table[table["validation_loss"].notna()]
+    require(
+        len(finished) > 0 and {"step", "tokens", "parameters"} <= set(table.columns),
+        f"{file} has no run that has finished, or lacks the columns step, tokens and parameters, which the rules need.",
+    )
+    steps, tokens, parameters = (int(finished[column].iloc[0]) for column in ("step", "tokens", "parameters"))
+    runs = {"steps": steps, "tokens_per_step": tokens // steps, "parameters": parameters}
     losses = diagonal(table)
-    tokens = settings["batch"] * settings["sequence_length"]
-    named = f"`{settings['model']}` on {Path(settings['data']).name}, {settings['batch']} x {settings['sequence_length']}, {plan['steps']} steps"
+    least = best(losses)
+    edge = " (at the edge of those that were run)" if least in (losses.columns[0], losses.columns[-1]) else ""
     cells = {
-        "runs": named,
+        "runs": f"{place.stem if kept else place}: {parameters} weights, {steps} steps of {tokens // steps} tokens",
         "seeds": str(len(losses)),
-        "best tied": f"{best(losses):g}: {losses[best(losses)].mean():.4f}",
+        "best tied": f"{least:g}: {losses[least].mean():.4f}{edge}",
     }
-    return cells | {rule: str(cost(losses, chosen(rule, out, plan["steps"], tokens))) for rule in rules}
+    return cells | {rule: str(cost(losses, chosen(rule, pilot, runs))) for rule in rules}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from train.settings import ARM, SettingsError, exit_code, parse, require
 from train.tuning import at_edge, best_lr
 
 POINTS = 200  # of a curve that are drawn, about
+TABLE = "report.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +120,15 @@ def verdict(row: dict[str, Any], baseline: str) -> str:
         return f"{arm} can't be compared: no seed finished in both arms."
     if row["pairs"] == 1:
         return f"{arm}: one seed proves nothing (difference {row['difference']:+.4f})."
+    survivors = (
+        f" {row['diverged']} of its {row['runs']} runs diverged, and are in no pair: this is about the others alone."
+        if row["diverged"]
+        else ""
+    )
     if not row["p_holm"] < LEVEL:
-        return f"{arm} is not distinguishable from ({baseline}) at n = {row['pairs']}."
-    return f"{arm} is {'better' if row['difference'] < 0 else 'worse'} than ({baseline}) by {abs(row['difference']):.4f} at n = {row['pairs']}."
+        return f"{arm} is not distinguishable from ({baseline}) at n = {row['pairs']}.{survivors}"
+    better = "better" if row["difference"] < 0 else "worse"
+    return f"{arm} is {better} than ({baseline}) by {abs(row['difference']):.4f} at n = {row['pairs']}.{survivors}"
 
 
 def caveats(table: pd.DataFrame) -> list[str]:
@@ -139,6 +146,12 @@ def caveats(table: pd.DataFrame) -> list[str]:
     if table["seed"].nunique() == 1:
         said.append("There is one seed, and one seed proves nothing.")
     return said
+
+
+def _last_loss(metrics: pd.DataFrame) -> float:
+    """The mean training loss of the last tenth of the steps: other text than the validation's, and the same for all arms of a seed."""
+    losses = metrics["loss"].dropna()
+    return float(losses[-max(1, len(losses) // 10) :].mean())
 
 
 def curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], column: str) -> str:
@@ -244,11 +257,13 @@ def write(*folders: Path, baseline: str = "") -> None:
     """
     out = folders[0]
     plan, table, metrics = load(*folders)
+    whole = table["validation_loss"].notna()  # what a run was until it diverged is not comparable
+    table["training_loss"] = [_last_loss(metrics[name]) for name in table["name"]]
+    table["training_loss"] = table["training_loss"].where(whole)
     for window in dynamics.WINDOWS:
-        table[f"omega_{window}"] = [
-            dynamics.omega(metrics[name], count, window)
-            for name, count in zip(table["name"], table["parameters"], strict=True)
-        ]
+        sizes = zip(table["name"], table["parameters"], strict=True)
+        table[f"omega_{window}"] = [dynamics.omega(metrics[name], count, window) for name, count in sizes]
+        table[f"omega_{window}"] = table[f"omega_{window}"].where(whole)
     best = best_lr(table)
     baseline = baseline or next(run["arm"] for run in plan["runs"] if run["arm"] in set(table["arm"]))
     summary = summarize(best, baseline)
@@ -273,7 +288,7 @@ def write(*folders: Path, baseline: str = "") -> None:
         figures = {"validation loss over the betas": heat_map, **figures}
         folder.write_text(out / "plane.svg", heat_map)
     folder.write_text(out / "report.md", text)
-    folder.write_text(out / "report.csv", table.to_csv(index=False))
+    folder.write_text(out / TABLE, table.to_csv(index=False))
     template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
     page = template.render(
         summary=summary.to_dict("records"),

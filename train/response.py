@@ -146,7 +146,8 @@ def signal_share(recording: Recording) -> float:
 
 class Lag(NamedTuple):
     """The magnitude-lag decomposition of arXiv 2601.21739 (version 2), m̂ / √v̂ = S + L + E with S = sign(g) and L = S (EMA1[log |g|] -
-    EMA2[log |g|]), where the gradient has kept its sign for STABLE steps, from these steps alone."""
+    EMA2[log |g|]), over the elements whose gradient has kept its sign for the last STABLE steps and is nowhere 0. The averages are over all
+    of the recording, since those of ten steps alone would hold little of a beta of 0.999."""
 
     share: float
     """Of all elements."""
@@ -155,22 +156,36 @@ class Lag(NamedTuple):
     rest: float
     """That of E."""
     r_squared: float
-    """The squared correlation of S L and S m̂ / √v̂ over these elements; NaN where one of them doesn't vary."""
+    """1 - Var(E) / Var(R - S) over these elements, R being m̂ / √v̂: what L explains with the factor 1 that it has in the decomposition, so
+    that it may be below 0. NaN where L is 0 throughout, as with equal betas."""
+    correlation: float
+    """The squared correlation of L and R - S: what it would explain with the best factor."""
 
 
 def magnitude_lag(recording: Recording, betas: tuple[float, float]) -> Lag:
     """At the last step of the recording."""
-    window = recording.gradients[-STABLE:].double()
-    g = window[:, torch.sign(window).sum(dim=0).abs() == len(window)].abs()
-    share = g.shape[1] / window.shape[1]
-    ones, logs = torch.ones(len(g), dtype=torch.float64), g.log()
+    gradients = recording.gradients.double()
+    last = gradients[-STABLE:]
+    stable = (torch.sign(last).sum(dim=0).abs() == len(last)) & (gradients != 0.0).all(dim=0)
+    g = gradients[:, stable]
+    sign, logs = torch.sign(g[-1]), g.abs().log()
     first, second = (weights(beta, len(g)) for beta in betas)
-    away = update_of(g, betas, ones) - 1.0
+    away = sign * update_of(g, betas, torch.ones(len(g), dtype=torch.float64)) - 1.0
     lag = first @ logs - second @ logs
-    together = (
-        torch.corrcoef(torch.stack([away, lag]))[0, 1] ** 2 if betas[0] != betas[1] and g.shape[1] > 1 else math.nan
-    )
-    return Lag(share, float((lag**2).mean().sqrt()), float(((away - lag) ** 2).mean().sqrt()), float(together))
+    share, rest = g.shape[1] / gradients.shape[1], away - lag
+    explained = together = math.nan
+    if betas[0] != betas[1] and g.shape[1] > 1:
+        explained = float(1.0 - rest.var() / away.var())
+        together = float(torch.corrcoef(torch.stack([away, lag]))[0, 1] ** 2)
+    return Lag(share, float((lag**2).mean().sqrt()), float((rest**2).mean().sqrt()), explained, together)
+
+
+def near_eps(recording: Recording, beta2: float, eps: float = 1e-8) -> float:
+    """The share of the elements in which eps, the optimizer's default, is more than 1 % of √v̂: where the update isn't what theory, which has
+    no eps, speaks of."""
+    gradients = recording.gradients.double()
+    v = weights(beta2, len(gradients)) @ gradients**2
+    return float((v.sqrt() < 100.0 * eps).double().mean())
 
 
 # ---- Where gradients come from
@@ -184,6 +199,8 @@ def of_language(response: Response) -> Iterator[tuple[int, Recording]]:
             not trainer.step or trainer.step + response.window <= min(response.at),
             f"at is {min(response.at)}, less than the checkpoint's {trainer.step} steps and a window of {response.window}.",
         )
+        steps = trainer.run.schedule.steps
+        require(end <= steps, f"at is {end}, which is beyond the {steps} steps of the run.")
         recorder = Recorder(trainer.engine.module.named_parameters(), response.window, response.elements)
         step = trainer.engine.step
 
@@ -241,12 +258,13 @@ def write(response: Response, found: Iterator[tuple[int, Recording]]) -> None:
             lines.append(
                 f"| {step} | {label} | {share:.2f} | {drift['size']:+.2f} | {drift['steady']:+.2f} | {drift['noise']:+.2f} "
                 f"| {rescaled['size']:+.4f} | {rescaled['steady']:+.4f} | {rescaled['noise']:+.4f} "
-                f"| {lag.share:.2%} | {lag.lag:.3f} | {lag.rest:.3f} | {lag.r_squared:.2f} |"
+                f"| {lag.share:.2%} | {lag.lag:.3f} | {lag.rest:.3f} | {lag.r_squared:.2f} | {lag.correlation:.2f} "
+                f"| {near_eps(recording, betas[1]):.2%} |"
             )
         last = pd.concat(tables[-len(pairs) :])
     head = (
         "| step | betas | signal | drift: slope | if steady | if noise | rescaled: slope | if steady | if noise "
-        "| stable for 10 steps | L | E | R² |\n|" + "---|" * 13
+        "| stable for 10 steps | L | E | R² | r² | near eps |\n|" + "---|" * 15
     )
     text = "\n".join([head, *lines]) + "\n"
     response.out.mkdir(parents=True, exist_ok=True)
@@ -302,6 +320,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"at is {response.at} and window {response.window}; a window is longer than {STABLE} steps and ends at a step of at.",
         )
         require(response.elements >= 1, f"elements is {response.elements}; it must be at least 1.")
+        require(bool(response.betas), "betas is empty; give at least one pair.")
+        require(not response.out.exists() or response.out.is_dir(), f"out is {response.out}, which is not a folder.")
         for arm in map(Arm.parse, response.betas):
             require(
                 isinstance(arm.betas, tuple) and arm.state == "fp32",

@@ -206,7 +206,7 @@ class Logging:
     validate_every: int = 100
     """Steps between validations; 0 for one at the end only."""
     validation_batches: int = 8
-    """Batches of held-out text in one validation, always the same ones; 0 for all."""
+    """Batches of held-out text in one validation, spread evenly over it and always the same ones; 0 for all."""
     tensorboard: bool = False
     """Also write TensorBoard files, through DeepSpeed's monitor."""
     csv: bool = False

@@ -21,8 +21,9 @@ def best_lr(table: pd.DataFrame) -> pd.DataFrame:
 
 def at_edge(table: pd.DataFrame) -> list[str]:
     """The arms whose best learning rate is the least or the greatest that was tried for them, as the only one is; none if each arm was run at
-    one alone, since they were tuned elsewhere then."""
+    one alone, since they were tuned elsewhere then, and no arm that has diverged at all of its best one's seeds."""
     tried = table.groupby("arm", sort=False)["lr"].agg(["min", "max", "nunique"])
-    best = best_lr(table).groupby("arm", sort=False)["lr"].first()
-    outer = (best == tried["min"]) | (best == tried["max"])
+    rows = best_lr(table).groupby("arm", sort=False)
+    best = rows["lr"].first()
+    outer = ((best == tried["min"]) | (best == tried["max"])) & (rows["validation_loss"].count() > 0)
     return list(tried.index[outer & (tried["nunique"].max() > 1)])

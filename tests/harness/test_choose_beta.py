@@ -1,13 +1,17 @@
 """The pilot: its estimators on gradients whose noise and drift are known, and the whole of it on a small run."""
 
+import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.harness.conftest import Make
 from train import choose_beta
 from train.choose_beta import Choice, Probes, estimate, summarize
+from train.probe import alone
 
 
 def probes(
@@ -51,34 +55,62 @@ def test_the_horizon_is_where_noise_and_lag_cost_least_together() -> None:
 
 
 def test_without_drift_it_is_said_that_there_is_none_in_most_trials() -> None:
-    plan = {"steps": 2000, "tokens_per_step": 1}
+    plan = {"steps": 2000, "tokens_per_step": 1, "gap": 50}
     told = [choose_beta.report(estimate(probes(4, 16, 50, 0.0, 1.0, seed=seed), 50), plan) for seed in range(40)]
     assert sum("can't be told from noise" in text for text in told) >= 34
-    assert Choice(1.0, -1e-9, 0.0).horizon == math.inf and Choice(1.0, -1e-9, 0.0).beta == 0.999
+    nothing = Choice(1.0, -1e-9, 2e-9)
+    assert nothing.horizon == math.inf and math.isnan(nothing.beta)
+    assert "\nbeta = none (0.0000 to 0.9990" in choose_beta.report(Choice(1e-9, -1e-9, 2e-9), plan)
 
 
 def test_a_fast_drift_needs_no_memory() -> None:
-    assert estimate(probes(2, 4, gap=1, speed=10.0, noise=0.1), gap=1).beta == 0.0
+    assert estimate(probes(3, 4, gap=1, speed=10.0, noise=0.1), gap=1).beta == 0.0
+
+
+def test_gradients_are_drawn_from_different_batches_at_the_same_weights(make: Make, tmp_path: Path) -> None:
+    """Each is the mean of those of its sequences, whose loss is taken anew here; the weights and their gradients are as before."""
+    data = make().data
+    options = f"--batch 4 --sequence-length 32 --validation-fraction 0.2 --data {data.data} --data-cache {data.data_cache} --warmup 1"
+    with alone("test", tmp_path, 30, tuple(options.split())) as trainer:
+        module = trainer.engine.module
+        before = [parameter.clone() for parameter in module.parameters()]
+        drawn = list(choose_beta.draw(trainer, 3))
+        random = np.random.default_rng([trainer.run.seed, trainer.step])
+        for gradient in drawn:
+            module.zero_grad()
+            for index in random.integers(len(trainer.train), size=4):
+                tokens = trainer.train.take(np.array([index]))
+                (module(input_ids=tokens, labels=tokens).loss / 4).backward()
+            expected = torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(drawn[0], drawn[1])
+        assert all(map(torch.equal, before, module.parameters()))
 
 
 @pytest.mark.ranks
 def test_a_pilot_recommends_a_beta_and_says_what_other_rules_would(
-    make: Make, capsys: pytest.CaptureFixture[str]
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = make().data
     options = f"--batch 4 --sequence-length 32 --validation-fraction 0.2 --data {data.data} --data-cache {data.data_cache} --warmup 1"
-    line = f"--steps 9 --probes 3 --checkpoints 3 --planned-steps 4000 -- {options}"
+    line = f"--steps 9 --probes 3 --checkpoints 3 --planned-steps 4000 --out {tmp_path} -- {options}"
     assert choose_beta.main(line.split()) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-3:] == ["0.95: 0.9500", "0.944: 0.9440", "refresh:1000: 0.7500"]
     assert said[-5].startswith("noise V = ") or said[-6].startswith("noise V = ")
+    kept = json.loads((tmp_path / "pilot.json").read_text())
+    assert (kept["steps"], kept["tokens_per_step"], kept["gap"]) == (4000, 128, 3) and kept["noise"] > 0.0
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ("--probes 1", "probes is 1; it must be at least 2."),
-        ("--checkpoints 1", "checkpoints is 1; it must be at least 2."),
+        (
+            "--checkpoints 2",
+            "checkpoints is 2; it must be at least 3, two of whose distances tell how sure the drift is.",
+        ),
+        ("--planned-steps 0", "planned_steps is 0; it must be at least the pilot's 200."),
         ("--steps 3", "steps is 3; it must be at least the number of checkpoints, 4."),
         ("--planned-steps 100", "planned_steps is 100; it must be at least the pilot's 200."),
         (

@@ -39,7 +39,7 @@ def best_of(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def test_pairs_are_read_from_arms_and_packed_ones_and_rules_left_out() -> None:
-    table = pd.DataFrame({"arm": ["0.9", "0.9,0.999", "0.9:packed8", "refresh:100", "1e-05"]})
+    table = pd.DataFrame({"arm": ["0.9", "0.9,0.999", "0.9:packed8", "refresh:100", "1e-05", "1e", "e,5"]})
     found = plane.of(table)
     assert found[["beta1", "beta2"]].values.tolist() == [[0.9, 0.9], [0.9, 0.999], [1e-5, 1e-5]]
 
@@ -74,17 +74,18 @@ def test_contrasts_are_paired_tests_and_holms_over_all_of_them() -> None:
     cells = plane.of(best_of(plane_of(5, 0.05, 0.002, tie=0.05)))
     found = plane.contrasts(cells)
     (best,) = (c for c in found if c.why == "best tied against best untied")
-    assert best.ours == "(0.8, 0.8)" and best.theirs in ("(0.8, 0.9)", "(0.8, 0.95)")
+    assert best.ours == (0.8, 0.8) and best.theirs in ((0.8, 0.9), (0.8, 0.95))
     usual = [c.ours for c in found if c.why == "tied against the usual pair"]
-    assert usual == ["(0.8, 0.8)", "(0.95, 0.95)"]
+    assert usual == [(0.8, 0.8), (0.95, 0.95)]
     alone = {(c.ours, c.theirs): c for c in found if c.why == "the tie alone"}
-    assert len(alone) == 6
+    # Each comparison once: (0.8, 0.8) against the best untied of its row has been asked already.
+    assert len(alone) == 5 and all(ours[0] == theirs[0] for ours, theirs in alone)
     assert [(c.ours, c.theirs) for c in found if c.why == "beta1 alone"] == [
-        ("(0.9, 0.95)", "(0.8, 0.95)"), ("(0.95, 0.95)", "(0.8, 0.95)"), ("(0.95, 0.95)", "(0.9, 0.95)")
+        ((0.9, 0.95), (0.8, 0.95)), ((0.95, 0.8), (0.9, 0.8))
     ]  # fmt: skip
     losses = cells.pivot(index="seed", columns="arm", values="validation_loss")
     test = stats.ttest_rel(losses["0.95"], losses["0.95,0.8"])
-    tie, interval = alone["(0.95, 0.95)", "(0.95, 0.8)"], test.confidence_interval(0.95)
+    tie, interval = alone[(0.95, 0.95), (0.95, 0.8)], test.confidence_interval(0.95)
     assert (tie.difference, tie.low, tie.high) == pytest.approx(
         ((losses["0.95"] - losses["0.95,0.8"]).mean(), interval.low, interval.high), rel=1e-12
     )
@@ -98,6 +99,25 @@ def test_more_seeds_on_the_diagonal_decide_nothing_by_their_own_luck() -> None:
     assert plane.means(cells).idxmin()[0] == 0.8 and plane.means(cells).notna().all()
     assert plane.noise(cells).of_a_pair == pytest.approx(1e-4 * math.sqrt(2), rel=0.3)
     assert {c.pairs for c in plane.contrasts(cells)} == {3}
+    alone = design.copy()  # at a seed that the untied cells don't have
+    alone.loc[(alone["arm"] == "0.8") & (alone["seed"] == 4), "validation_loss"] = math.nan
+    assert math.isnan(plane.means(plane.of(alone))[0.8, 0.8]) and plane.contrasts(plane.of(alone))[0].ours == (0.9, 0.9)
+
+
+def test_the_comparisons_say_how_many_they_are_and_which_optimum_is_at_an_edge() -> None:
+    text = plane.markdown(plane_of(3, 0.01, 0.001), best_of(plane_of(3, 0.01, 0.001)))
+    count = len(plane.contrasts(plane.of(best_of(plane_of(3, 0.01, 0.001)))))
+    t = stats.t.isf(0.025 / count, 2)
+    assert (
+        f"corrected for {count} comparisons" in text
+        and f"with 3 pairs the first of them has to be {t:.1f} standard" in text
+    )
+    assert (
+        "- The best tied beta is 0.8, at the edge of those that were run" in text
+        and "of 6 untied cells more so than of 3" in text
+    )
+    inner = plane_of(3, 0.0, 0.0).assign(validation_loss=lambda t: t["validation_loss"] - 0.5 * (t["arm"] == "0.9"))
+    assert "The best tied beta is" not in plane.markdown(inner, best_of(inner))
 
 
 @pytest.mark.parametrize("spoiled", ["one seed", "first runs", "all tied diverged", "all diverged"])
@@ -121,7 +141,8 @@ def test_a_diverged_run_leaves_its_cell_out_of_the_best_and_is_told_in_the_map()
     table.loc[spoiled, "validation_loss"] = math.nan
     cells = plane.of(best_of(table))
     best = plane.contrasts(cells)[0]
-    assert best.why == "best tied against best untied" and best.ours == "(0.9, 0.9)"
+    assert best.why == "best tied against best untied" and best.ours == (0.9, 0.9)
+    assert "- (0.8, 0.8) has diverged in 1 of 3 runs, and is in no comparison." in plane.markdown(table, best_of(table))
     assert math.isfinite(plane.noise(cells).of_a_pair)
     texts = [text.get_text() for text in plane.heat_map(cells, set()).axes[0].texts]
     assert texts.count("1 diverged") == 1 and len(texts) == 9
@@ -140,7 +161,8 @@ def test_cells_at_the_edge_of_their_learning_rates_are_named_and_the_map_has_eve
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert len(texts) == 9 and sum(text.endswith("*") for text in texts) == 1
     assert len(figure.axes[0].patches) == 3
-    assert "not to be trusted: (0.9, 0.9)." in plane.markdown(wider, best_of(wider))
+    text = plane.markdown(wider, best_of(wider))
+    assert "not to be trusted: (0.9, 0.9)." in text and "| (0.9, 0.9)* |" in text and "| (0.8, 0.8) |" in text
 
 
 def test_a_report_of_a_plane_has_its_map_and_its_contrasts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,6 +198,13 @@ def test_a_report_of_a_plane_has_its_map_and_its_contrasts(tmp_path: Path, capsy
     said = capsys.readouterr().out
     assert "| tied against the usual pair | (0.8, 0.8) | (0.9, 0.95) | 2 |" in said
     assert "<svg" in (tmp_path / "plane.svg").read_text()
+    kept = pd.read_csv(tmp_path / "report.csv")
+    assert (kept["training_loss"] == 1.5).all() and (kept["omega_10"] == 0.0).all()
+    spoiled = {"status": "diverged", "step": 1, "validation_loss": None, "seconds": 1.0, "parameters": 4}
+    (tmp_path / runs[0]["name"] / "result.json").write_text(json.dumps(spoiled))
+    report.main([str(tmp_path)])
+    kept = pd.read_csv(tmp_path / "report.csv")
+    assert kept[["training_loss", "omega_10"]].isna().sum().tolist() == [1, 1]
     assert "validation loss over the betas" in (tmp_path / "report.html").read_text()
 
 
@@ -191,13 +220,28 @@ def test_kept_tables_are_put_together_and_give_the_same_report(
     assert (tmp_path / "plane.svg").read_text().count("validation loss") == 1
 
 
+def test_a_table_without_omega_has_no_line_about_it_and_a_missing_folder_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plane_of(2, 0.01, 0.001)[["arm", "lr", "seed", "validation_loss"]].to_csv(tmp_path / "a.csv", index=False)
+    line = [str(tmp_path / "a.csv"), "--out", str(tmp_path / "new" / "plane.svg")]
+    assert plane.main(line) == 0 and "(omega" not in capsys.readouterr().out
+    assert (tmp_path / "new" / "plane.svg").exists()
+    assert plane.main([*line[:2], str(tmp_path / "a.csv" / "plane.svg")]) == 2
+    assert "which can't be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "which are no tables of runs"),
+        (None, "is no table of runs: [Errno 2] No such file"),
         ("arm,lr,seed,validation_loss\n0.9,1e-3,0,2.0\n0.9,1e-3,0,2.0\n", "1 runs twice"),
         ("arm,lr,seed,validation_loss\n0.9,1e-3,0,2.0\n", "too few pairs of betas"),
-        ("a,b\n1,2\n", "which are no tables of runs"),
+        ("a,b\n1,2\n", "is no table of runs: "),
+        ("arm,lr,seed,validation_loss\n", "is no table of runs: it has a row without arm, lr or seed, or none at all."),
+        ("arm,lr,seed,validation_loss\n,1e-3,0,2.0\n", "it has a row without arm, lr or seed"),
+        ("arm,lr,seed,validation_loss\n0.9,1e-3,0,low\n", "is no table of runs: Unable to parse"),
+        ("arm,lr,seed,validation_loss,step\n0.9,1e-3,0,2.0,5\n0.8,1e-3,0,2.0,6\n", "step is 5, 6."),
     ],
 )
 def test_a_table_that_is_none_is_refused_in_one_sentence(

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from train import model, ranks
 from train.compare import RANK_VARIABLES
 from train.folder import read_metrics
 from train.pretrain import learning_rate, peak_flops, pretrain
+from train.probe import alone
 from train.settings import Model, Run, Schedule, SettingsError
 
 Course = Callable[[int], float]
@@ -174,3 +176,18 @@ def test_a_launcher_that_tells_only_half_is_refused(under_srun: pytest.MonkeyPat
 )
 def test_the_peak_of_a_gpu_is_found_by_whole_words(name: str, peak: float | None) -> None:
     assert peak_flops(name) == peak
+
+
+@pytest.mark.parametrize("batches", [2, 0])
+def test_held_out_text_is_sampled_from_its_beginning_to_its_end(batches: int, make: Make, tmp_path: Path) -> None:
+    data = make().data
+    options = f"--batch 4 --sequence-length 32 --validation-fraction 0.2 --data {data.data} --data-cache {data.data_cache} --warmup 1"
+    with alone("test", tmp_path, 30, (*options.split(), "--validation-batches", str(batches))) as trainer:
+        count = len(trainer.validation)
+        sampled = 8 if batches else count // 4 * 4
+        chosen = np.linspace(0, count, sampled, endpoint=False).astype(int)
+        assert count > 16 and chosen[0] == 0 and chosen[-1] >= count * 7 // 8 - 1
+        blocks = trainer.validation.take(chosen)
+        with torch.no_grad():
+            losses = [trainer.engine.module(input_ids=block[None], labels=block[None]).loss for block in blocks]
+        assert trainer.validate() == pytest.approx(float(sum(losses)) / len(losses), rel=1e-5)

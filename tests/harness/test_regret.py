@@ -13,6 +13,7 @@ from train import regret
 from train.settings import SettingsError
 
 BETAS = (0.8, 0.9, 0.95, 0.975)
+RUNS = {"steps": 400, "tokens_per_step": 1024, "parameters": 50}
 
 
 def losses(noise: float = 0.0, seeds: int = 5) -> pd.DataFrame:
@@ -55,13 +56,21 @@ def test_a_diverged_run_spoils_its_own_beta_alone() -> None:
 
 
 def test_a_rule_that_comes_to_no_beta_has_none(tmp_path: Path) -> None:
-    assert str(regret.cost(losses(), regret.chosen("refresh:1000", tmp_path, 400, 1024))) == "none"
-    assert regret.chosen("refresh:40", tmp_path, 400, 1024) == pytest.approx(0.9)
-    assert math.isnan(regret.chosen("pilot", tmp_path, 400, 1024))
-    (tmp_path / "pilot.json").write_text(json.dumps({"beta": 0.9, "steps": 400, "tokens_per_step": 1024}))
-    assert str(regret.cost(losses(), regret.chosen("pilot", tmp_path, 400, 1024))) == "0.9: +0.0"
-    with pytest.raises(SettingsError, match="is for 400 steps of 1024 tokens, and the runs there are 400 of 2048"):
-        regret.chosen("pilot", tmp_path, 400, 2048)
+    file = tmp_path / "pilot.json"
+    assert str(regret.cost(losses(), regret.chosen("refresh:1000", file, RUNS))) == "none"
+    assert regret.chosen("refresh:40", file, RUNS) == pytest.approx(0.9)
+    assert math.isnan(regret.chosen("pilot", file, RUNS))
+    file.write_text(json.dumps({"beta": 0.9, **RUNS}))
+    assert str(regret.cost(losses(), regret.chosen("pilot", file, RUNS))) == "0.9: +0.00"
+    file.write_text(json.dumps({"beta": None, **RUNS}))
+    assert math.isnan(regret.chosen("pilot", file, RUNS))
+
+
+@pytest.mark.parametrize("other", RUNS)
+def test_a_pilot_for_other_runs_is_refused(other: str, tmp_path: Path) -> None:
+    (tmp_path / "pilot.json").write_text(json.dumps({"beta": 0.9, **RUNS, other: 7}))
+    with pytest.raises(SettingsError, match=f"pilot.json is for runs with {other} = 7, and these have {RUNS[other]}."):
+        regret.chosen("pilot", tmp_path / "pilot.json", RUNS)
 
 
 @pytest.mark.parametrize("rule", ["0.95x", "refresh:many", "1.0", "half_life_tokens:-1", "from:0.9:to:0.99"])
@@ -79,3 +88,72 @@ def test_the_diagonal_is_taken_at_each_betas_best_learning_rate() -> None:
     ]
     found = regret.diagonal(pd.DataFrame(rows))
     assert found.columns.tolist() == [0.8, 0.9, 0.95] and found.loc[1].tolist() == [2.1, 2.1, 2.1]
+
+
+def table(seeds: dict[str, int]) -> pd.DataFrame:
+    """As train.report keeps it: 2 + 1e-3 seed + |horizon - 10| / 100, for so many seeds of each arm."""
+    rows = [
+        {
+            "arm": arm,
+            "lr": 1e-3,
+            "seed": seed,
+            "validation_loss": 2.0 + seed / 1e3 + abs(1 / (1 - float(arm)) - 10) / 100,
+        }
+        for arm, count in seeds.items()
+        for seed in range(count)
+    ]
+    return pd.DataFrame(rows).assign(step=400, tokens=400 * 1024, parameters=50)
+
+
+def test_a_seed_that_has_not_ended_everywhere_counts_for_no_beta_and_a_diverged_one_for_all() -> None:
+    unfinished = table({"0.8": 3, "0.9": 2, "0.95": 3})
+    found = regret.diagonal(unfinished)
+    assert found.index.tolist() == [0, 1] and found.notna().all(axis=None) and regret.best(found) == 0.9
+    diverged = table({"0.8": 3, "0.9": 3, "0.95": 3})
+    diverged.loc[(diverged["arm"] == "0.9") & (diverged["seed"] == 2), "validation_loss"] = math.nan
+    found = regret.diagonal(diverged)
+    assert found.index.tolist() == [0, 1, 2] and regret.best(found) == 0.8
+    with pytest.raises(SettingsError, match="there are 0 tied betas whose runs have ended"):
+        regret.diagonal(table({"0.8": 1, "0.9": 1, "0.95": 1}).assign(seed=[0, 1, 2]))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_folders_and_kept_tables_give_the_same_row(
+    kept: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, pilot = ("a.csv", "a.pilot.json") if kept else ("report.csv", "pilot.json")
+    table({"0.8": 3, "0.9": 3, "0.95": 3}).to_csv(tmp_path / file, index=False)
+    (tmp_path / pilot).write_text(json.dumps({"beta": 0.95, **RUNS}))
+    place = tmp_path / file if kept else tmp_path
+    assert regret.main([str(place), "--rules", "0.95", "refresh:40", "refresh:1000", "refresh:4", "pilot"]) == 0
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row.startswith(f"| {'a' if kept else tmp_path}: 50 weights, 400 steps of 1024 tokens | 3 | 0.9: 2.0010 | ")
+    cost = 10 / 2.001
+    assert row.split(" | ")[3:] == [
+        f"0.95: +{cost:.2f}",
+        "0.9: +0.00",
+        "none",
+        f"0.99: +{cost:.2f} (beyond what was run)",
+        f"0.95: +{cost:.2f} |",
+    ]
+
+
+def test_a_best_beta_at_the_edge_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table({"0.9": 2, "0.95": 2, "0.975": 2}).to_csv(tmp_path / "a.csv", index=False)
+    assert regret.main([str(tmp_path / "a.csv"), "--rules", "0.95"]) == 0
+    assert "| 0.9: 2.0005 (at the edge of those that were run) |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        (["arm", "lr"], "is no table of runs"),
+        (["arm", "lr", "seed", "validation_loss"], "lacks the columns step, tokens"),
+    ],
+)
+def test_a_table_that_tells_too_little_is_refused(
+    columns: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table({"0.8": 2, "0.9": 2, "0.95": 2})[columns].to_csv(tmp_path / "a.csv", index=False)
+    assert regret.main([str(tmp_path / "a.csv")]) == 2
+    assert sentence in capsys.readouterr().err

@@ -48,6 +48,8 @@ def test_a_clear_gain_is_better_noise_is_not_distinguishable_and_one_seed_proves
 def test_a_divergence_is_counted_and_its_seed_has_no_pair() -> None:
     summary = report.summarize(runs({"0.95": [2.0, 2.1, 2.2], "x": [2.5, math.nan, 2.6]}), "0.95").set_index("arm")
     assert summary.loc["x", "diverged"] == 1 and summary.loc["x", "pairs"] == 2 and summary.loc["x", "runs"] == 3
+    better = report.summarize(runs({"0.95": [2.0, 2.1, 2.2], "x": [1.5, math.nan, 1.701]}), "0.95")["verdict"][1]
+    assert better.endswith(" 1 of its 3 runs diverged, and are in no pair: this is about the others alone.")
 
 
 def test_each_arm_is_shown_at_its_best_learning_rate_and_an_edge_is_flagged() -> None:
@@ -57,6 +59,11 @@ def test_each_arm_is_shown_at_its_best_learning_rate_and_an_edge_is_flagged() ->
     best = tuning.best_lr(table).groupby("arm")["lr"].first()
     assert best.to_dict() == {"0.95": 1e-3, "x": 1e-3}  # a divergence loses to any loss
     assert sum("at the edge" in note for note in report.caveats(table)) == 2
+
+
+def test_an_arm_that_has_always_diverged_is_not_at_an_edge() -> None:
+    table = pd.concat([runs({"0.95": [2.0], "x": [math.nan]}, lr) for lr in (1e-3, 2e-3)])
+    assert tuning.at_edge(table) == ["0.95"]
 
 
 def test_a_run_that_has_not_ended_is_not_counted_as_diverged() -> None:

@@ -4,6 +4,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -84,9 +85,31 @@ def test_the_lag_of_a_stable_gradient_explains_its_update_to_first_order() -> No
     wavering = torch.where(torch.arange(30)[:, None] == 25, -growing, growing)
     found = magnitude_lag(recording(torch.cat([growing, wavering], dim=1)), (0.9, 0.99))
     assert found.share == 0.5
-    assert found.r_squared > 0.9999 and found.rest < 1e-3 * found.lag < found.lag
+    assert found.r_squared > 0.9999 and found.correlation > 0.9999 and found.rest < 1e-3 * found.lag < found.lag
     tied = magnitude_lag(recording(growing), (0.9, 0.9))
     assert tied.lag == 0.0 and math.isnan(tied.r_squared) and tied.rest < 1e-5
+
+
+def test_where_sizes_scatter_the_lag_explains_less_with_its_own_factor_than_with_the_best_one() -> None:
+    """Against numpy, over the steps of the whole window; the early signs change, and a gradient that was 0 is left out."""
+    random = np.random.default_rng(0)
+    sizes, signs = np.exp(random.normal(size=(60, 200))), np.sign(random.normal(size=(60, 200)))
+    signs[-response.STABLE :] = signs[-1]
+    gradients = sizes * signs
+    gradients[20, 0] = 0.0
+    found = magnitude_lag(recording(torch.from_numpy(gradients)), (0.9, 0.99))
+    g, ages = gradients[:, 1:], np.arange(59, -1, -1)
+    first, second = (beta**ages / (beta**ages).sum() for beta in (0.9, 0.99))
+    away = np.sign(g[-1]) * (first @ g) / np.sqrt(second @ g**2) - 1.0
+    lag = first @ np.log(abs(g)) - second @ np.log(abs(g))
+    assert found.share == 199 / 200
+    assert found.r_squared == pytest.approx(1.0 - np.var(away - lag) / np.var(away), rel=1e-9)
+    assert found.correlation == pytest.approx(np.corrcoef(away, lag)[0, 1] ** 2, rel=1e-9)
+    assert found.r_squared < found.correlation
+
+
+def test_the_share_near_eps_is_that_of_the_smallest_gradients() -> None:
+    assert response.near_eps(recording(torch.tensor([0.0, 9e-7, 1.1e-6, 1.0]).expand(20, 4)), 0.9) == 0.5
 
 
 def test_the_recorder_keeps_the_last_gradients_of_elements_of_every_tensor() -> None:
@@ -129,6 +152,7 @@ def test_a_language_run_is_measured_from_its_start_and_from_a_checkpoint(
     assert response.main(begun.split()) == 0
     for wrong, sentence in (
         (begun.replace("--at 22", "--at 21"), "at is 21, less than the checkpoint's 10 steps and a window of 12."),
+        (begun.replace("--at 22", "--at 31"), "at is 31, which is beyond the 30 steps of the run."),
         (begun + " --lr 0.5", "belongs to a run with lr = 0.001, not 0.5"),
         (begun.replace(str(run.out), str(tmp_path)), f"checkpoint is {tmp_path}, which is not the folder of a run."),
     ):
@@ -152,6 +176,8 @@ def test_a_vision_model_is_measured(task: str, tmp_path: Path) -> None:
         ("--task vit -- --lr 1", "task is 'vit', which takes no options of a run."),
         ("-- --out x", "--out is given after --; train.response decides it."),
         ("--elements 0", "elements is 0; it must be at least 1."),
+        ("--betas", "betas is empty; give at least one pair."),
+        ("--out README.md", "out is README.md, which is not a folder."),
     ],
 )
 def test_a_bad_question_is_refused(

@@ -163,6 +163,12 @@ def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_wh
     tuned = tmp_path / "tuned"
     compare.main(["--arms", "0.9", "--lr-from", str(out), "--out", str(tuned), "--plan-only", *rest])
     assert {run["lr"] for run in json.loads((tuned / "manifest.json").read_text())["runs"]} == {0.002}
+    # A plan that was made with other learning rates, or from elsewhere, is not taken for one that was tuned here.
+    compare.main(["--arms", "0.9", "--lr", "0.5", "--out", str(tuned), "--plan-only", *rest])
+    compare.main(["--arms", "0.9", "--lr-from", str(out), "--out", str(tuned), "--plan-only", *rest])
+    assert {run["lr"] for run in json.loads((tuned / "manifest.json").read_text())["runs"]} == {0.002}
+    compare.main(["--grid", "0.9", "0.8", "--out", str(tuned), "--plan-only", *rest])
+    assert {run["lr"] for run in json.loads((tuned / "manifest.json").read_text())["runs"]} == {5e-4, 1e-3, 2e-3}
     with pytest.raises(SystemExit):
         compare.main(["--arms", "0.8", "--lr-from", str(out), "--out", str(tuned), "--plan-only", *rest])
     assert "where no run of the arm 0.8 has ended; there are 0.9, 0.9,0.99." in capsys.readouterr().err
