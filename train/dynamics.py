@@ -56,7 +56,8 @@ def selection(cells: pd.DataFrame, window: int) -> Selection:
     """
     tied, rows, votes, chances = 0, 0, 0, []
     for beta1, cell in cells.groupby("beta1"):
-        evenness = cell.pivot(index=["lr", "seed"], columns="beta2", values=f"omega_{window}").dropna()
+        evenness = cell.pivot(index=["lr", "seed"], columns="beta2", values=f"omega_{window}")
+        evenness = evenness.dropna(axis="columns", how="all").dropna()  # a cell that has always diverged has no vote
         if beta1 in evenness.columns and evenness.shape[1] > 1 and len(evenness):
             tied += int((evenness.idxmin(axis=1) == beta1).sum())
             rows += len(evenness)

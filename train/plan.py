@@ -43,7 +43,7 @@ MODULES = {
 }
 
 
-GRID_LR = (5e-4, 1e-3, 2e-3)  # a cell at one learning rate alone would say little of its betas
+ARMS_LR, GRID_LR = (1e-3,), (5e-4, 1e-3, 2e-3)  # a cell at one learning rate alone would say little of its betas
 
 
 class Arm(NamedTuple):
@@ -109,8 +109,8 @@ class Comparison:
     """Instead of arms: every pair of these betas, the tied ones first."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; every arm starts from the same weights and sees the same batches for the same seed."""
-    lr: tuple[float, ...] = (1e-3,)
-    """Peak learning rates; every arm is run with each. A grid, where none is given, has 5e-4, 1e-3 and 2e-3."""
+    lr: tuple[float, ...] | None = None
+    """Peak learning rates; every arm is run with each. Default: 1e-3, and 5e-4, 1e-3 and 2e-3 for a grid."""
     lr_from: tuple[Path, ...] = ()
     """Instead of lr: folders of comparisons in which these arms were tuned; each is run at its best learning rate there."""
     steps: int = 200
@@ -152,12 +152,10 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
         tied = [repr(beta) for beta in comparison.grid]
         wanted = (*tied, *(f"{first},{second}" for first, second in product(tied, tied) if first != second))
     arms = {str(arm): arm for arm in map(Arm.parse, wanted)}
-    require(
-        not comparison.lr_from or comparison.lr == Comparison.lr, "lr and lr_from are both given; give one of them."
-    )
-    every = GRID_LR if comparison.grid and comparison.lr == Comparison.lr else comparison.lr
+    require(not comparison.lr_from or comparison.lr is None, "lr and lr_from are both given; give one of them.")
+    every = comparison.lr if comparison.lr is not None else GRID_LR if comparison.grid else ARMS_LR
     rates = _tuned(comparison, arms) if comparison.lr_from else dict.fromkeys(arms, every)
-    for name, values in (("arms", wanted), ("seeds", comparison.seeds), ("lr", comparison.lr)):
+    for name, values in (("arms", wanted), ("seeds", comparison.seeds), ("lr", every)):
         different = arms if name == "arms" else set(values)
         require(bool(values), f"{name} is empty; give at least one.")
         require(len(different) == len(values), f"{name} is {' '.join(map(str, values))}; give each only once.")

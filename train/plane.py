@@ -30,6 +30,7 @@ from train.tuning import at_edge, best_lr
 POWER, SMALL = 0.8, 0.001
 USUAL, TIED = (0.9, 0.95), (0.95, 0.95)
 NUMBER = r"\d*\.?\d+(e-?\d+)?"
+ALIKE = ("step", "tokens", "parameters", "validation_blocks")  # in all runs that have finished
 Pair = tuple[float, float]
 
 
@@ -80,8 +81,7 @@ def contrasts(cells: pd.DataFrame) -> list[Contrast]:
     """Of the cells that have not diverged: what the tie costs as a whole; the tie alone, at the best tied beta1, at 0.95 and at 0.9; beta1
     alone, between neighbours at the greatest beta2 that ties neither. Each comparison once, Holm-corrected over all of them."""
     found = means(cells).dropna()
-    tied = found[[first == second for first, second in found.index]]
-    untied = found.drop(tied.index)
+    tied, untied = found[_is_tied(found)], found[~_is_tied(found)]
     wanted: dict[tuple[Pair, Pair], str] = {}
     if len(tied) and len(untied):
         best = tied.idxmin()
@@ -105,9 +105,9 @@ class Noise(NamedTuple):
     """What a seed does; NaN where there are too few."""
 
     of_a_run: float
-    """Standard deviation of a cell's loss over seeds, pooled over cells."""
+    """Standard deviation of a cell's loss over seeds, the median of the cells'."""
     of_a_pair: float
-    """That of the difference of two cells with the same seed, pooled over all pairs of cells."""
+    """That of the difference of two cells with the same seed, the median of all pairs': a cell that nearly diverges scatters like no other."""
     seeds: int | None
     """That would show a difference of 0.1 % (one two-sided test at 5 %, power 80 %)."""
 
@@ -117,7 +117,7 @@ def noise(cells: pd.DataFrame) -> Noise:
     losses = cells.pivot(index="seed", columns=["beta1", "beta2"], values="validation_loss")
     pairs = [(losses[a] - losses[b]).var() for a, b in combinations(losses.columns, 2)]
     alone, paired = (
-        math.sqrt(np.nanmean(values)) if np.isfinite(values).any() else math.nan for values in (losses.var(), pairs)
+        math.sqrt(np.nanmedian(values)) if np.isfinite(values).any() else math.nan for values in (losses.var(), pairs)
     )
     return Noise(alone, paired, seeds_for(SMALL * float(losses.mean().mean()), paired))
 
@@ -173,29 +173,36 @@ def markdown(table: pd.DataFrame, best: pd.DataFrame) -> str:
     lines = ["| | cell | less | pairs | difference | 95 % interval | p (Holm) |", "|---|---|---|---|---|---|---|"]
     for c in asked:
         interval, p = ("n/a", "n/a") if math.isnan(c.p) else (f"{c.low:+.4f} to {c.high:+.4f}", f"{c.p:.3f}")
-        lines.append(
-            f"| {c.why} | {named(c.ours)} | {named(c.theirs)} | {c.pairs} | {c.difference:+.4f} | {interval} | {p} |"
-        )
+        difference = f"{c.difference:+.4f}" if c.pairs else "n/a"
+        lines.append(f"| {c.why} | {named(c.ours)} | {named(c.theirs)} | {c.pairs} | {difference} | {interval} | {p} |")
     lines.append("")
-    pairs = [c.pairs for c in asked if c.pairs > 1]
-    if pairs:
-        t = stats.t.ppf(1.0 - LEVEL / 2 / len(asked), min(pairs) - 1)
+    tested = [c.pairs for c in asked if not math.isnan(c.p)]
+    if tested:
+        t = stats.t.ppf(1.0 - LEVEL / 2 / len(tested), min(tested) - 1)
         lines.append(
-            f"- p is corrected for {len(asked)} comparisons, the intervals are not: with {min(pairs)} pairs the first of them has to be {t:.1f} "
-            "standard errors from 0."
+            f"- p is corrected for {len(tested)} comparisons, the intervals are not: with {min(tested)} pairs the first of them has to be "
+            f"{t:.1f} standard errors from 0."
         )
-    of_cells = means(cells).dropna()
-    tied = of_cells[[first == second for first, second in of_cells.index]]
+    everything = means(cells)
+    of_cells = everything.dropna()
+    tied, ran = of_cells[_is_tied(of_cells)], everything[_is_tied(everything)]
+    untied = everything[~_is_tied(everything)]
     lines.append(
         "- Cells are chosen by their mean over the seeds that all have (over their own, if there is none); the best of many looks better than "
         f"it is, and of {len(of_cells) - len(tied)} untied cells more so than of {len(tied)} tied ones."
     )
-    for what, losses, axis in (("tied beta", tied, 0), ("beta1", of_cells, 0), ("beta2", of_cells, 1)):
-        betas = losses.index.get_level_values(axis)
-        if len(set(betas)) > 1 and (chosen := losses.idxmin()[axis]) in (min(betas), max(betas)):
-            lines.append(
-                f"- The best {what} is {chosen:g}, at the edge of those that were run; the optimum may lie beyond."
-            )
+    for what, losses, run, axis in (
+        ("tied beta", tied, ran, 0),
+        ("beta1", of_cells, untied, 0),  # a tied cell alone makes no row
+        ("beta2", of_cells, untied, 1),
+    ):
+        betas = run.index.get_level_values(axis)
+        if len(losses) > 1 and len(set(betas)) > 1:
+            chosen = losses.idxmin()[axis]
+            if 0.0 < chosen <= min(betas) or chosen >= max(betas):
+                lines.append(
+                    f"- The best {what} is {chosen:g}, at the edge of those that were run; the optimum may lie beyond."
+                )
     for cell, losses in cells.groupby(["beta1", "beta2"])["validation_loss"]:
         if losses.isna().any():
             lines.append(
@@ -219,6 +226,11 @@ def markdown(table: pd.DataFrame, best: pd.DataFrame) -> str:
             f"- *: best at the edge of their learning rates, or run at one alone, and not to be trusted: {', '.join(map(_name, sorted(marked)))}."
         )
     return "\n".join(lines) + "\n"
+
+
+def _is_tied(losses: pd.Series) -> Any:
+    """Of losses by (beta1, beta2): a mask, (cells,)."""
+    return losses.index.get_level_values(0) == losses.index.get_level_values(1)
 
 
 def _name(pair: Pair) -> str:
@@ -245,7 +257,8 @@ def read(*files: Path) -> pd.DataFrame:
     for file in files:
         try:
             table = pd.read_csv(file, dtype={"arm": str})
-            numbers = table[["lr", "seed", "validation_loss"]].apply(pd.to_numeric)
+            present = [name for name in ALIKE if name in table.columns]
+            numbers = table[["lr", "seed", "validation_loss", *present]].apply(pd.to_numeric)
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise SettingsError(f"{file} is no table of runs: {first_line(error)}") from None
         require(
@@ -260,8 +273,8 @@ def read(*files: Path) -> pd.DataFrame:
         not twice.any(), f"the tables have the arm, lr and seed of {int(twice.sum())} runs twice; give each run once."
     )
     finished = found[found["validation_loss"].notna()]
-    for column in {"step", "tokens", "parameters"} & set(finished.columns):
-        values = sorted(finished[column].dropna().unique())
+    for column in [name for name in ALIKE if name in finished.columns]:
+        values = finished[column].unique()
         require(
             len(values) <= 1,
             f"the tables have runs that differ in more than arm, lr and seed: {column} is {', '.join(f'{value:g}' for value in values)}.",

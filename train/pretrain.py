@@ -151,12 +151,17 @@ class Trainer:
         finally:
             settings.gradient_clipping = clip
 
+    @property
+    def validation_blocks(self) -> int:
+        """How many blocks of held-out text one validation reads, in whole batches."""
+        batch = self.run.parallelism.batch
+        return batch * min(len(self.validation) // batch, self.run.logging.validation_batches or sys.maxsize)
+
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss on held-out text: blocks spread evenly over all of it, the same ones every time and for every number of ranks."""
-        batch, held_out = self.run.parallelism.batch, len(self.validation)
-        batches = min(held_out // batch, self.run.logging.validation_batches or sys.maxsize)
-        blocks = np.arange(batches * batch) * held_out // (batches * batch)
+        batch, count = self.run.parallelism.batch, self.validation_blocks
+        batches, blocks = count // batch, np.arange(count) * len(self.validation) // count
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         self.engine.eval()
         for number in range(batches):
@@ -223,6 +228,7 @@ class Trainer:
         return {
             "tokens": self.step * self.run.parallelism.batch * self.train.length,
             "parameters": self.parameters,
+            "validation_blocks": self.validation_blocks,
             "world": self.ranks.world,
             "device": _device_name(self.ranks.device),
         }

@@ -25,6 +25,7 @@ from train.settings import SettingsError, exit_code, parse, require
 from train.tuning import best_lr
 
 PILOT = "pilot"
+NEEDED = ["step", "tokens", "parameters"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +49,15 @@ class Cost(NamedTuple):
     percent: float
     low: float
     high: float
+    diverged: int = 0
+    """Seeds; those that are left make no cost."""
 
     def __str__(self) -> str:
         if math.isnan(self.beta):
             return "none"
         shown = f"{self.beta:.4g}" if self.beta < 0.999 else f"{self.beta:.6f}"
+        if self.diverged:
+            return f"{shown}: diverged ({self.diverged} runs)"
         interval = "" if math.isnan(self.low) else f" [{self.low:+.2f}, {self.high:+.2f}]"
         return f"{shown}: {self.percent:+.2f}{interval}{' (beyond what was run)' if self.beyond else ''}"
 
@@ -62,15 +67,17 @@ def diagonal(table: pd.DataFrame) -> pd.DataFrame:
     NaN is one that has diverged.
 
     Raises:
-        SettingsError: if there is no such seed, or there are less than three betas that have not diverged.
+        SettingsError: if there is no such seed, or there are less than three betas with a run that has not diverged.
     """
     cells = plane.of(best_lr(table))
     tied = cells[cells["beta1"] == cells["beta2"]]
     tied = tied[tied.groupby("seed")["arm"].transform("nunique") == tied["arm"].nunique()]
     losses = tied.pivot(index="seed", columns="beta1", values="validation_loss")
-    losses = losses.dropna(axis="columns", how="all").sort_index(axis="columns")
+    losses = losses.sort_index(axis="columns")
+    there = int(losses.notna().any().sum())
     require(
-        losses.shape[1] >= 3, f"there are {losses.shape[1]} tied betas whose runs have ended; it takes at least three."
+        there >= 3,
+        f"there are {there} tied betas with a finished run at a seed that all of them have; it takes at least three.",
     )
     return losses
 
@@ -97,9 +104,11 @@ def cost(losses: pd.DataFrame, beta: float) -> Cost:
     """Of a beta, however it was chosen; NaN: of none."""
     if math.isnan(beta):
         return Cost(beta, False, math.nan, math.nan, math.nan)
-    least = losses[best(losses)]
-    found, scale = paired(at(losses, beta), least), 100.0 / least.mean()
+    least, ours = losses[best(losses)], at(losses, beta)
+    found, scale = paired(ours, least), 100.0 / least.mean()
     beyond = not losses.columns[0] <= beta <= losses.columns[-1]
+    if ours.isna().any():
+        return Cost(beta, beyond, math.nan, math.nan, math.nan, int(ours.isna().sum()))
     return Cost(beta, beyond, found.difference * scale, found.low * scale, found.high * scale)
 
 
@@ -148,17 +157,19 @@ def row(place: Path, rules: tuple[str, ...]) -> dict[str, str]:
     table = plane.read(file)
     finished = table[table["validation_loss"].notna()]
     require(
-        len(finished) > 0 and {"step", "tokens", "parameters"} <= set(table.columns),
-        f"{file} has no run that has finished, or lacks the columns step, tokens and parameters, which the rules need.",
+        len(finished) > 0 and set(NEEDED) <= set(table.columns) and (finished[NEEDED] >= 1).all(axis=None),
+        f"{file} has no run that has finished, or lacks the numbers in the columns {', '.join(NEEDED)}, which the rules need.",
     )
-    steps, tokens, parameters = (int(finished[column].iloc[0]) for column in ("step", "tokens", "parameters"))
+    steps, tokens, parameters = (int(finished[column].iloc[0]) for column in NEEDED)
     runs = {"steps": steps, "tokens_per_step": tokens // steps, "parameters": parameters}
     losses = diagonal(table)
     least = best(losses)
-    edge = " (at the edge of those that were run)" if least in (losses.columns[0], losses.columns[-1]) else ""
+    edge = " (at the edge of those that were run)" if least in (losses.columns[0], losses.columns[-1]) and least else ""
+    tied = plane.of(table).query("beta1 == beta2")
+    left_out = tied["seed"].nunique() - len(losses)
     cells = {
         "runs": f"{place.stem if kept else place}: {parameters} weights, {steps} steps of {tokens // steps} tokens",
-        "seeds": str(len(losses)),
+        "seeds": f"{len(losses)}{f' ({left_out} more lack a beta)' if left_out else ''}",
         "best tied": f"{least:g}: {losses[least].mean():.4f}{edge}",
     }
     return cells | {rule: str(cost(losses, chosen(rule, pilot, runs))) for rule in rules}

@@ -69,6 +69,7 @@ def load(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str, pd.Dat
                     lines, columns=sorted({*PLOTS, *(k for line in lines for k in line)})
                 )
                 settings = common_settings(out / run["name"]) | {"device": result.get("device", shared.get("device"))}
+                settings["validation_blocks"] = result.get("validation_blocks")  # lacking: the first ones, not spread
                 shared = shared or settings
                 require(
                     settings == shared,
@@ -107,23 +108,24 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
         rows.append(row)
     summary = pd.DataFrame(rows)
     summary["p_holm"] = holm(summary["p"])
-    summary["verdict"] = [verdict(row, baseline) for row in summary.to_dict("records")]
+    against = summary.loc[summary["arm"] == baseline].iloc[0].to_dict()
+    summary["verdict"] = [verdict(row, against) for row in summary.to_dict("records")]
     return summary
 
 
-def verdict(row: dict[str, Any], baseline: str) -> str:
-    """One sentence for an arm."""
-    arm = f"({row['arm']})"
+def verdict(row: dict[str, Any], against: dict[str, Any]) -> str:
+    """One sentence for an arm, or two where runs of it or of the baseline, ``against``, have diverged."""
+    arm, baseline = f"({row['arm']})", against["arm"]
     if row["arm"] == baseline:
         return f"{arm} is what the others are compared with."
     if row["pairs"] == 0:
         return f"{arm} can't be compared: no seed finished in both arms."
     if row["pairs"] == 1:
         return f"{arm}: one seed proves nothing (difference {row['difference']:+.4f})."
-    survivors = (
-        f" {row['diverged']} of its {row['runs']} runs diverged, and are in no pair: this is about the others alone."
-        if row["diverged"]
-        else ""
+    survivors = "".join(
+        f" This leaves out what has diverged: {each['diverged']} of {each['runs']} runs of ({each['arm']})."
+        for each in (row, against)
+        if each["diverged"]
     )
     if not row["p_holm"] < LEVEL:
         return f"{arm} is not distinguishable from ({baseline}) at n = {row['pairs']}.{survivors}"
@@ -140,7 +142,11 @@ def caveats(table: pd.DataFrame) -> list[str]:
     elif table.groupby("arm")["lr"].nunique().max() == 1:
         said.append("Each arm was run at one learning rate, chosen for it beforehand.")
     else:
-        said.append(f"Each arm is shown at its best of the learning rates {', '.join(f'{r:g}' for r in rates)}.")
+        same = table.groupby("arm")["lr"].nunique().min() == len(rates)
+        said.append(
+            f"Each arm is shown at its best of {'the' if same else 'its'} learning rates"
+            f"{'' if same else ', which are of'} {', '.join(f'{r:g}' for r in rates)}."
+        )
         for arm in at_edge(table):
             said.append(f"({arm}) is best at the edge of the learning rates tried, so its optimum may lie beyond.")
     if table["seed"].nunique() == 1:

@@ -156,10 +156,10 @@ class Lag(NamedTuple):
     rest: float
     """That of E."""
     r_squared: float
-    """1 - Var(E) / Var(R - S) over these elements, R being m̂ / √v̂: what L explains with the factor 1 that it has in the decomposition, so
+    """1 - Var(S E) / Var(S R) over these elements, R being m̂ / √v̂: what L explains with the factor 1 that it has in the decomposition, so
     that it may be below 0. NaN where L is 0 throughout, as with equal betas."""
     correlation: float
-    """The squared correlation of L and R - S: what it would explain with the best factor."""
+    """The squared correlation of S L and S R: what it would explain with the best factor."""
 
 
 def magnitude_lag(recording: Recording, betas: tuple[float, float]) -> Lag:
@@ -182,7 +182,7 @@ def magnitude_lag(recording: Recording, betas: tuple[float, float]) -> Lag:
 
 def near_eps(recording: Recording, beta2: float, eps: float = 1e-8) -> float:
     """The share of the elements in which eps, the optimizer's default, is more than 1 % of √v̂: where the update isn't what theory, which has
-    no eps, speaks of."""
+    no eps, speaks of. Of gradients before clipping; where it clips, v is smaller, and the share larger."""
     gradients = recording.gradients.double()
     v = weights(beta2, len(gradients)) @ gradients**2
     return float((v.sqrt() < 100.0 * eps).double().mean())

@@ -68,13 +68,14 @@ def test_a_fast_drift_needs_no_memory() -> None:
 
 
 def test_gradients_are_drawn_from_different_batches_at_the_same_weights(make: Make, tmp_path: Path) -> None:
-    """Each is the mean of those of its sequences, whose loss is taken anew here; the weights and their gradients are as before."""
+    """Each is the mean of those of its sequences, whose loss is taken anew here; the weights are as before, and no gradient is left in them."""
     data = make().data
     options = f"--batch 4 --sequence-length 32 --validation-fraction 0.2 --data {data.data} --data-cache {data.data_cache} --warmup 1"
     with alone("test", tmp_path, 30, tuple(options.split())) as trainer:
         module = trainer.engine.module
         before = [parameter.clone() for parameter in module.parameters()]
         drawn = list(choose_beta.draw(trainer, 3))
+        assert all(parameter.grad is None for parameter in module.parameters())
         random = np.random.default_rng([trainer.run.seed, trainer.step])
         for gradient in drawn:
             module.zero_grad()

@@ -35,6 +35,16 @@ def test_tied_runs_are_counted_where_they_are_the_evenest_of_their_row() -> None
     assert found.p == pytest.approx(1 / 27, rel=1e-9)  # three votes of one in three each
 
 
+def test_a_cell_that_has_always_diverged_takes_no_others_vote() -> None:
+    betas = (0.8, 0.9, 0.95)
+    rows = [
+        {"beta1": b1, "beta2": b2, "lr": 1e-3, "seed": 0, "omega_10": math.nan if b2 == 0.8 else 1.0 + (b1 != b2)}
+        for b1, b2 in product(betas[1:], betas)
+    ]
+    found = dynamics.selection(pd.DataFrame(rows), 10)
+    assert found[:5] == (10, 2, 2, 2, 2) and found.p == pytest.approx(1 / 4)
+
+
 def test_without_a_tied_run_and_another_there_is_nothing_to_count() -> None:
     table = pd.DataFrame({"beta1": [0.9, 0.8], "beta2": [0.95, 0.8], "lr": 1e-3, "seed": 0, "omega_10": 1.0})
     found = dynamics.selection(table, 10)

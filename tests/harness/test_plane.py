@@ -54,6 +54,9 @@ def test_the_noise_of_a_run_and_of_a_pair_are_told_apart() -> None:
     found = plane.noise(plane.of(best_of(plane_of(400, of_a_seed=0.05, of_a_run=0.01))))
     assert found.of_a_run == pytest.approx(math.hypot(0.05, 0.01), rel=0.1)
     assert found.of_a_pair == pytest.approx(0.01 * math.sqrt(2), rel=0.05)
+    wild = plane_of(40, of_a_seed=0.05, of_a_run=0.01)
+    wild["validation_loss"] += (wild["arm"] == "0.95,0.8") * np.random.default_rng(2).normal(0.0, 1.0, len(wild))
+    assert plane.noise(plane.of(best_of(wild))).of_a_pair == pytest.approx(0.01 * math.sqrt(2), rel=0.2)
 
 
 def test_so_many_seeds_show_a_tenth_of_a_per_cent_in_four_of_five_trials() -> None:
@@ -104,6 +107,13 @@ def test_more_seeds_on_the_diagonal_decide_nothing_by_their_own_luck() -> None:
     assert math.isnan(plane.means(plane.of(alone))[0.8, 0.8]) and plane.contrasts(plane.of(alone))[0].ours == (0.9, 0.9)
 
 
+def table_of_a_sign(cost: float) -> pd.DataFrame:
+    """The plane, and a tied beta of 0 whose loss differs by so much from that of (0.8, 0.8)."""
+    table = plane_of(3, 0.01, 0.001)
+    sign = table[table["arm"] == "0.8"].assign(arm="0.0")
+    return pd.concat([table, sign.assign(validation_loss=sign["validation_loss"] + cost)])
+
+
 def test_the_comparisons_say_how_many_they_are_and_which_optimum_is_at_an_edge() -> None:
     text = plane.markdown(plane_of(3, 0.01, 0.001), best_of(plane_of(3, 0.01, 0.001)))
     count = len(plane.contrasts(plane.of(best_of(plane_of(3, 0.01, 0.001)))))
@@ -116,6 +126,11 @@ def test_the_comparisons_say_how_many_they_are_and_which_optimum_is_at_an_edge()
         "- The best tied beta is 0.8, at the edge of those that were run" in text
         and "of 6 untied cells more so than of 3" in text
     )
+    alone = table_of_a_sign(0.5)  # a beta on the diagonal alone makes no row and no column
+    text = plane.markdown(alone, best_of(alone))
+    assert "The best tied beta is" not in text and "The best beta1 is 0.8, at the edge" in text
+    least = table_of_a_sign(-0.5)
+    assert "The best tied beta is" not in plane.markdown(least, best_of(least))  # below 0 there is nothing
     inner = plane_of(3, 0.0, 0.0).assign(validation_loss=lambda t: t["validation_loss"] - 0.5 * (t["arm"] == "0.9"))
     assert "The best tied beta is" not in plane.markdown(inner, best_of(inner))
 
@@ -205,6 +220,10 @@ def test_a_report_of_a_plane_has_its_map_and_its_contrasts(tmp_path: Path, capsy
     report.main([str(tmp_path)])
     kept = pd.read_csv(tmp_path / "report.csv")
     assert kept[["training_loss", "omega_10"]].isna().sum().tolist() == [1, 1]
+    (tmp_path / runs[0]["name"] / "result.json").write_text(json.dumps({**spoiled, "validation_blocks": 64}))
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path)])
+    assert "differs from the others in more than arm, lr and seed: validation_blocks." in capsys.readouterr().err
     assert "validation loss over the betas" in (tmp_path / "report.html").read_text()
 
 
@@ -242,6 +261,11 @@ def test_a_table_without_omega_has_no_line_about_it_and_a_missing_folder_is_made
         ("arm,lr,seed,validation_loss\n,1e-3,0,2.0\n", "it has a row without arm, lr or seed"),
         ("arm,lr,seed,validation_loss\n0.9,1e-3,0,low\n", "is no table of runs: Unable to parse"),
         ("arm,lr,seed,validation_loss,step\n0.9,1e-3,0,2.0,5\n0.8,1e-3,0,2.0,6\n", "step is 5, 6."),
+        ("arm,lr,seed,validation_loss,step\n0.9,1e-3,0,2.0,five\n", "is no table of runs: Unable to parse"),
+        (
+            "arm,lr,seed,validation_loss,validation_blocks\n0.9,1e-3,0,2.0,64\n0.8,1e-3,0,2.0,\n",
+            "validation_blocks is 64, nan.",
+        ),
     ],
 )
 def test_a_table_that_is_none_is_refused_in_one_sentence(

@@ -113,7 +113,15 @@ def test_a_seed_that_has_not_ended_everywhere_counts_for_no_beta_and_a_diverged_
     diverged.loc[(diverged["arm"] == "0.9") & (diverged["seed"] == 2), "validation_loss"] = math.nan
     found = regret.diagonal(diverged)
     assert found.index.tolist() == [0, 1, 2] and regret.best(found) == 0.8
-    with pytest.raises(SettingsError, match="there are 0 tied betas whose runs have ended"):
+    assert str(regret.cost(found, 0.9)) == "0.9: diverged (1 runs)" and str(regret.cost(found, 0.85)).endswith(
+        "(1 runs)"
+    )
+    always = table({"0.8": 3, "0.9": 3, "0.95": 3, "0.99": 3})
+    always["validation_loss"] = always["validation_loss"].where(always["arm"] != "0.99")
+    assert str(regret.cost(regret.diagonal(always), 0.99)) == "0.99: diverged (3 runs)"
+    with pytest.raises(
+        SettingsError, match="there are 0 tied betas with a finished run at a seed that all of them have"
+    ):
         regret.diagonal(table({"0.8": 1, "0.9": 1, "0.95": 1}).assign(seed=[0, 1, 2]))
 
 
@@ -148,7 +156,7 @@ def test_a_best_beta_at_the_edge_is_told(tmp_path: Path, capsys: pytest.CaptureF
     ("columns", "sentence"),
     [
         (["arm", "lr"], "is no table of runs"),
-        (["arm", "lr", "seed", "validation_loss"], "lacks the columns step, tokens"),
+        (["arm", "lr", "seed", "validation_loss"], "lacks the numbers in the columns step, tokens, parameters"),
     ],
 )
 def test_a_table_that_tells_too_little_is_refused(
@@ -157,3 +165,11 @@ def test_a_table_that_tells_too_little_is_refused(
     table({"0.8": 2, "0.9": 2, "0.95": 2})[columns].to_csv(tmp_path / "a.csv", index=False)
     assert regret.main([str(tmp_path / "a.csv")]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_seed_that_lacks_a_beta_is_left_out_and_this_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table({"0.8": 2, "0.9": 5, "0.95": 5}).to_csv(tmp_path / "a.csv", index=False)
+    assert regret.main([str(tmp_path / "a.csv"), "--rules", "0.95"]) == 0
+    assert "| 2 (3 more lack a beta) | 0.9: 2.0005 |" in capsys.readouterr().out

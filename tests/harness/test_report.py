@@ -49,7 +49,9 @@ def test_a_divergence_is_counted_and_its_seed_has_no_pair() -> None:
     summary = report.summarize(runs({"0.95": [2.0, 2.1, 2.2], "x": [2.5, math.nan, 2.6]}), "0.95").set_index("arm")
     assert summary.loc["x", "diverged"] == 1 and summary.loc["x", "pairs"] == 2 and summary.loc["x", "runs"] == 3
     better = report.summarize(runs({"0.95": [2.0, 2.1, 2.2], "x": [1.5, math.nan, 1.701]}), "0.95")["verdict"][1]
-    assert better.endswith(" 1 of its 3 runs diverged, and are in no pair: this is about the others alone.")
+    assert better.endswith("at n = 2. This leaves out what has diverged: 1 of 3 runs of (x).")
+    worse = report.summarize(runs({"0.95": [1.5, math.nan, 1.701], "x": [2.0, 2.1, 2.2]}), "0.95")["verdict"][1]
+    assert worse.endswith("at n = 2. This leaves out what has diverged: 1 of 3 runs of (0.95).")
 
 
 def test_each_arm_is_shown_at_its_best_learning_rate_and_an_edge_is_flagged() -> None:

@@ -165,6 +165,8 @@ def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_wh
     assert {run["lr"] for run in json.loads((tuned / "manifest.json").read_text())["runs"]} == {0.002}
     # A plan that was made with other learning rates, or from elsewhere, is not taken for one that was tuned here.
     compare.main(["--arms", "0.9", "--lr", "0.5", "--out", str(tuned), "--plan-only", *rest])
+    elsewhere = folder.read_json(tuned / "manifest.json")
+    folder.write_json(tuned / "manifest.json", {**elsewhere, "lr_from": ["somewhere"]})
     compare.main(["--arms", "0.9", "--lr-from", str(out), "--out", str(tuned), "--plan-only", *rest])
     assert {run["lr"] for run in json.loads((tuned / "manifest.json").read_text())["runs"]} == {0.002}
     compare.main(["--grid", "0.9", "0.8", "--out", str(tuned), "--plan-only", *rest])

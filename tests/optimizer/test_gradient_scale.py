@@ -107,7 +107,15 @@ def test_the_bound_never_decreases_with_the_step(beta1, beta2, step):
 
 @pytest.mark.parametrize(
     ("betas", "bound"),
-    [((0.9, 0.999), 7.27), ((0.95, 0.95), 1.0), ((0.0, 0.0), 1.0), ((0.9, 0.8), math.inf), ((0.9, 0), math.inf)],
+    [
+        ((0.9, 0.999), 7.27),
+        ((0.9, 0.95), 1.165),
+        ((0.95, 0.95), 1.0),
+        ((0.0, 0.0), 1.0),
+        ((0.9, 0.8), math.inf),
+        ((0.7, 0.49), math.inf),
+        ((0.9, 0), math.inf),
+    ],
 )
 def test_known_bounds(betas, bound):
     assert update_bound(*betas) == pytest.approx(bound, abs=5e-3)
