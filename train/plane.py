@@ -145,20 +145,29 @@ def heat_map(cells: pd.DataFrame, marked: set[Pair]) -> Any:
         cells.groupby(["beta2", "beta1"])["validation_loss"].agg(lambda losses: int(losses.isna().sum())).unstack()
     )
     figure, axes = plt.subplots(figsize=(1.2 + 0.85 * found.shape[1], 1.0 + 0.6 * found.shape[0]), layout="constrained")
-    image = axes.imshow(found, origin="lower", aspect="auto", cmap="viridis_r")
+    least, middle, most = (
+        np.nanquantile(found, part) if found.notna().any(axis=None) else 0.0 for part in (0.0, 0.5, 1.0)
+    )
+    most = min(most, least + 3.0 * (middle - least))  # a cell that has run away must not take all colours
+    image = axes.imshow(found, origin="lower", aspect="auto", cmap="viridis_r", vmin=least, vmax=most)
     axes.set_xticks(range(found.shape[1]), [f"{beta:g}" for beta in found.columns])
     axes.set_yticks(range(found.shape[0]), [f"{beta:g}" for beta in found.index])
     axes.set_xlabel("beta1")
     axes.set_ylabel("beta2")
-    middle = np.nanmean([np.nanmin(found), np.nanmax(found)]) if found.notna().any(axis=None) else 0.0
     for (y, beta2), (x, beta1) in product(enumerate(found.index), enumerate(found.columns)):
         value, count = found.loc[beta2, beta1], diverged.loc[beta2, beta1]
-        text = "" if math.isnan(value) else f"{value:.3f}{'*' if (beta1, beta2) in marked else ''}"
+        text = (
+            ""
+            if math.isnan(value)
+            else f"{value:{'.3f' if value < 100 else '.0f'}}{'*' if (beta1, beta2) in marked else ''}"
+        )
         text = f"{count:.0f} diverged" if count > 0 else text
-        axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if value > middle else "black")
+        axes.text(
+            x, y, text, ha="center", va="center", fontsize=8, color="white" if value > (least + most) / 2 else "black"
+        )
         if beta1 == beta2:
             axes.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, fill=False, edgecolor="red", linewidth=1.6))
-    figure.colorbar(image, label="validation loss")
+    figure.colorbar(image, label="validation loss", extend="max" if (found > most).any(axis=None) else "neither")
     return figure
 
 
