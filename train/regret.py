@@ -154,6 +154,9 @@ def row(place: Path, rules: tuple[str, ...]) -> dict[str, str]:
     """
     kept = place.suffix == ".csv"
     file, pilot = (place, place.with_suffix(".pilot.json")) if kept else (place / report.TABLE, place / PILOT_FILE)
+    require(
+        file.exists(), f"{file} is missing; {'give another' if kept else f'python -m train.report {place} makes it'}."
+    )
     table = plane.read(file)
     finished = table[table["validation_loss"].notna()]
     require(

@@ -146,6 +146,14 @@ def test_folders_and_kept_tables_give_the_same_row(
     ]
 
 
+@pytest.mark.parametrize(("place", "advice"), [("", "python -m train.report"), ("none.csv", "give another.")])
+def test_a_table_that_is_not_there_is_asked_for(
+    place: str, advice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert regret.main([str(tmp_path / place)]) == 2
+    assert f" is missing; {advice}" in capsys.readouterr().err
+
+
 def test_a_best_beta_at_the_edge_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table({"0.9": 2, "0.95": 2, "0.975": 2}).to_csv(tmp_path / "a.csv", index=False)
     assert regret.main([str(tmp_path / "a.csv"), "--rules", "0.95"]) == 0
