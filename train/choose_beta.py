@@ -4,8 +4,8 @@ The pilot trains at beta = 0.95. At some of its steps it draws gradients of othe
 among themselves is the noise V, and how fast their mean moves from one of these steps to the next is the drift D. An average
 over a horizon of H = 1 / (1 - beta) steps has about V / 2H of noise left, and lags H steps behind, which costs D H^2; their sum
 is least at H = (V / 4D)^(1/3). A mean that turns on its way moves further in a step than its distance over many tells, so that the
-gap between checkpoints (a quarter of the pilot) is a choice too, and a longer one finds a longer horizon. The formula and the pilot's sizes are those of arXiv 2610.08624; this derivation is ours, and so
-are the estimators.
+gap between checkpoints (a quarter of the pilot) is a choice too, and a longer one finds a longer horizon. The formula and the pilot's sizes are
+those of arXiv 2610.08624; this derivation is ours, and so are the estimators.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from train import dynamics, folder
 from train.figures import as_svg
 from train.pairs import LEVEL, holm, paired
 from train.settings import SettingsError, exit_code, first_line, parse, require
-from train.tuning import at_edge, best_lr
+from train.tuning import at_edge, best_lr, everywhere
 
 POWER, SMALL = 0.8, 0.001
 USUAL, TIED = (0.9, 0.95), (0.95, 0.95)
@@ -51,8 +51,8 @@ def is_plane(best: pd.DataFrame) -> bool:
 def means(cells: pd.DataFrame) -> pd.Series:
     """The mean loss of each cell over the seeds that have ended in all cells (over its own, if there is none), by (beta1, beta2). NaN where
     a run has diverged, at whatever seed."""
-    everywhere = cells.groupby("seed")["arm"].transform("nunique") == cells["arm"].nunique()
-    chosen = cells[everywhere] if everywhere.any() else cells
+    ended = everywhere(cells, "arm")
+    chosen = cells[ended] if ended.any() else cells
     found = chosen.groupby(["beta1", "beta2"])["validation_loss"].mean()
     whole = cells.groupby(["beta1", "beta2"])["validation_loss"].agg(lambda losses: losses.notna().all())
     return found.where(whole.loc[found.index])
@@ -156,12 +156,11 @@ def heat_map(cells: pd.DataFrame, marked: set[Pair]) -> Any:
     axes.set_ylabel("beta2")
     for (y, beta2), (x, beta1) in product(enumerate(found.index), enumerate(found.columns)):
         value, count = found.loc[beta2, beta1], diverged.loc[beta2, beta1]
-        text = (
-            ""
-            if math.isnan(value)
-            else f"{value:{'.3f' if value < 100 else '.0f'}}{'*' if (beta1, beta2) in marked else ''}"
-        )
-        text = f"{count:.0f} diverged" if count > 0 else text
+        text = ""
+        if count > 0:
+            text = f"{count:.0f} diverged"
+        elif not math.isnan(value):
+            text = f"{value:{'.3f' if value < 100 else '.0f'}}{'*' if (beta1, beta2) in marked else ''}"
         axes.text(
             x, y, text, ha="center", va="center", fontsize=8, color="white" if value > (least + most) / 2 else "black"
         )

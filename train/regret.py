@@ -22,7 +22,7 @@ from train import figures, folder, plane, report
 from train.choose_beta import PILOT_FILE
 from train.pairs import paired
 from train.settings import SettingsError, exit_code, parse, require
-from train.tuning import best_lr
+from train.tuning import best_lr, everywhere
 
 PILOT = "pilot"
 NEEDED = ["step", "tokens", "parameters"]
@@ -71,8 +71,7 @@ def diagonal(table: pd.DataFrame) -> pd.DataFrame:
     """
     cells = plane.of(best_lr(table))
     tied = cells[cells["beta1"] == cells["beta2"]]
-    tied = tied[tied.groupby("seed")["arm"].transform("nunique") == tied["arm"].nunique()]
-    losses = tied.pivot(index="seed", columns="beta1", values="validation_loss")
+    losses = tied[everywhere(tied, "arm")].pivot(index="seed", columns="beta1", values="validation_loss")
     losses = losses.sort_index(axis="columns")
     there = int(losses.notna().any().sum())
     require(

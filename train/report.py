@@ -263,13 +263,16 @@ def write(*folders: Path, baseline: str = "") -> None:
     """
     out = folders[0]
     plan, table, metrics = load(*folders)
-    whole = table["validation_loss"].notna()  # what a run was until it diverged is not comparable
     table["training_loss"] = [_last_loss(metrics[name]) for name in table["name"]]
-    table["training_loss"] = table["training_loss"].where(whole)
     for window in dynamics.WINDOWS:
-        sizes = zip(table["name"], table["parameters"], strict=True)
-        table[f"omega_{window}"] = [dynamics.omega(metrics[name], count, window) for name, count in sizes]
-        table[f"omega_{window}"] = table[f"omega_{window}"].where(whole)
+        table[f"omega_{window}"] = [
+            dynamics.omega(metrics[name], count, window)
+            for name, count in zip(table["name"], table["parameters"], strict=True)
+        ]
+    measured = ["training_loss", *(f"omega_{window}" for window in dynamics.WINDOWS)]
+    table.loc[table["validation_loss"].isna(), measured] = (
+        math.nan
+    )  # what a run was until it diverged is not comparable
     best = best_lr(table)
     baseline = baseline or next(run["arm"] for run in plan["runs"] if run["arm"] in set(table["arm"]))
     summary = summarize(best, baseline)

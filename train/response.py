@@ -180,12 +180,12 @@ def magnitude_lag(recording: Recording, betas: tuple[float, float]) -> Lag:
     return Lag(share, float((lag**2).mean().sqrt()), float((rest**2).mean().sqrt()), explained, together)
 
 
-def near_eps(recording: Recording, beta2: float, eps: float = 1e-8) -> float:
-    """The share of the elements in which eps, the optimizer's default, is more than 1 % of √v̂: where the update isn't what theory, which has
+def near_eps(recording: Recording, beta2: float) -> float:
+    """The share of the elements in which eps = 1e-8, the optimizer's default, is more than 1 % of √v̂: where the update isn't what theory, which has
     no eps, speaks of. Of gradients before clipping; where it clips, v is smaller, and the share larger."""
     gradients = recording.gradients.double()
     v = weights(beta2, len(gradients)) @ gradients**2
-    return float((v.sqrt() < 100.0 * eps).double().mean())
+    return float((v.sqrt() < 100.0 * 1e-8).double().mean())
 
 
 # ---- Where gradients come from

@@ -5,6 +5,11 @@ from __future__ import annotations
 import pandas as pd
 
 
+def everywhere(table: pd.DataFrame, column: str) -> pd.Series:
+    """Which rows are of a seed whose runs have ended at all values of ``column``: a mask, (rows,)."""
+    return table.groupby("seed")[column].transform("nunique") == table[column].nunique()
+
+
 def best_lr(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of each arm's best learning rate: fewest divergences, then the lowest mean loss.
 
@@ -12,8 +17,8 @@ def best_lr(table: pd.DataFrame) -> pd.DataFrame:
     """
     kept = []
     for _, arm in table.groupby("arm", sort=False):
-        everywhere = arm.groupby("seed")["lr"].transform("nunique") == arm["lr"].nunique()
-        by_lr = (arm[everywhere] if everywhere.any() else arm).groupby("lr")["validation_loss"]
+        ended = everywhere(arm, "lr")
+        by_lr = (arm[ended] if ended.any() else arm).groupby("lr")["validation_loss"]
         ranking = pd.DataFrame({"diverged": by_lr.apply(lambda x: x.isna().sum()), "loss": by_lr.mean()})
         kept.append(arm[arm["lr"] == ranking.sort_values(["diverged", "loss"]).index[0]])
     return pd.concat(kept)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -36,7 +37,7 @@ class Rival(Protocol):
     def step(self) -> Any: ...
 
 
-class Rounded:
+class Rounded(ABC):
     """The same rule, with moments that are stored in some other way after each step."""
 
     bounded = False
@@ -59,12 +60,13 @@ class Rounded:
                 self.state[param] = self.write(m, v, param, param.grad)
                 param.copy_(new)
 
+    @abstractmethod
     def read(self, stored: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """The moments, in float32."""
 
+    @abstractmethod
     def write(self, m: Tensor, v: Tensor, param: Tensor, grad: Tensor) -> Any:
-        """``param`` is that before the step."""
-        raise NotImplementedError
+        """What is stored of them; ``param`` is that before the step."""
 
 
 class BFloat16Moments(Rounded):
