@@ -1,18 +1,12 @@
 """BalancedAdam by name in a plain DeepSpeed script, Transformers' Trainer and Accelerate: two real ranks each."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from train.compare import RANK_VARIABLES
-from train.ranks import free_port
+from tests.ranks import Program, environment, start
 from train.settings import REPOSITORY
-
-HERE = Path(__file__).parent
 
 
 @pytest.mark.ranks
@@ -27,17 +21,11 @@ def test_two_ranks_train_with_it_under_zero_2(script: str, tmp_path: Path) -> No
         "trainer": [str(tmp_path), str(REPOSITORY / "ds_configs" / "zero2.json")],  # it fills in every "auto"
         "accelerated": [str(for_accelerate)],
     }
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
     # DeepSpeed compiles an op for its inference at the first start on CPU; a folder of our own, so that tests don't race.
-    environment |= {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(REPOSITORY / "build" / "extensions")}
-    done = subprocess.run(
-        [*line, str(HERE / f"{script}.py"), *arguments[script]],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    settings = environment(DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(REPOSITORY / "build" / "extensions"))
+    program = Program(f"tests.frontends.{script}", arguments[script], settings, tmp_path / "log", world=2)
+    started = start(program, fresh=script == "plain_deepspeed")  # as a user starts it
     # A thread of gloo may abort a CPU process that has done everything, while Python is finalizing; see train.ranks.leave.
-    assert done.returncode == 0 or "terminate called without an active exception" in done.stderr, done.stderr[-3000:]
-    assert done.stdout.count("USED ('BalancedAdam', 2, 2, 5)\n") == 2, done.stdout
+    code, said = started.wait(), started.said()
+    assert code == 0 or "terminate called without an active exception" in said, said[-3000:]
+    assert said.count("USED ('BalancedAdam', 2, 2, 5)\n") == 2, said

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.corpus import write_corpus
-from tests.parity.worker import spawn
+from tests.ranks import spawn
 from train import checkpoints, deepspeed_config, folder
 from train.pretrain import initialize
 from train.progress import Progress

@@ -1,7 +1,6 @@
 """Whole runs with real ranks: every launcher, every shipped ds_config, cut and resumed."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -9,64 +8,31 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
+from tests.harness.runs import change, finish, losses, out_of, start
+from tests.ranks import LIMIT, Forking
 from train import compare, folder, report
 from train.settings import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "ds_configs").glob("zero*.json"))
 
 
-def start(
-    options: list[str], launcher: str = "torchrun", ranks: int = 2, module: str = "train.pretrain", **more: str
-) -> subprocess.Popen[str]:
-    """A run through a launcher, by the command line that train.compare uses; ``more`` goes into its environment."""
-    out = Path(options[options.index("--out") + 1])
-    run = {"name": out.name, "arguments": [o for o in options if o not in ("--out", str(out))]}
-    line = compare.command({"launcher": launcher, "ranks": ranks}, run, out.parent)
-    line = [module if word == "train.pretrain" else word for word in line]
-    environment = {k: v for k, v in os.environ.items() if k not in compare.RANK_VARIABLES}
-    environment |= {"DS_ACCELERATOR": "cpu", **more}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        line, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def finish(
-    options: list[str], launcher: str = "torchrun", ranks: int = 2, module: str = "train.pretrain", **more: str
-) -> tuple[int, str]:
-    process = start(options, launcher, ranks, module, **more)
-    said, _ = process.communicate(timeout=120)
-    return process.returncode, said
-
-
-def losses(options: list[str]) -> list[float]:
-    return [line["loss"] for line in folder.read_metrics(Path(options[options.index("--out") + 1])) if "loss" in line]
-
-
-def change(options: list[str], **values: Any) -> list[str]:
-    """The options with some replaced or added."""
-    for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        if flag in options:
-            options = [*options[: options.index(flag)], *options[options.index(flag) + 2 :]]
-        options = [*options, flag, str(value)]
-    return options
-
-
 @pytest.mark.ranks
 @pytest.mark.parametrize(("launcher", "ranks"), [("deepspeed", 2), ("torchrun", 2), ("accelerate", 2), ("python", 1)])
 def test_twenty_steps_under_each_launcher(small_run: list[str], launcher: str, ranks: int) -> None:
     options = change(small_run, steps=20, save_every=0)
-    code, said = finish(options, launcher, ranks)
+    code, said = finish(options, ranks, launcher=launcher)
     assert code == 0, said
-    result = folder.result(Path(options[options.index("--out") + 1]))
+    result = folder.result(out_of(options))
     assert result and result["status"] == "finished" and result["world"] == ranks and result["step"] == 20
     assert len(losses(options)) == 20 and losses(options)[-1] < losses(options)[0]
+    forked = change(options, out=out_of(options).with_name("forked"))
+    code, said = finish(forked, ranks if ranks > 1 else None)
+    assert code == 0, said
+    assert losses(forked) == losses(options)  # so the other tests may fork their ranks
 
 
 @pytest.mark.ranks
@@ -78,7 +44,7 @@ def test_every_shipped_ds_config_trains_and_starts_from_the_same_weights(
     code, said = finish(options)
     assert code == 0, said
     reference = change(small_run, ds_config=REPOSITORY / "ds_configs" / "zero0.json", out=tmp_path / "one-rank")
-    assert finish(reference, "python", 1)[0] == 0
+    assert finish(reference, None)[0] == 0
     assert losses(options) == pytest.approx(losses(reference), rel=2e-5)
 
 
@@ -88,7 +54,7 @@ def test_with_a_packed_state_it_trains_as_well_and_writes_smaller_checkpoints(
 ) -> None:
     runs = {state: change(small_run, state=state, out=tmp_path / state) for state in ("fp32", "packed16")}
     for options in runs.values():
-        assert finish(options, "python", 1)[0] == 0
+        assert finish(options, None)[0] == 0
     sizes = {
         state: sum(
             f.stat().st_size for f in (tmp_path / state / "checkpoints" / "step-0000006").glob("*optim_states.pt")
@@ -111,23 +77,23 @@ def test_two_ranks_say_it_once_and_end_with_a_failure(small_run: list[str]) -> N
 
 @pytest.mark.ranks
 def test_a_dry_run_estimates_memory_and_writes_nothing(small_run: list[str]) -> None:
-    process = start([*small_run, "--dry-run"], "python", 1)
-    said, _ = process.communicate(timeout=100)
-    assert process.returncode == 0, said
+    code, said = finish([*small_run, "--dry-run"], None)
+    assert code == 0, said
     assert "ZeRO-3 with offload" in said and "one batch: loss" in said
-    assert not Path(small_run[small_run.index("--out") + 1]).exists()
+    assert not out_of(small_run).exists()
 
 
 @pytest.mark.ranks
 def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_what_was_cut_and_reports(
-    small_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compare.subprocess, "Popen", Forking)
     out = tmp_path / "comparison"
     kept = small_run[small_run.index("--data") : small_run.index("--data") + 4]
     text = "--seeds 0 1 --steps 4 --batch 4 --sequence-length 32 --ranks 1 --launcher python"
     rest = [*text.split(), "--", *kept, "--validation-fraction", "0.2"]
     arguments = ["--arms", "0.9", "0.9,0.99", "--lr", "0.002", "--out", str(out), *rest]
-    with subprocess.Popen([sys.executable, "-m", "train.compare", *arguments], cwd=REPOSITORY) as other:
+    with start(arguments, None, "train.compare") as other:
         compare.main(["--max-runs", "1", *arguments])
     assert other.returncode == 0
     assert "The budget is spent: 1 runs in 0.0" in (said := capsys.readouterr().out) and "h on one worker" in said
@@ -154,10 +120,9 @@ def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_wh
     assert [(out / run["name"] / "checkpoints").exists() for run in plan["runs"]] == [True] * 3 + [False]
     reports = {file: file.read_bytes() for file in out.glob("report.*")}
     for seconds in (0.5, 1.5, 2.0, 2.5):  # whenever it is killed, each file is a whole one
-        process = subprocess.Popen([sys.executable, "-m", "train.report", str(out)], cwd=REPOSITORY)
+        process = start([str(out)], None, "train.report")
         time.sleep(seconds)
-        process.kill()
-        process.wait()
+        process.end()
         assert {file: file.read_bytes() for file in out.glob("report.*")} == reports
 
     tuned = tmp_path / "tuned"
@@ -226,22 +191,22 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
     ]
     run = out / "beta-0.9_lr-0.001_seed-0"
     process = subprocess.Popen(line, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 100
+    until = time.monotonic() + LIMIT
     while not (run / "checkpoints" / "step-0000100" / "complete.json").exists() and time.monotonic() < until:
         time.sleep(0.02)
     ranks = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks) >= 3  # the launcher and two ranks
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=LIMIT)
     assert process.returncode == 130 and "The same command goes on from here" in said
     assert not psutil.wait_procs(ranks, timeout=10)[1]
     assert folder.result(run) is None
-    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    code, said = finish(line[line.index("train.compare") + 1 :], None, "train.compare")
+    assert code == 0, said
     assert re.search(r"Going on from .*step-0000(100|200|300)", (run / "log.txt").read_text())
     steps = [entry["step"] for entry in folder.read_metrics(run) if "loss" in entry]
     assert steps == list(range(1, 401)) and (out / "report.html").exists()
-    assert "400/400" in done.stderr  # the progress line
+    assert "400/400" in said  # the progress line
 
 
 def test_python_that_runs_the_tests_is_the_one_that_runs_the_harness() -> None:

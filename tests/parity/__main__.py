@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import isnan
-from tempfile import TemporaryDirectory
 
 import pandas as pd
 
@@ -12,7 +11,7 @@ from tests.parity.compare import differences
 from tests.parity.control import TENSORS
 from tests.parity.model import WORLDS
 from tests.parity.real import FP32, greatest, plain_run, traces
-from tests.parity.test_resume import MORE, SETTINGS_OF_GROUP_0, Checkpoints
+from tests.parity.test_resume import MORE, SETTINGS_OF_GROUP_0, resumed, uncut
 
 
 def where(case: Case, world: int) -> dict[str, str]:
@@ -54,10 +53,8 @@ def real() -> list[dict[str, str]]:
 
 def unmended() -> list[dict[str, str]]:
     phantom = of_the_wrong()[PHANTOM]
-    with TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(folder)
-        uncut = checkpoints.uncut[0][SETTINGS_OF_GROUP_0._replace(mutant=None)][1]
-        settings = differences([checkpoints.resumed(MORE, True)[0][SETTINGS_OF_GROUP_0][1]], uncut)
+    end = uncut()[0][SETTINGS_OF_GROUP_0._replace(mutant=None)][1]
+    settings = differences([resumed(MORE, True)[0][SETTINGS_OF_GROUP_0][1]], end)
     named = {"start-up at stage 0 in bf16": phantom, "universal checkpoint at stage 3, two groups": settings}
     return [{"where": name} | {key: f"{found[key]:.0f}" for key in TENSORS} for name, found in named.items()]
 

@@ -15,7 +15,8 @@ from tests.parity.compare import differences
 from tests.parity.control import TENSORS, Absent, Clip, State, train
 from tests.parity.model import EPS, GROUPS, MICRO, TRAINED, AwkwardModel, moving_beta, share
 from tests.parity.mutants import MUTANTS, wrong
-from tests.parity.worker import device, once, spawn
+from tests.ranks import device, spawn
+from tests.session import shared
 
 STEPS = 8
 SUB_GROUP_SIZE = 40
@@ -227,13 +228,13 @@ def run(cases: list[Case]) -> dict[Case, State]:
     return results
 
 
-@once
+@shared
 def outcomes(world: int) -> dict[Case, dict[str, float]]:
     """All cases of one world size, in one spawn: case -> greatest differences from the control in ulp."""
     return _compared(world, list(matrix(world)))
 
 
-@once
+@shared
 def of_the_wrong() -> dict[Case, dict[str, float]]:
     """The same of every deliberately wrong optimizer, on 2 ranks."""
     return _compared(2, [*mutant_cases(), PHANTOM])

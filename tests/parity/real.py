@@ -13,7 +13,8 @@ from balanced_adam import rule
 from tests.parity.cases import Case, read
 from tests.parity.control import TENSORS, State
 from tests.parity.mutants import wrong
-from tests.parity.worker import once, spawn
+from tests.ranks import spawn
+from tests.session import shared
 from train.settings import REPOSITORY
 
 STEPS, WARMUP, PEAK = 20, 4, 4e-3
@@ -62,7 +63,7 @@ WRONG = [Case(1, "fp32", clip=CLIP, mutant=mutant) for mutant in MUTANTS]
 BF16 = [Case(1, "bf16", grad_accum="fp32", clip=CLIP), Case(3, "bf16", clip=CLIP)]
 
 
-@once
+@shared
 def traces(world: int) -> dict[Case, Trace]:
     """All cases on ``world`` ranks, in one spawn, as rank 0 saw them."""
     traces: dict[Case, Trace] = spawn(job, world, FP32 + BF16 + WRONG)[0]

@@ -8,18 +8,19 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests import session
 from tests.parity.cases import Case, advance, read, start
 from tests.parity.compare import EXACT, differences
 from tests.parity.control import State, train
 from tests.parity.model import SHAPES
-from tests.parity.worker import device, once, spawn
+from tests.ranks import device, spawn
+from tests.session import shared
 from train import checkpoints
 from train.ranks import Ranks
 from train.watch import Watch
@@ -78,7 +79,7 @@ class Leg(NamedTuple):
 def go_on(leg: Leg) -> dict[str, tuple[State, State]]:
     """Job: resume each chain where the last world left it, go on, save; the state at the beginning and at the end."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    ranks = Ranks(rank, int(os.environ["LOCAL_RANK"]), world, torch.device(device(world)), Watch(rank, world, 100.0))
+    ranks = Ranks(rank, int(os.environ["LOCAL_RANK"]), world, torch.device(device(world)), Watch(rank, world, 600.0))
     found_states = {}
     for name, cases in CHAINS.items():
         case, folder = cases[leg.number], Path(leg.folder) / name
@@ -101,19 +102,23 @@ def go_on(leg: Leg) -> dict[str, tuple[State, State]]:
     return found_states
 
 
-@once
-def legs() -> list[list[dict[str, tuple[State, State]]]]:
-    """Leg, rank, chain: the state at the beginning and at the end."""
-    with TemporaryDirectory() as folder:
-        return [spawn(go_on, world, Leg(folder, number)) for number, world in enumerate(WORLDS)]
+@shared
+def leg(number: int) -> list[dict[str, tuple[State, State]]]:
+    """Rank, chain: the state at the beginning and at the end of a leg."""
+    folder = session.folder() / "checkpoints-of-chains"
+    if number:
+        leg(number - 1)
+    else:
+        folder.mkdir()
+    return spawn(go_on, WORLDS[number], Leg(str(folder), number))
 
 
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("number", range(4), ids=lambda number: f"{WORLDS[number]}_ranks")
 def test_each_leg_begins_where_the_last_one_ended_and_goes_on_as_one_process_would(number: int, chain: str) -> None:
-    ranks = [rank[chain] for rank in legs()[number]]
+    ranks = [rank[chain] for rank in leg(number)]
     if number:
-        before = legs()[number - 1][0][chain][1]
+        before = leg(number - 1)[0][chain][1]
         assert differences([begin for begin, _ in ranks], before) == EXACT
     first, *others = CHAINS[chain]
     formats = [first.state, *(case.state for case in others)]

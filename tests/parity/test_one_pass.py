@@ -14,7 +14,8 @@ from tests.parity.cases import Case, advance, read, start
 from tests.parity.compare import EXACT, differences
 from tests.parity.control import train
 from tests.parity.model import SHAPES, TRAINED
-from tests.parity.worker import once, spawn
+from tests.ranks import spawn
+from tests.session import shared
 
 pytestmark = pytest.mark.ranks
 
@@ -109,7 +110,7 @@ def observe(case: Case) -> Observed:
     return observed
 
 
-@once
+@shared
 def observations(path: str) -> dict[Case, Observed]:
     return spawn(job, WORLD, cases(path))[0]  # type: ignore[no-any-return]
 

@@ -18,7 +18,7 @@ from balanced_adam import BalancedAdam, register, zero
 from tests.parity.cases import PHANTOM, Case, advance, of_the_wrong, read, start
 from tests.parity.control import TENSORS
 from tests.parity.test_one_pass import FP16
-from tests.parity.worker import spawn
+from tests.ranks import spawn
 
 UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
 MENDED = [(FP16_UnfusedOptimizer, "initialize_optimizer_states"), (DeepSpeedZeroOptimizer_Stage3, UNIVERSAL_LOAD)]

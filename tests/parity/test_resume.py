@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pytest
 
+from tests import session
 from tests.parity.cases import Case, advance, read, start
 from tests.parity.compare import EXACT, differences
 from tests.parity.control import State, train
 from tests.parity.mutants import wrong
-from tests.parity.worker import device, environment, once, spawn
-from train.settings import REPOSITORY
+from tests.ranks import Program, device, environment, spawn
+from tests.ranks import start as start_program
+from tests.session import shared
 
 pytestmark = pytest.mark.ranks
 
@@ -133,84 +131,92 @@ def move(_: str) -> dict[Case, State]:
     return results
 
 
-class Checkpoints:
-    """The uncut runs with their checkpoints, and the runs that went on from them; each is run once."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.uncut = spawn(save, SAVED_BY, folder)
-        self.resumed = once(self._resumed)
-        self.moved = once(lambda: spawn(move, SAVED_BY, folder))
-        self.switched = once(lambda: spawn(switch, SAVED_BY, folder))
-        self._convert = once(self._convert_all)
-
-    def _convert_all(self) -> None:
-        for case in ZERO:
-            here = f"{self.folder}/{case}"
-            arguments = ["--input_folder", f"{here}/cut", "--output_folder", f"{here}/universal"]
-            arguments += ["--inject_missing_state", "--num_extract_workers", "1", "--num_merge_workers", "1"]
-            done = subprocess.run(
-                [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *arguments],
-                env=environment(1, self.folder),
-                cwd=REPOSITORY,
-                capture_output=True,
-                text=True,
-                timeout=60,
-            )
-            assert done.returncode == 0, f"{case}: {done.stderr[-2000:]}"
-
-    def _resumed(self, world: int, universal: bool) -> list[dict[Case, Resumed]]:
-        if universal:
-            self._convert()
-        cases = [*ZERO, SETTINGS_OF_GROUP_0] if universal else RIGID
-        return spawn(load, world, Load(self.folder, cases, universal))
-
-    def check(self, world: int, universal: bool, case: Case) -> None:
-        """The state after loading is that of the cut, and the state at the end is that of the uncut run."""
-        saved, resumed = self.uncut[0][case], [rank[case] for rank in self.resumed(world, universal)]
-        assert differences([loaded for loaded, _ in resumed], saved[0]) == EXACT
-        assert differences([end for _, end in resumed], saved[1]) == EXACT
+def place() -> Path:
+    """Where the checkpoints are, each in the folder of its case."""
+    return session.folder() / "checkpoints-of-resume"
 
 
-@pytest.fixture(scope="module")
-def checkpoints() -> Iterator[Checkpoints]:
-    with TemporaryDirectory() as folder:
-        Path(folder).chmod(0o700)
-        yield Checkpoints(folder)
+@shared
+def uncut() -> list[dict[Case, Resumed]]:
+    """The uncut runs, which leave the checkpoints."""
+    place().mkdir()
+    return spawn(save, SAVED_BY, str(place()))
+
+
+@shared
+def moved() -> list[dict[Case, State]]:
+    return spawn(move, SAVED_BY, "")
+
+
+@shared
+def switched() -> list[list[State]]:
+    uncut()
+    return spawn(switch, SAVED_BY, str(place()))
+
+
+@shared
+def convert() -> None:
+    """DeepSpeed's own converter makes a universal checkpoint of each."""
+    uncut()
+    for number, case in enumerate(ZERO):
+        here = place() / str(case)
+        arguments = ["--input_folder", f"{here}/cut", "--output_folder", f"{here}/universal"]
+        arguments += ["--inject_missing_state", "--num_extract_workers", "1", "--num_merge_workers", "1"]
+        settings = environment(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+        program = Program("deepspeed.checkpoint.ds_to_universal", arguments, settings, here / "log", None)
+        converter = start_program(program, fresh=number == 0)  # one as users start it
+        assert converter.wait() == 0, f"{case}: {converter.said()[-2000:]}"
+
+
+@shared
+def resumed(world: int, universal: bool) -> list[dict[Case, Resumed]]:
+    """The runs that went on from the checkpoints."""
+    uncut()
+    if universal:
+        convert()
+    cases = [*ZERO, SETTINGS_OF_GROUP_0] if universal else RIGID
+    return spawn(load, world, Load(str(place()), cases, universal))
+
+
+def check(world: int, universal: bool, case: Case) -> None:
+    """The state after loading is that of the cut, and the state at the end is that of the uncut run."""
+    saved, ranks = uncut()[0][case], [rank[case] for rank in resumed(world, universal)]
+    assert differences([loaded for loaded, _ in ranks], saved[0]) == EXACT
+    assert differences([end for _, end in ranks], saved[1]) == EXACT
 
 
 @pytest.mark.parametrize("case", RIGID, ids=str)
-def test_the_uncut_run_is_the_control(checkpoints: Checkpoints, case: Case) -> None:
+def test_the_uncut_run_is_the_control(case: Case) -> None:
     for when, steps in enumerate((CUT, END)):
-        states = [rank[case][when] for rank in checkpoints.uncut]
+        states = [rank[case][when] for rank in uncut()]
         assert differences(states, train(steps, case.absent(), device=device(SAVED_BY), stored=case.state)) == EXACT
 
 
 @pytest.mark.parametrize("case", RIGID, ids=str)
-def test_resumed_on_as_many_ranks(checkpoints: Checkpoints, case: Case) -> None:
-    checkpoints.check(SAVED_BY, False, case)
+def test_resumed_on_as_many_ranks(case: Case) -> None:
+    check(SAVED_BY, False, case)
 
 
 @pytest.mark.parametrize("case", MOVED, ids=str)
-def test_state_that_went_to_the_host_and_back_goes_on_as_if_it_had_not(checkpoints: Checkpoints, case: Case) -> None:
-    assert differences([rank[case] for rank in checkpoints.moved()], checkpoints.uncut[0][case][1]) == EXACT
+def test_state_that_went_to_the_host_and_back_goes_on_as_if_it_had_not(case: Case) -> None:
+    assert differences([rank[case] for rank in moved()], uncut()[0][case][1]) == EXACT
 
 
 @pytest.mark.parametrize("number", range(len(SWITCHES)), ids=[f"{case}-to-{state}" for case, state in SWITCHES])
-def test_a_run_goes_on_in_another_format_as_one_process_would(checkpoints: Checkpoints, number: int) -> None:
+def test_a_run_goes_on_in_another_format_as_one_process_would(number: int) -> None:
     case, state = SWITCHES[number]
     control = train(END, case.absent(), device=device(SAVED_BY), stored=case.state, later=((CUT, state),))
-    assert differences([rank[number] for rank in checkpoints.switched()], control) == EXACT
+    assert differences([rank[number] for rank in switched()], control) == EXACT
 
 
 @pytest.mark.parametrize("case", ZERO, ids=str)
-def test_resumed_on_more_ranks_through_a_universal_checkpoint(checkpoints: Checkpoints, case: Case) -> None:
-    checkpoints.check(MORE, True, case)  # fewer, and other stages: test_elastic.py
+def test_resumed_on_more_ranks_through_a_universal_checkpoint(case: Case) -> None:
+    check(MORE, True, case)  # fewer, and other stages: test_elastic.py
 
 
-def test_without_the_mend_a_universal_checkpoint_at_stage_3_mixes_up_the_groups(checkpoints: Checkpoints) -> None:
-    right = checkpoints.uncut[0][Case(3, "bf16")]
-    loaded, end = checkpoints.resumed(MORE, True)[0][SETTINGS_OF_GROUP_0]
+def test_without_the_mend_a_universal_checkpoint_at_stage_3_mixes_up_the_groups() -> None:
+    right = uncut()[0][Case(3, "bf16")]
+    loaded, end = resumed(MORE, True)[0][SETTINGS_OF_GROUP_0]
     assert differences([loaded], right[0]) == EXACT
     spoilt = {key for key, ulp in differences([end], right[1]).items() if ulp}
     assert spoilt == {"weights", "exp_avg_sq", "model"}  # lr, weight_decay and beta2 differ, beta1 doesn't

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from balanced_adam.packed import FORMATS
-from tests.parity.worker import spawn
 from tests.perf.measure import WARM_UP, machine, ratio
+from tests.ranks import spawn
 from train.figures import table
 
 WORLD, ROUNDS = 2, 9
@@ -146,7 +146,7 @@ def run(job: tuple[int, list[Contender]]) -> dict[str, Run]:
 
 
 def report(stage: int, contenders: list[Contender]) -> str:
-    runs: dict[str, Run] = spawn(run, WORLD, (stage, contenders), seconds=1500)[0]
+    runs: dict[str, Run] = spawn(run, WORLD, (stage, contenders), seconds=1500, fresh=True)[0]
     local = {name: [s - g for s, g in zip(r.step, r.all_gather, strict=True)] for name, r in runs.items()}
     whole = {name: [b + s for b, s in zip(r.backward, r.step, strict=True)] for name, r in runs.items()}
     ours = contenders[0].name

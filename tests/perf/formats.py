@@ -16,8 +16,8 @@ from torch import Tensor
 
 from balanced_adam import packed, rule
 from balanced_adam.packed import FORMATS, Format
-from tests.parity.worker import spawn
 from tests.perf.measure import machine
+from tests.ranks import spawn
 from train import deepspeed_config
 from train.figures import table
 from train.pretrain import initialize
@@ -251,7 +251,7 @@ def main() -> None:
     print(f"{machine()}\n\n`tiny`, {STEPS} steps recorded, the first {SKIPPED} not counted.\n")
     with TemporaryDirectory() as place:
         (Path(place) / "run").mkdir()
-        (found,) = spawn(record, 1, f"{place}/run", seconds=600)
+        (found,) = spawn(record, 1, f"{place}/run", seconds=600, fresh=True)
     print(table(splits(found)) + "\n", flush=True)
     print(table(nearest(found)) + "\n", flush=True)
     print(table(hardships(found)) + "\n", flush=True)

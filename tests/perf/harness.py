@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from tests.parity.worker import spawn
 from tests.perf.measure import WARM_UP, machine, ratio
+from tests.ranks import spawn
 from train import deepspeed_config, folder
 from train.figures import table
 from train.pretrain import initialize
@@ -70,7 +70,7 @@ def main() -> None:
         with TemporaryDirectory() as place:
             (Path(place) / "run").mkdir()
             job = (model, options, rounds, f"{place}/run")
-            found: dict[str, list[float]] = spawn(run, WORLD, job, seconds=1500)[0]
+            found: dict[str, list[float]] = spawn(run, WORLD, job, seconds=1500, fresh=True)[0]
         bare = found["bare loop on the same engine"]
         rows = [
             {

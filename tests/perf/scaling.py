@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.parity.worker import spawn
 from tests.perf.engine import MEGABYTE, ONE_PASS, SIZE, TENSORS, balanced, start, status
 from tests.perf.measure import machine
+from tests.ranks import spawn
 from train.figures import table
 
 MODELS = {"1.3B": (1.3e9, 0.5e9, 8), "7B": (7e9, 0.55e9, 64), "70B": (70e9, 2e9, 512)}
@@ -113,7 +113,7 @@ def main() -> None:
     for stage, offload in ((1, False), (2, False), (3, False), (2, True), (3, True)):
         for name, size in STATES.items():
             state = name.partition(",")[0]
-            found = spawn(measured, WORLD, (stage, offload, state))[0]
+            found = spawn(measured, WORLD, (stage, offload, state), fresh=True)[0]
             rows.append(
                 {
                     f"ZeRO, {WORLD} ranks, 40 M weights": f"{stage}, offload" if offload else str(stage),

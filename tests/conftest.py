@@ -1,0 +1,27 @@
+"""The session's folder, and a heap that is quick to collect."""
+
+import gc
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests import session
+
+
+def pytest_configure() -> None:
+    session.folder()  # of the controller of pytest-xdist, whose workers inherit the name
+
+
+def pytest_collection_finish() -> None:
+    """DeepSpeed collects garbage once or twice an engine; what was imported up to here need not be looked through."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on() -> Iterator[None]:
+    """What a failed test has started ends with it."""
+    yield
+    if ranks := sys.modules.get("tests.ranks"):
+        ranks.end_all()

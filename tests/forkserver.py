@@ -1,0 +1,95 @@
+"""A process that has imported everything a rank needs, and forks ranks from itself: ``python -m tests.forkserver SOCKET``.
+
+One for all workers of a test session (tests/ranks.py starts it), and for the ranks themselves, which must not fork: a process
+that has run OpenMP or autograd can't be forked safely. So nothing here may, nor start a thread.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from contextlib import suppress
+from importlib import import_module
+from multiprocessing.connection import Connection, Listener, wait
+from pathlib import Path
+
+MODULES = (
+    "deepspeed.ops",
+    "deepspeed.module_inject.auto_ep_layer",  # imported late by DeepSpeed, as is the next
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "transformers.modeling_utils",
+    "transformers.models.byt5.tokenization_byt5",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
+    "datasets",
+    "distutils.ccompiler",
+    "typeguard",
+    "tests.ranks",
+    "train.checkpoints",
+    "train.data",
+    "train.deepspeed_config",
+    "train.model",
+)
+"""But not what ranks run as ``__main__``, which would then be there twice: train.pretrain, train.universal, tests.job."""
+
+
+def prepare() -> None:
+    """Import it all, for this process's children."""
+    import torch
+
+    torch.set_num_threads(1)
+    for name in MODULES:
+        import_module(name)
+    # The first optimizer of a process imports torch._dynamo and all it needs, for more than two seconds.
+    torch.optim.AdamW([torch.ones(1, requires_grad=True)])
+    # Else each collection that DeepSpeed asks for (twice in an engine's life) would look through all of these modules again.
+    gc.collect()
+    gc.freeze()
+
+
+def check(server: int) -> None:
+    """That this process was forked from a ``server`` that was fit for it.
+
+    Raises:
+        RuntimeError: if it wasn't.
+    """
+    threads = len(list(Path(f"/proc/{server}/task").iterdir()))
+    if threads != 1:
+        raise RuntimeError(f"the fork server has {threads} threads; what it imports has used OpenMP or autograd")
+    if missing := [name for name in MODULES if name not in sys.modules]:
+        raise RuntimeError(f"the fork server has not imported {', '.join(missing)}")
+    if os.getppid() != server or not gc.get_freeze_count():
+        raise RuntimeError(f"process {os.getpid()} was not forked from the fork server {server}")
+
+
+def serve(address: Path) -> None:
+    """Fork for whoever connects and sends what to run, ``(function, argument)``: the child's number goes back at once, its
+    exit code when it has ended. Ends with the session whose folder the socket is in.
+    """
+    from tests.ranks import end_with
+
+    prepare()
+    children: dict[int, Connection] = {}
+    session = Path("/proc") / (address.parent / "owner").read_text()
+    with Listener(str(address), "AF_UNIX", backlog=64) as listener:
+        door = listener._listener._socket  # type: ignore[attr-defined]  # what multiprocessing's own loops wait for
+        while address.exists() and session.exists():
+            if wait([door], 0.02):
+                client = listener.accept()
+                function, argument = client.recv()
+                if (child := os.fork()) == 0:
+                    for each in (listener, client, *children.values()):
+                        each.close()
+                    end_with(function, argument)
+                client.send(child)
+                children[child] = client
+            while children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                client = children.pop(ended[0])
+                with suppress(BrokenPipeError):  # nobody wants to know any more
+                    client.send(os.waitstatus_to_exitcode(ended[1]))
+                client.close()
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))

@@ -1,0 +1,70 @@
+"""Runs of train.pretrain as users start them, or forked, and what they leave in their folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from tests import session
+from tests.ranks import Program, Started, environment, popen
+from tests.ranks import start as start_program
+from train import compare, folder
+
+
+def out_of(options: list[str]) -> Path:
+    """The run's folder."""
+    return Path(options[options.index("--out") + 1])
+
+
+def start(
+    options: list[str], ranks: int | None = 2, module: str = "train.pretrain", launcher: str | None = None, **more: str
+) -> Started:
+    """Start a run.
+
+    Args:
+        options: of the command line.
+        ranks: how many; None for plain python.
+        module: what each of them runs.
+        launcher: a real one, by the command line that train.compare uses; by default the ranks are forked.
+        more: variables for the environment.
+    """
+    with NamedTemporaryFile(prefix="log-", delete=False, dir=_logs()) as file:
+        log = Path(file.name)
+    settings = environment(DS_ACCELERATOR="cpu", **more)
+    program = Program(module, options, settings, log, ranks)
+    if launcher is None:
+        return start_program(program)
+    out = out_of(options)
+    run = {"name": out.name, "arguments": [o for o in options if o not in ("--out", str(out))]}
+    line = compare.command({"launcher": launcher, "ranks": ranks or 1}, run, out.parent)
+    return popen([module if word == "train.pretrain" else word for word in line], program)
+
+
+def finish(
+    options: list[str], ranks: int | None = 2, module: str = "train.pretrain", launcher: str | None = None, **more: str
+) -> tuple[int, str]:
+    """The exit code of a run, and what its ranks have said."""
+    started = start(options, ranks, module, launcher, **more)
+    return started.wait(), started.said()
+
+
+def losses(options: list[str]) -> list[float]:
+    """The training losses, step by step."""
+    return [line["loss"] for line in folder.read_metrics(out_of(options)) if "loss" in line]
+
+
+def change(options: list[str], **values: Any) -> list[str]:
+    """The options with some replaced or added."""
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if flag in options:
+            options = [*options[: options.index(flag)], *options[options.index(flag) + 2 :]]
+        options = [*options, flag, str(value)]
+    return options
+
+
+def _logs() -> Path:
+    logs = session.folder() / "logs"
+    logs.mkdir(exist_ok=True)
+    return logs
