@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 STATE := # of `make compare STATE=...`, not of whatever the environment calls so
 
-.PHONY: help install compare test test-long bench drill lint clean
+.PHONY: help install compare test test-fast test-long bench drill lint clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -20,8 +20,12 @@ $(INSTALLED): pyproject.toml constraints.txt balanced_adam/kernels/cpu.cpp balan
 compare: $(INSTALLED) ## compare beta settings on a small language model; with STATE=packed16, fp32 moments with packed ones
 	$(BIN)/python -m train.compare $(if $(STATE),--out runs/compare-$(STATE) --arms 0.95 0.95:$(STATE),--out runs/compare)
 
+# Three at a time on two cores, since some tests wait; the costly values that many tests look at are shared (tests/session.py).
 test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist worksteal
+
+test-fast: $(INSTALLED) ## run those that start no ranks and compile nothing (a minute)
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not ranks and not long" tests/optimizer tests/parity tests/harness/test_[bdp]*.py
 
 test-long: $(INSTALLED) ## run the tests that `make test` leaves out (ten minutes; as root with tests/cluster/install.sh, a Slurm too)
 	$(BIN)/python -m pytest -m long

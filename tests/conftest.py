@@ -1,6 +1,7 @@
 """The session's folder, and a heap that is quick to collect."""
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 
@@ -10,6 +11,8 @@ from tests import session
 
 
 def pytest_configure() -> None:
+    # The workers of pytest-xdist share the cores. Before torch is imported; tests that want more threads ask for them.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     session.folder()  # of the controller of pytest-xdist, whose workers inherit the name
 
 

@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from filelock import FileLock
 
@@ -34,8 +35,6 @@ from train.settings import REPOSITORY
 
 LIMIT = 900.0
 """Seconds that ranks may take, ten times what any test needs on a usual machine: for what hangs, not for what is slow."""
-GRACE = 30.0
-"""Seconds that the other ranks have to end after one has failed; torchrun's."""
 
 
 class Program(NamedTuple):
@@ -50,7 +49,8 @@ class Program(NamedTuple):
     """Number of ranks; None for plain python, without a launcher."""
     folder: Path = REPOSITORY
     """The current directory."""
-    grace: float = GRACE
+    grace: float = 30.0
+    """Seconds that the other ranks have to end after one has failed; by default torchrun's."""
 
 
 class Started:
@@ -158,7 +158,9 @@ class Forking(subprocess.Popen):  # type: ignore[type-arg]
         if words[1:2] != ["-m"] or not words[2].startswith("train."):
             return super().__new__(cls)
         log = next((file for file in (more.get("stdout"), more.get("stderr")) if hasattr(file, "fileno")), None)
-        path = Path(f"/proc/{os.getpid()}/fd/{log.fileno()}" if log else os.devnull)
+        path = Path(f"/proc/{os.getpid()}/fd/{log.fileno()}") if log else Path(os.devnull)
+        if path.resolve().exists():  # else it has no name any more, and can be reached as long as it is open
+            path = path.resolve()
         settings = dict(os.environ if more.get("env") is None else more["env"])
         return start(Program(words[2], words[3:], settings, path, world, Path(more.get("cwd") or Path.cwd())))
 
@@ -230,21 +232,28 @@ def _begin(program: Program) -> None:
     if program.world is None:
         _run(program, {})
         return
-    common = {
-        "WORLD_SIZE": str(program.world),
-        "LOCAL_WORLD_SIZE": str(program.world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": program.environment.get("OMP_NUM_THREADS", "1"),  # as torchrun does
+    world = str(program.world)
+    common = {  # as torchrun has them: tests/test_ranks.py
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), world),
+        **{"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "ROLE_NAME": "default"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
+        **{"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+        **{"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"},
+        "OMP_NUM_THREADS": program.environment.get("OMP_NUM_THREADS", "1"),
     }
     ranks: dict[int, int] = {}
     for rank in range(program.world):
-        numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        numbers = dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank))
         if (child := os.fork()) == 0:
             end_with(_run, program, common | numbers)
         ranks[child] = rank
-    sys.exit(_launch(ranks, program.grace))
+    # Where the ranks meet: with the launcher, as torchrun's. It has threads, so it comes after the forks.
+    meeting = torch.distributed.TCPStore(
+        "127.0.0.1", int(common["MASTER_PORT"]), is_master=True, wait_for_workers=False
+    )
+    code = _launch(ranks, program.grace)
+    del meeting
+    sys.exit(code)
 
 
 def _run(program: Program, numbers: dict[str, str]) -> None:
@@ -258,6 +267,8 @@ def _run(program: Program, numbers: dict[str, str]) -> None:
 
     # Else the first engine on CPU compiles an op that DeepSpeed's inference alone uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch.seed()  # a process begins with random ones; Python's own come anew after a fork
+    np.random.seed()
     subprocess.Popen = Forking  # type: ignore[misc]
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
     runpy.run_module(program.module, run_name="__main__", alter_sys=True)

@@ -125,7 +125,7 @@ class Host:
                 self.line(*command), stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=self.environment(env)
             )
 
-    def run(self, *command: Any, timeout: float = 120.0, **env: Any) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: Any, timeout: float = 600.0, **env: Any) -> subprocess.CompletedProcess[str]:
         """Run something to its end."""
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": timeout}
         return subprocess.run(self.line(*command), env=self.environment(env), **pipes)
@@ -194,7 +194,7 @@ class Cluster:
         """Pull a node's network cable, or plug it in."""
         self.controller.check("ip", "link", "set", node.cable, "down" if cut else "up")
 
-    def wait_idle(self, names: str = "node1,node2", seconds: float = 60.0) -> None:
+    def wait_idle(self, names: str = "node1,node2", seconds: float = 300.0) -> None:
         """Until Slurm would start a job on these nodes."""
         count = len(names.split(","))
 

@@ -12,7 +12,7 @@ from tests.cluster.hosts import Cluster, wait_until
 from tests.cluster.runs import events, losses, same
 from train import folder
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1800)]
 
 
 class Job:
@@ -27,7 +27,7 @@ class Job:
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def says(self, pattern: str, seconds: float = 90.0) -> None:
+    def says(self, pattern: str, seconds: float = 400.0) -> None:
         """Wait for it."""
         try:
             wait_until(lambda: re.search(pattern, self.said()), seconds, pattern)
@@ -38,7 +38,7 @@ class Job:
         shown = self.cluster.controller.check("scontrol", "show", "job", self.id)
         return re.search(r"JobState=(\w+)", shown)[1]  # type: ignore[index]
 
-    def ends(self, state: str, seconds: float = 120.0) -> None:
+    def ends(self, state: str, seconds: float = 600.0) -> None:
         """Wait for the end, and see that it is this one."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         wait_until(lambda: self.state() in over, seconds, f"job {self.id} ends")

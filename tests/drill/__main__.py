@@ -48,7 +48,7 @@ MOMENTS = {
     "removing": (8, True),
     "result": (2, True),
 }
-STEPS_PER_FAULT, SAVE_EVERY, TIMEOUT = 60, 15, 8
+STEPS_PER_FAULT, SAVE_EVERY, TIMEOUT = 60, 15, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Machine:
             line = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={hosts}", f"--node-rank={number}"]
             # Else a launcher waits ten minutes for one that was killed before they met; srun ends it at once.
             line += [
-                "--rdzv-conf=timeout=20",
+                "--rdzv-conf=timeout=60",
                 f"--nproc-per-node={2 // hosts}",
                 f"--master-addr={head}",
                 f"--master-port={port}",
@@ -159,7 +159,7 @@ def drill(settings: Drill, on: Machine) -> pd.DataFrame:
     options += ["--data", str(write_corpus(out / "corpus"))]
     twin, run = out / "undisturbed", out / "run"
     on.start(twin, [*options, "--data-cache", str(out / "cache-of-twin")])
-    assert on.wait(600) == [0] * len(on.launchers), (out / "undisturbed.log").read_text()[-3000:]
+    assert on.wait(1800) == [0] * len(on.launchers), (out / "undisturbed.log").read_text()[-3000:]
     options += ["--data-cache", str(out / "cache")]
     done: list[dict[str, Any]] = []
     attempts = 0
@@ -173,7 +173,7 @@ def drill(settings: Drill, on: Machine) -> pd.DataFrame:
                 log.write(json.dumps(fault) + "\n")
             print(f"{len(done)}/{settings.faults} {fault}", flush=True)
     on.start(run, options)
-    assert on.wait(600) == [0] * len(on.launchers), (out / "run.log").read_text()[-3000:]
+    assert on.wait(1800) == [0] * len(on.launchers), (out / "run.log").read_text()[-3000:]
     assert same(run, twin), "the bits are not those of the undisturbed run"
     assert len(losses(run)) == steps
     print(
@@ -212,7 +212,7 @@ def attempt(on: Machine, draw: random.Random, run: Path, options: list[str]) -> 
         at = "any time"
         (on.kill_launcher if kind == "launcher" else on.crash)(rank)
     began = time.monotonic()
-    codes = on.wait(150)
+    codes = on.wait(600)
     took = time.monotonic() - began
     on.mend()
     if 0 in codes and folder.result(run):

@@ -32,7 +32,8 @@ def start(
     with NamedTemporaryFile(prefix="log-", delete=False, dir=_logs()) as file:
         log = Path(file.name)
     settings = environment(DS_ACCELERATOR="cpu", **more)
-    program = Program(module, options, settings, log, ranks)
+    grace = float(more.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
+    program = Program(module, options, settings, log, ranks, grace=grace)
     if launcher is None:
         return start_program(program)
     out = out_of(options)

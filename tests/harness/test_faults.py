@@ -238,7 +238,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_ends_with_the_bits_of_an_und
 @pytest.mark.ranks
 def test_a_rank_that_is_stuck_is_named_within_the_time_out(small_run: list[str], straight: dict[str, Path]) -> None:
     options = change(small_run, steps=12, save_every=4, timeout=20)
-    code, said = finish(options, module=VICTIM, VICTIM="0 forward 19 stop")
+    code, said = finish(options, module=VICTIM, VICTIM="0 forward 19 stop", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5")
     since = time.time() - (out_of(options) / "metrics.jsonl").stat().st_mtime
     assert code != 0 and since < 90
     assert re.search(r"^error: .*rank 0 on \S+ does not answer", said, re.MULTILINE), said
@@ -263,7 +263,7 @@ def test_a_conversion_that_is_killed_is_made_anew(small_run: list[str], tmp_path
 
 @pytest.mark.ranks
 def test_ranks_whose_launcher_is_killed_save_and_end(small_run: list[str], straight: dict[str, Path]) -> None:
-    options = change(small_run, steps=150, save_every=100)
+    options = change(small_run, steps=60, save_every=100)
     process = start(options)
     out = out_of(options)
     until(lambda: len(folder.read_metrics(out)) >= 5)

@@ -5,21 +5,24 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import tomllib
+from filelock import FileLock
 
 import balanced_adam.kernels
 from balanced_adam.kernels.cuda import STATE_TYPES
 from balanced_adam.kernels.table import Variant
+from tests import session
 from train.settings import REPOSITORY
 
 SOURCES = Path(balanced_adam.kernels.__file__).parent
 HERE = Path(__file__).parent
+BUILT = REPOSITORY / "build" / "tests"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -33,20 +36,24 @@ def flags() -> list[str]:
 
 
 @cache
-def folder() -> Path:
-    path = Path(tempfile.mkdtemp(prefix="balanced-adam-kernels-"))
-    return path
+def compiler_version() -> str:
+    return subprocess.run([str(COMPILER), "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def compiled(name: str, source: Path, extra: Sequence[str] = (), sources: Path = SOURCES) -> Path:
-    """``name`` in the folder of this session, built from ``source``; ``extra`` flags come last."""
-    target = folder() / name
-    target.parent.mkdir(exist_ok=True)
-    assert COMPILER is not None
-    includes = [f"-I{sources}", f"-I{HERE}"]
-    command = [COMPILER, *flags(), "-w", *includes, str(source), "-o", str(target), *extra]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    """What ``name`` is called, built from ``source``; ``extra`` flags come last. What was built from the same text is kept."""
+    texts = [file.read_bytes() for place in (sources, HERE) for file in sorted(place.glob("*.[ch]*"))]
+    settings = repr((compiler_version(), source.name, flags(), extra)).encode()
+    target = BUILT / f"{sha256(settings + b''.join(texts)).hexdigest()[:16]}-{name}"
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            aside = target.with_name(f".{target.name}")
+            includes = [f"-I{sources}", f"-I{HERE}"]
+            command = [str(COMPILER), *flags(), "-w", *includes, str(source), "-o", str(aside), *extra]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            aside.rename(target)
     return target
 
 
@@ -55,8 +62,11 @@ SHARED = ["-shared", "-fPIC", "-fvisibility=default"]
 
 @cache
 def cpu_library(*extra: str) -> Path:
-    """The CPU kernels with other flags."""
-    return compiled(f"cpu{abs(hash(extra))}.so", SOURCES / "cpu.cpp", [*SHARED, *extra])
+    """The CPU kernels, with other flags if there are any; without, those that were installed, if the sources are no newer."""
+    installed = [] if extra else sorted(SOURCES.glob("_cpu*.so"))
+    if installed and installed[0].stat().st_mtime > max(file.stat().st_mtime for file in SOURCES.glob("*.[ch]*")):
+        return installed[0]
+    return compiled("cpu.so", SOURCES / "cpu.cpp", [*SHARED, *extra])
 
 
 def definitions(variant: Variant, threads: int = 8) -> list[str]:
@@ -70,18 +80,22 @@ def definitions(variant: Variant, threads: int = 8) -> list[str]:
 @cache
 def emulated(variant: Variant) -> ctypes.CDLL:
     """The CUDA kernels of a variant, on the CPU."""
-    name = "emulator-{}{}{}{}{}.so".format(*map(int, variant))
-    return ctypes.CDLL(str(compiled(name, HERE / "emulator.cpp", ["-O1", *SHARED, *definitions(variant)])))
+    return ctypes.CDLL(str(compiled("emulator.so", HERE / "emulator.cpp", ["-O1", *SHARED, *definitions(variant)])))
+
+
+def copied(name: str) -> Path:
+    """A copy of the sources for one instruction set; the loops of the others are the same."""
+    sources = session.folder() / f"sources-{name}"
+    sources.mkdir()
+    for file in SOURCES.glob("*.[ch]*"):
+        (sources / file.name).write_text(file.read_text().replace("#ifdef __x86_64__", "#if 0"))
+    return sources
 
 
 def mutated(name: str, file: str, right: str, wrong: str) -> Path:
-    """A copy of the sources with one place of one file changed."""
-    sources = folder() / f"mutant-{name}"
-    sources.mkdir()
-    for source in ("rule.h", "cpu.cpp", "cuda.cu"):
-        text = (SOURCES / source).read_text()
-        if source == file:
-            assert text.count(right) == 1, f"{file} no longer has one {right!r}"
-            text = text.replace(right, wrong)
-        (sources / source).write_text(text)
+    """Such a copy with one place of one file changed."""
+    sources = copied(name)
+    text = (sources / file).read_text()
+    assert text.count(right) == 1, f"{file} no longer has one {right!r}"
+    (sources / file).write_text(text.replace(right, wrong))
     return sources

@@ -52,7 +52,7 @@ def test_closed_form_equals_a_simulated_drift(betas, rho):
         with pytest.raises(ValueError, match="rho"):
             update_under_drift(*betas, rho)
         return
-    steps = int(40 / (1 - max(kept, *betas)))  # the sums and the bias corrections have settled
+    steps = int(25 / (1 - max(kept, *betas)))  # the sums and the bias corrections have settled to 1e-11
     t = range(-steps, 0)
     assert updates([math.exp(rho * i) for i in t], *betas)[-1] == pytest.approx(
         update_under_drift(*betas, rho), rel=1e-8

@@ -48,7 +48,7 @@ print(torch.optim.BalancedAdam is balanced_adam.BalancedAdam)
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
@@ -75,7 +75,7 @@ def wheel(folder: Path, **environment: str) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
-    done = subprocess.run(build, cwd=source, env=os.environ | environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(build, cwd=source, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (found,) = folder.glob("*.whl")
     return found
@@ -93,7 +93,10 @@ def sources() -> set[str]:
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_the_wheel_ships_the_optimizer_and_its_kernels_and_nothing_else(tmp_path: Path) -> None:
-    found = wheel(tmp_path)
+    quick = tmp_path / "c++"  # what the library computes is tested elsewhere; here it may be slow
+    quick.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O0\n')
+    quick.chmod(0o700)
+    found = wheel(tmp_path, CC=str(quick), CXX=str(quick))
     library = {name for name in contents(found) if name.endswith(".so")}
     assert contents(found) - library == sources()
     assert library == {"balanced_adam/kernels/_cpu.abi3.so"}
@@ -127,7 +130,7 @@ def test_without_a_compiler_it_installs_and_runs_in_plain_torch_with_one_warning
     assert contents(found) == sources()
     zipfile.ZipFile(found).extractall(tmp_path / "installed")
     command = [sys.executable, "-c", WITHOUT_KERNEL, str(tmp_path / "installed")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     reason = (
         "the CPU kernel was not built when balanced_adam was installed; install it again where there is a C++ compiler"
@@ -139,9 +142,7 @@ def test_without_a_compiler_it_installs_and_runs_in_plain_torch_with_one_warning
 
 
 def test_the_doctor_finds_every_path_of_this_machine_right() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "balanced_adam"], capture_output=True, text=True, timeout=120, cwd=REPOSITORY
-    )
+    done = subprocess.run([sys.executable, "-m", "balanced_adam"], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert any(line.startswith("DeepSpeed: 0.19.8 (the version tested); ZeRO's step: one pass") for line in lines)
