@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 
 from train.settings import Model, SettingsError, first_line, require
 
@@ -112,3 +113,12 @@ def empty(config: PretrainedConfig) -> PreTrainedModel:
 def parameter_count(model: PreTrainedModel) -> int:
     """Number of weights in the whole model, also where ZeRO-3 leaves this rank a part of each."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+def own_part(parameter: Any) -> torch.Tensor:
+    """What this rank holds of a parameter's elements. Under ZeRO-3, without the padding of the last ranks' parts, which is never set."""
+    if not hasattr(parameter, "ds_tensor"):
+        return cast(torch.Tensor, parameter.detach())
+    part: torch.Tensor = parameter.ds_tensor
+    rank = dist.get_rank(parameter.ds_process_group)
+    return part.flatten()[: max(0, parameter.ds_numel - rank * part.numel())]

@@ -199,7 +199,10 @@ class Trainer:
                     metrics.write(step=self.step, validation_loss=validation_loss)
                     self._monitor({"validation_loss": validation_loss})
             due = last or self.stopping or (every and self.step % every == 0)
-            if due and not nonfinite and self.weights_are_finite():
+            spoiled = self.nonfinite_weight() if due else ""
+            if spoiled and self.ranks.first:
+                print(f"No checkpoint is written at step {self.step}: weight {spoiled} is not finite.", flush=True)
+            if due and not nonfinite and not spoiled:
                 if metrics:
                     metrics.sync()
                 checkpoints.save(
@@ -215,7 +218,9 @@ class Trainer:
                 return {"status": "stopped", "step": self.step}
         if not math.isfinite(validation_loss):  # finished before, but cut before result.json was written
             validation_loss = self.validate()
-        status = "finished" if math.isfinite(validation_loss) else "diverged"
+        with self.ranks.together():
+            saved = self.ranks.first and checkpoints.newest_step(run.out / "checkpoints") == self.step
+        status = "finished" if self.ranks.from_first(saved) and math.isfinite(validation_loss) else "diverged"
         return {
             "status": status,
             "step": self.step,
@@ -242,11 +247,11 @@ class Trainer:
         norm = 0.0 if self.engine.fp16_enabled() or line["grad_norm"] is None else line["grad_norm"]
         return math.isfinite(line["loss"]) and math.isfinite(norm)
 
-    def weights_are_finite(self) -> bool:
-        """Whether the weights are worth saving; one step can spoil them before any loss shows it."""
-        parts = [getattr(p, "ds_tensor", p) for p in self.engine.module.parameters()]
-        spoiled = sum(int((~torch.isfinite(part)).any()) for part in parts)
-        return self.ranks.sum([spoiled])[0] == 0
+    def nonfinite_weight(self) -> str:
+        """The name of a weight that holds a number that isn't finite, on any rank; one step can spoil it before any loss shows it."""
+        named = self.engine.module.named_parameters()
+        mine = next((name for name, p in named if not torch.isfinite(model.own_part(p)).all()), "")
+        return next(filter(None, self.ranks.gather(mine)), "")
 
     def _monitor(self, values: dict[str, float | None]) -> None:
         if self.engine.monitor.enabled:
@@ -439,8 +444,13 @@ def _tell(run: Run, ended: dict[str, Any], already: str = "") -> None:
         )
     if ended["status"] == "diverged":
         raise SettingsError(
-            f"the run in {run.out} has {already}diverged: the loss or the gradient was not finite for {run.stop_after_nonfinite} "
-            f"steps in a row, up to step {ended['step']}. Its checkpoints from before are kept. Lower lr (it is "
+            f"the run in {run.out} has {already}diverged: "
+            + (
+                "its last weights or its validation loss are not finite"
+                if ended["step"] == run.schedule.steps
+                else f"the loss or the gradient was not finite for {run.stop_after_nonfinite} steps in a row"
+            )
+            + f", up to step {ended['step']}. Its checkpoints from before are kept. Lower lr (it is "
             f"{run.optimizer.lr}) or clip (it is {run.optimizer.clip}) and give another folder."
         )
     if os.environ["RANK"] == "0":
