@@ -196,6 +196,29 @@ def fit(ranks: Ranks, found: Found, wanted: dict[str, Any]) -> Found:
     return found._replace(path=target, universal=True)
 
 
+@contextmanager
+def only_known_classes() -> Iterator[None]:
+    """Within this block ``torch.load`` makes tensors, plain data and four classes of DeepSpeed's, and runs nothing else.
+
+    DeepSpeed asks for weights_only=False everywhere, which would run whatever a file says. So whatever reads a checkpoint does it
+    within this (tests/harness/test_guard.py finds what doesn't).
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
 def load(engine: Any, ranks: Ranks, found: Found) -> int:
     """Load it into the engine, and return the number of steps taken.
 
@@ -218,26 +241,20 @@ def load(engine: Any, ranks: Ranks, found: Found) -> int:
     return int(state["step"])
 
 
-@contextmanager
-def only_known_classes() -> Iterator[None]:
-    """Within this block ``torch.load`` makes tensors, plain data and three classes of DeepSpeed's, and runs nothing else.
+def load_weights(engine: Any, found: Found) -> None:
+    """Load the weights alone, made at any ZeRO stage, into an engine at stage 0 on one rank.
 
-    DeepSpeed asks for weights_only=False everywhere, which would run whatever a file says.
+    Raises:
+        Exception: whatever another model's weights, or a damaged file, run into.
     """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
+    place, tag = str(found.path.parent), found.path.name
+    with only_known_classes():
+        if found.layout["stage"] == 0:
+            engine.load_checkpoint(place, tag, load_module_only=True)
+        else:
+            engine.module.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(place, tag))
 
 
 def newest_step(folder: Path) -> int:

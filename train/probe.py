@@ -58,17 +58,11 @@ def alone(
 
 def _go_on(trainer: Trainer, ranks: Ranks, run: Path) -> None:
     """Take the weights of a run's newest checkpoint, and its place in the schedule."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     found = checkpoints.find(ranks, run / "checkpoints")
     if found is None:
         raise SettingsError(f"checkpoint is {run}, which has no whole checkpoint; give the folder of a run.")
-    place, tag = str(found.path.parent), found.path.name
     try:
-        if found.layout["stage"] == 0:
-            trainer.engine.load_checkpoint(place, tag, load_module_only=True)
-        else:
-            trainer.engine.module.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(place, tag))
+        checkpoints.load_weights(trainer.engine, found)
     except Exception as error:  # whatever another model's weights run into
         raise SettingsError(f"checkpoint is {run}, whose weights can't be loaded: {first_line(error)}") from None
     trainer.step = found.step

@@ -41,6 +41,7 @@ def convert(source: str, target: str) -> None:
         _for_every_stage(Path(target))
 
 
+@only_known_classes()
 def _for_every_stage(folder: Path) -> None:
     """Write what the loader of stages 1 and 2 looks for as that of stage 3 does, and the other way round.
 
