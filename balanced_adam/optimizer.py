@@ -215,7 +215,7 @@ class BalancedAdam(torch.optim.Optimizer):
         kernels.step(updates)
         if self._cut:
             cut, self._cut = self._cut, 0
-            _warn_once(
+            warn_once(
                 f"{cut} elements of the loaded state had an m beyond what its packed form holds (sqrt(v), and less in packed8); it is cut off there.",
                 "cut",
             )
@@ -278,7 +278,7 @@ class BalancedAdam(torch.optim.Optimizer):
         elif (reason := kernels.why_not(param.device)) is not None:
             obstacle = reason
             if not fused and not capturable:
-                _warn_once(f"BalancedAdam steps parameters on {param.device} in plain torch, which is slower: {reason}")
+                warn_once(f"BalancedAdam steps parameters on {param.device} in plain torch, which is slower: {reason}")
         if obstacle is not None and (fused or capturable):
             setting = "fused" if fused else "capturable"
             raise RuntimeError(
@@ -398,12 +398,12 @@ class BalancedAdam(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of a BalancedAdam or of a ``torch.optim.AdamW``.
+        """Load the state of a BalancedAdam, of a ``torch.optim.AdamW`` of any age, or of DeepSpeed's FusedAdam or DeepSpeedCPUAdam.
 
         The moments keep full precision (float32, float64 for float64 parameters) whatever the parameters' dtype;
         torch's own loading would cast them down to bf16 with the weights. Hyper-parameters come from ``state_dict``,
         as in torch, but for unequal betas where this optimizer takes only equal ones: then its own betas stay, and a
-        warning says so.
+        warning says so. Settings that ``state_dict`` lacks stay as they are.
 
         Raises:
             ValueError: if the groups don't match, a moment is missing or has another shape than its parameter, moments are in a format that
@@ -457,13 +457,16 @@ class BalancedAdam(torch.optim.Optimizer):
 
         What betas the loaded averages were made with is remembered, for bias correction.
         """
-        own = [(group["betas"], group["state"]) for group in self.param_groups]
+        own = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         for group in self.param_groups:
             group.pop(decay.KEY, None)
         try:
             yield
         finally:
-            for group, (betas, format) in zip(self.param_groups, own, strict=True):
+            for group, before in zip(self.param_groups, own, strict=True):
+                betas, format = before["betas"], before["state"]
+                for name in self.defaults.keys() & before.keys():
+                    group.setdefault(name, before[name])  # what another Adam, or an older one, does not have
                 group["state"] = format
                 beta1, beta2 = self._betas[id(group)] = _pair(group["betas"], allow_unbalanced=True)
                 if beta1 != beta2 and not (self.defaults["allow_unbalanced"] and format == "fp32"):
@@ -479,7 +482,7 @@ class BalancedAdam(torch.optim.Optimizer):
 _warned: set[str] = set()
 
 
-def _warn_once(message: str, key: str = "") -> None:
+def warn_once(message: str, key: str = "") -> None:
     """Warn once per process of this, or of anything with this key; and of all ranks on the first alone."""
     if (key or message) not in _warned and os.environ.get("RANK", "0") == "0":
         warnings.warn(message, stacklevel=2)
@@ -561,7 +564,7 @@ def _check(group: dict[str, Any], allow_unbalanced: bool) -> None:
     group["betas"] = _pair(group["betas"], allow_unbalanced)
     _check_state(group)
     if group["state"] in ("packed16", "packed8") and group["eps"] < 1e-9:
-        _warn_once(
+        warn_once(
             f"eps is {group['eps']} and state is {group['state']!r}, which reads sqrt(v) below 7e-9 as 0: updates of such small gradients "
             "may be as large as lr; keep eps at 1e-9 or above, or take packed32."
         )

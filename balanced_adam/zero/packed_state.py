@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from balanced_adam.optimizer import warn_once
 from balanced_adam.state import MOMENTS, WORDS, moments, unpacked
 from balanced_adam.zero.one_pass import Override
 
@@ -30,6 +31,7 @@ def overrides() -> Sequence[Override]:
         (DeepSpeedZeroOptimizer, "_lazy_init_hp_params_optimizer_state", _link_again_1),
         (BF16_Optimizer, "_lazy_init_hp_params_optimizer_state", _link_again_bf16),
         (DeepSpeedZeroOptimizer, "initialize_optimizer_states", _refuse_elastic),
+        (DeepSpeedZeroOptimizer_Stage3, "initialize_optimizer_states", _say_moments_are_fp32),
         (DeepSpeedZeroOptimizer_Stage3, "_get_fp32_opt_state_partition", _decoded_3),
         (DeepSpeedZeroOptimizer_Stage3, "set_full_hp_param", _refuse_3),
         (DeepSpeedZeroOptimizer_Stage3, "set_local_hp_param", _refuse_3),
@@ -103,6 +105,15 @@ def _refuse_elastic(original: Callable[..., None], self: Any) -> None:
         raise ValueError(
             f"zero_optimization.elastic_checkpoint is true and state is {format!r}: such a checkpoint makes words floats; leave it out, "
             "and use universal checkpoints to change the number of ranks."
+        )
+    _say_moments_are_fp32(original, self)
+
+
+def _say_moments_are_fp32(original: Callable[..., None], self: Any) -> None:
+    if self.bf16_optimizer_states:
+        warn_once(
+            "bf16.bf16_optimizer_states is true, and changes nothing for BalancedAdam, whose moments are float32, or packed: set "
+            '"state" to "packed32" or "packed16" in the optimizer\'s params instead.'
         )
     original(self)
 

@@ -493,3 +493,41 @@ def test_a_foreign_state_is_refused(change):
     with pytest.raises(ValueError, match=message[change]):
         optimizer.load_state_dict(state)
     assert optimizer.state[params[0]]["exp_avg"].shape == (3, 5)
+
+
+OF_OTHERS = {  # the settings of a group, as each saves them
+    "deepspeed.ops.adam.FusedAdam": {"bias_correction": True, "step": 3},
+    "deepspeed.ops.adam.DeepSpeedCPUAdam": {"bias_correction": True, "amsgrad": False},
+    "torch 1.8's AdamW": {"amsgrad": False},
+    "torch 2.0's AdamW": {
+        **{"amsgrad": False, "foreach": None, "maximize": False, "capturable": False, "differentiable": False},
+        "fused": None,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+@pytest.mark.parametrize("state", ["fp32", "packed16"])
+def test_the_state_of_another_adam_is_gone_on_with(name: str, state: str) -> None:
+    """Settings that it doesn't have stay as they are here; DeepSpeed's count steps in ints."""
+    params, others = parameters(), parameters()
+    betas = (0.95, 0.95)
+    theirs = torch.optim.AdamW(others, lr=1e-2, betas=betas, weight_decay=0.1)
+    train(theirs, others, range(3))
+    saved = copy.deepcopy(theirs.state_dict())
+    for group in saved["param_groups"]:
+        kept = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "params")}
+        group.clear()
+        group.update({**kept, **OF_OTHERS[name]})
+    for each in saved["state"].values():
+        each["step"] = int(each["step"])
+    for ours, other in zip(params, others, strict=True):
+        ours.data.copy_(other.data)
+    optimizer = BalancedAdam([{"params": params, "maximize": False}], lr=1.0, betas=0.9, state=state)
+    optimizer.load_state_dict(saved)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["maximize"], group["state"]) == (1e-2, betas, False, state)
+    train(optimizer, params, range(3, 6))
+    train(theirs, others, range(3, 6))
+    for ours, other in zip(params, others, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5 if state == "fp32" else 2e-2)

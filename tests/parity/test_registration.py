@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from balanced_adam import BalancedAdam, register, zero
+from balanced_adam import optimizer as optimizer_module
 from tests.parity.cases import PHANTOM, Case, advance, of_the_wrong, read, start
 from tests.parity.control import TENSORS
 from tests.parity.test_one_pass import FP16
@@ -171,3 +174,58 @@ def test_one_moment_of_a_packed_state_can_not_be_set() -> None:
         "exp_avg can't be set on its own: BalancedAdam stores it in one word with the other moment; use state='fp32'."
     )
     assert said == [refusal] * 3
+
+
+FOREIGN = [
+    Case(1, "bf16"),
+    Case(1, "bf16", grad_accum="fp32"),
+    Case(2, "fp32"),
+    Case(2, "bf16", offload=True),
+    Case(3, "bf16"),
+]
+
+
+def go_on_with_adamw(folder: str) -> list[tuple[list[int], bool]]:
+    """Job: torch's AdamW under DeepSpeed saves, BalancedAdam loads and goes on; its step counts, and whether all is finite."""
+    found = []
+    for case in FOREIGN:
+        adamw = {"type": "AdamW", "params": {"lr": 0.5, "torch_adam": True}}
+        zero = case.config(torch.distributed.get_world_size())["zero_optimization"]
+        more = {"optimizer": adamw, "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
+        engine = start(case, **more, zero_optimization=zero)
+        advance(engine, 0, 2)
+        engine.save_checkpoint(f"{folder}/{case}", tag="adamw")
+        engine.destroy()
+        engine = start(case)
+        assert engine.load_checkpoint(f"{folder}/{case}", tag="adamw")[0]
+        advance(engine, 2, 4)
+        steps = [int(state["step"]) for state in engine.basic_optimizer.state.values()]
+        found.append((steps, all(t.isfinite().all() for values in read(engine).values() for t in values.values())))
+        engine.destroy()
+    return found
+
+
+@pytest.mark.ranks
+def test_a_checkpoint_of_torchs_adamw_under_deepspeed_is_gone_on_with(tmp_path: Path) -> None:
+    for found in spawn(go_on_with_adamw, 2, str(tmp_path)):
+        assert all(set(steps) == {4} and finite for steps, finite in found) and len(found) == len(FOREIGN)
+
+
+def bf16_states(cases: list[Case]) -> list[str]:
+    """Job: what is said where DeepSpeed is told to keep moments in bf16."""
+    said = []
+    bf16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for case in cases:
+            optimizer_module._warned.clear()
+            start(case, bf16=bf16).destroy()
+            said += [str(each.message) for each in caught if "bf16_optimizer_states" in str(each.message)]
+            caught.clear()
+    return said
+
+
+@pytest.mark.ranks
+def test_bf16_optimizer_states_which_change_nothing_are_named() -> None:
+    (said,) = spawn(bf16_states, 1, [Case(stage, "bf16") for stage in (1, 2, 3)])
+    assert [each[:58] for each in said] == ["bf16.bf16_optimizer_states is true, and changes nothing fo"] * 3
