@@ -87,6 +87,8 @@ class BalancedAdam(torch.optim.Optimizer):
     of the moments a packed state has ``packed`` (integers, the parameter's shape). Any format loads into any other; ``state`` of
     this optimizer stays as it is. :func:`balanced_adam.unpacked` makes a state dict for others.
 
+    As torch's own optimizers, it is not thread-safe: two threads must not step one optimizer at once.
+
     Raises:
         ValueError: on a value out of range, on unequal betas without ``allow_unbalanced``, on complex parameters.
         RuntimeError: from :meth:`step`, on a sparse gradient; with ``fused=True`` or ``capturable=True``, from the

@@ -157,4 +157,4 @@ def test_no_command_runs_what_a_checkpoint_says(
     poison(checkpoint, name, tmp_path / "evil-was-here")
     code, said = command(options, tmp_path / "out")
     assert not (tmp_path / "evil-was-here").exists()
-    assert (code != 0 and "weights_only" in said) or "can't be loaded" in said or "Unsupported" in said, said
+    assert code != 0 and re.search("can't be loaded|weights_only", said), said
