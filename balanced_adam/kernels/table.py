@@ -89,8 +89,42 @@ class Update(NamedTuple):
         copy = NO_DTYPE if self.copy is None else DTYPES[self.copy.dtype]
         return Variant(DTYPES[self.param.dtype], DTYPES[self.grad.dtype], copy, self.keep, STATES[self.first.dtype])
 
+    def check(self) -> None:
+        """See that the kernel reads and writes within these tensors, and takes each for what it is.
+
+        Raises:
+            ValueError: naming the tensor, where one has another size, dtype or device than the parameter asks for.
+        """
+        param, grad, first, second, copy, factor = (
+            self.param, self.grad, self.first, self.second, self.copy, self.factor
+        )  # fmt: skip
+        whole, here = param.numel(), param.get_device()
+        if not 0 <= self.offset <= whole - grad.numel():
+            raise ValueError(
+                f"the gradient has {grad.numel()} elements from element {self.offset} on, and its parameter {whole}."
+            )
+        for name, tensor in (("state", first), ("second moment", second), ("copy", copy)):
+            if tensor is not None and tensor.numel() != whole:
+                raise ValueError(
+                    f"the {name} has {tensor.numel()} elements, and its parameter {whole}; has it been given other data?"
+                )
+        if factor is not None and (factor.numel() != 1 or factor.dtype is not torch.float32):
+            raise ValueError(f"the factor is {factor.numel()} elements of {factor.dtype}; it must be one float32.")
+        if second is not None and second.dtype is not first.dtype:
+            raise ValueError(f"the second moment is {second.dtype}, and the first {first.dtype}.")
+        for name, tensor in (("gradient", grad), ("state", first), ("second moment", second), ("copy", copy)):
+            if tensor is not None and tensor.get_device() != here:
+                raise ValueError(f"the {name} is on {tensor.device}, and its parameter on {param.device}.")
+        if factor is not None and factor.get_device() != here:
+            raise ValueError(f"the factor is on {factor.device}, and its parameter on {param.device}.")
+
     def row(self, first_chunk: int = 0) -> bytes:
-        """``Row`` of ``rule.h``."""
+        """``Row`` of ``rule.h``.
+
+        Raises:
+            ValueError: as :meth:`check`.
+        """
+        self.check()
         at = self.offset
         copy, factor, second = self.copy, self.factor, self.second
         return _POINTERS.pack(

@@ -24,7 +24,7 @@ pytestmark = [
 PROGRAM = """
 import math, torch
 from balanced_adam.kernels import cuda
-from balanced_adam.kernels.table import ROW_SIZE, Recipe, Variant
+from balanced_adam.kernels.table import ROW_SIZE, Recipe, Update, Variant
 from tests.kernels.bits import Setting, expected, first, same, update
 
 STREAM = 7
@@ -64,7 +64,7 @@ assert all(map(same, states, controls)), "prepare"
 assert [int(step) for step in steps] == [4] * 4
 
 tensors = [torch.randn(n).to(states[0].grad.dtype) for n in (7, 2 * cuda.CHUNK + 3, 4096)]
-rows, chunks = cuda.rows([update(states[0], setting, 1)._replace(grad=t) for t in tensors])
+rows, chunks = cuda.rows([Update(t, t, t, t, b"") for t in tensors])
 parts = torch.full((chunks, cuda.THREADS), math.nan, dtype=torch.float64)
 cuda.launch_squares(kernels, table_of(rows), len(tensors), parts, STREAM)
 sums = [s.sum() for s in parts.split([1, 3, 1])]

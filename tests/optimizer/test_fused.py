@@ -233,3 +233,38 @@ print(weight.item() < 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def corrupt(kind: str, optimizer: BalancedAdam, param: torch.nn.Parameter) -> None:
+    """Make one tensor of the fused step's contract another than it must be."""
+    size, state = param.numel(), optimizer.state[param]
+    if kind in ("larger data", "smaller data"):
+        param.data = torch.ones(2 * size if kind == "larger data" else size // 2)
+        param.grad = torch.ones_like(param)
+    elif kind in ("exp_avg", "exp_avg_sq"):
+        state[kind] = torch.zeros(size // 2)
+    else:
+        grad, param.grad = param.grad, None
+        copies = {"copy too short": torch.zeros(size // 2), "copy too long": torch.zeros(2 * size)}
+        factors = {"factor double": torch.ones(1, dtype=torch.float64), "factor empty": torch.ones(0)}
+        assert optimizer.hand_over(param, [grad], factors.get(kind), copies.get(kind))
+
+
+KINDS = (
+    *("larger data", "smaller data", "exp_avg", "exp_avg_sq"),
+    *("copy too short", "copy too long", "factor double", "factor empty"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_that_disagree_are_refused_before_memory_is_touched(kind: str) -> None:
+    """Each overran the heap, or was read as something else."""
+    param = torch.nn.Parameter(torch.ones(4096))
+    optimizer = BalancedAdam([param], fused=True)
+    param.grad = torch.ones(4096)
+    optimizer.step()
+    corrupt(kind, optimizer, param)
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match=r"^the (gradient|state|second moment|copy|factor) "):
+        optimizer.step()
+    assert torch.equal(param, before)
