@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import signal
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -71,24 +73,45 @@ def serve(address: Path) -> None:
 
     prepare()
     children: dict[int, Connection] = {}
+    aside = address.with_name("forkserver-begins")  # it gets its name when it listens
     session = Path("/proc") / (address.parent / "owner").read_text()
-    with Listener(str(address), "AF_UNIX", backlog=64) as listener:
+    with (
+        suppress(FileNotFoundError),
+        Listener(str(aside), "AF_UNIX", backlog=64) as listener,
+    ):  # it removes the first name
+        aside.rename(address)
         door = listener._listener._socket  # type: ignore[attr-defined]  # what multiprocessing's own loops wait for
         while address.exists() and session.exists():
-            if wait([door], 0.02):
+            ready = wait([door, *children.values()], 0.02)
+            for child in [child for child, client in children.items() if client in ready]:
+                kill(child)  # whoever started it has gone: a client says nothing more
+            if door in ready:
                 client = listener.accept()
-                function, argument = client.recv()
+                try:
+                    function, argument = client.recv()
+                except (EOFError, OSError):
+                    continue
                 if (child := os.fork()) == 0:
                     for each in (listener, client, *children.values()):
                         each.close()
                     end_with(function, argument)
-                client.send(child)
                 children[child] = client
+                with suppress(OSError):
+                    client.send(child)
             while children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 client = children.pop(ended[0])
-                with suppress(BrokenPipeError):  # nobody wants to know any more
+                with suppress(OSError):  # nobody wants to know any more
                     client.send(os.waitstatus_to_exitcode(ended[1]))
                 client.close()
+    for child in children:
+        kill(child)
+    shutil.rmtree(address.parent, ignore_errors=True)  # of a session that was killed
+
+
+def kill(child: int) -> None:
+    """All of a program."""
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
 
 
 if __name__ == "__main__":

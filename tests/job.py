@@ -11,10 +11,12 @@ import torch
 
 from tests.ranks import backend, device
 from train.ranks import leave
+from train.watch import end_with_parent
 
 
 def main(folder: Path) -> None:
     """Join the others, do the job, and leave what it returned in the folder."""
+    end_with_parent()
     # Otherwise init_distributed compiles it, for an operation (inference_all_reduce) that training never uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("ERROR")

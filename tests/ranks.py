@@ -102,9 +102,11 @@ class Started:
 
     def end(self) -> None:
         """Kill all of it."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        while self.poll() is None:
+        while True:  # a forked program may not have its session yet
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            if self.poll() is not None:
+                return
             time.sleep(0.01)
 
 
@@ -171,7 +173,10 @@ def _exit_code_from(client: Connection) -> Callable[[], int | None]:
     def poll() -> int | None:
         nonlocal code
         if code is None and client.poll():
-            code = client.recv()
+            try:
+                code = client.recv()
+            except EOFError:
+                code = 255  # the fork server has gone, and its children with it
             client.close()
         return code
 

@@ -47,7 +47,9 @@ def shared(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
                 value, error = None, ""
                 try:
                     value = function(*arguments)  # type: ignore[call-arg]
-                except Exception:
+                except KeyboardInterrupt:
+                    raise
+                except BaseException:  # those of pytest, too
                     error = traceback.format_exc()
                 aside = file.with_suffix(".aside")
                 torch.save((value, error), aside)
@@ -55,7 +57,8 @@ def shared(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
         return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
 
     @wraps(function)
-    def wrapper(*arguments: Arguments.args, **_: Arguments.kwargs) -> Value:
+    def wrapper(*arguments: Arguments.args, **named: Arguments.kwargs) -> Value:
+        assert not named, "give arguments by position"
         value, error = outcome(*arguments)
         if error:
             raise RuntimeError(f"{function.__name__} failed:\n{error}")

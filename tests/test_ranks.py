@@ -31,7 +31,7 @@ def surroundings(_: None) -> dict[str, object]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ranks are not forked where there are GPUs")
 def test_a_forked_rank_finds_what_torchrun_gives_a_fresh_one() -> None:
-    assert spawn(surroundings, 1, None) == spawn(surroundings, 1, None, fresh=True)
+    assert spawn(surroundings, 2, None) == spawn(surroundings, 2, None, fresh=True)
 
 
 def draw(_: None) -> list[float]:

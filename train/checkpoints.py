@@ -201,7 +201,7 @@ def only_known_classes() -> Iterator[None]:
     """Within this block ``torch.load`` makes tensors, plain data and four classes of DeepSpeed's, and runs nothing else.
 
     DeepSpeed asks for weights_only=False everywhere, which would run whatever a file says. So whatever reads a checkpoint does it
-    within this (tests/harness/test_guard.py finds what doesn't).
+    within this (tests/harness/test_guard.py looks for what doesn't).
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

@@ -181,7 +181,7 @@ class Trainer:
             SettingsError: if a checkpoint can't be written.
         """
         run, every = self.run, self.run.checkpoints.save_every
-        nonfinite = 0
+        nonfinite, spoiled = 0, ""
         validation_loss = math.nan
         while self.step < run.schedule.steps:
             line = self.train_step()
@@ -191,7 +191,10 @@ class Trainer:
             progress.show(self.step, f"loss {line['loss']:.4f}")
             nonfinite = 0 if self.is_finite(line) else nonfinite + 1
             if nonfinite == run.stop_after_nonfinite:
-                return {"status": "diverged", "step": self.step, "validation_loss": None, **self.about()}
+                reason = (
+                    f"the loss or the gradient was not finite for {nonfinite} steps in a row, up to step {self.step}"
+                )
+                return self.diverged(reason)
             last = self.step == run.schedule.steps
             if last or (run.logging.validate_every and self.step % run.logging.validate_every == 0):
                 validation_loss = self.validate()
@@ -202,7 +205,8 @@ class Trainer:
             spoiled = self.nonfinite_weight() if due else ""
             if spoiled and self.ranks.first:
                 print(f"No checkpoint is written at step {self.step}: weight {spoiled} is not finite.", flush=True)
-            if due and not nonfinite and not spoiled:
+            # A step that DeepSpeed has skipped leaves the weights as they were; the last one may be such a step.
+            if due and not spoiled and (last or not nonfinite):
                 if metrics:
                     metrics.sync()
                 checkpoints.save(
@@ -218,15 +222,14 @@ class Trainer:
                 return {"status": "stopped", "step": self.step}
         if not math.isfinite(validation_loss):  # finished before, but cut before result.json was written
             validation_loss = self.validate()
-        with self.ranks.together():
-            saved = self.ranks.first and checkpoints.newest_step(run.out / "checkpoints") == self.step
-        status = "finished" if self.ranks.from_first(saved) and math.isfinite(validation_loss) else "diverged"
-        return {
-            "status": status,
-            "step": self.step,
-            "validation_loss": validation_loss if status == "finished" else None,
-            **self.about(),
-        }
+        if spoiled or not math.isfinite(validation_loss):
+            what = f"weight {spoiled}" if spoiled else "validation loss"
+            return self.diverged(f"its {what} is not finite at the end, at step {self.step}")
+        return {"status": "finished", "step": self.step, "validation_loss": validation_loss, **self.about()}
+
+    def diverged(self, reason: str) -> dict[str, Any]:
+        """The content of result.json of a run that has."""
+        return {"status": "diverged", "reason": reason, "step": self.step, "validation_loss": None, **self.about()}
 
     def about(self) -> dict[str, Any]:
         """For result.json."""
@@ -443,14 +446,9 @@ def _tell(run: Run, ended: dict[str, Any], already: str = "") -> None:
             f"Stopped at step {ended['step']} and saved up to step {saved}, as asked. The same command goes on from there."
         )
     if ended["status"] == "diverged":
+        reason = ended.get("reason", f"a number was not finite at step {ended['step']}")  # older runs don't say
         raise SettingsError(
-            f"the run in {run.out} has {already}diverged: "
-            + (
-                "its last weights or its validation loss are not finite"
-                if ended["step"] == run.schedule.steps
-                else f"the loss or the gradient was not finite for {run.stop_after_nonfinite} steps in a row"
-            )
-            + f", up to step {ended['step']}. Its checkpoints from before are kept. Lower lr (it is "
+            f"the run in {run.out} has {already}diverged: {reason}. Its checkpoints from before are kept. Lower lr (it is "
             f"{run.optimizer.lr}) or clip (it is {run.optimizer.clip}) and give another folder."
         )
     if os.environ["RANK"] == "0":

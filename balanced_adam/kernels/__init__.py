@@ -40,7 +40,13 @@ def why_not(device: torch.device) -> str | None:
 
 
 def step(updates: Sequence[Update]) -> None:
-    """Carry out all updates, each on its own device."""
+    """Carry out all updates, each on its own device.
+
+    Raises:
+        ValueError: if the tensors of one do not fit together (:meth:`Update.check`); nothing is changed then.
+    """
+    for update in updates:
+        update.check()
     on_cpu = [update for update in updates if update.param.device.type == "cpu"]
     on_cuda = [update for update in updates if update.param.device.type == "cuda"]
     if on_cpu:
@@ -65,4 +71,6 @@ def directions(updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
 
     For the CPU alone; on a GPU the few passes that torch needs are nothing beside a training step.
     """
+    for update in updates:
+        update.check()
     return cpu.load().measure(updates, directions=True)

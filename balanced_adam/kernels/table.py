@@ -119,12 +119,7 @@ class Update(NamedTuple):
             raise ValueError(f"the factor is on {factor.device}, and its parameter on {param.device}.")
 
     def row(self, first_chunk: int = 0) -> bytes:
-        """``Row`` of ``rule.h``.
-
-        Raises:
-            ValueError: as :meth:`check`.
-        """
-        self.check()
+        """``Row`` of ``rule.h``; of tensors that :meth:`check` has seen."""
         at = self.offset
         copy, factor, second = self.copy, self.factor, self.second
         return _POINTERS.pack(

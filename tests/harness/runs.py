@@ -18,7 +18,12 @@ def out_of(options: list[str]) -> Path:
 
 
 def start(
-    options: list[str], ranks: int | None = 2, module: str = "train.pretrain", launcher: str | None = None, **more: str
+    options: list[str],
+    ranks: int | None = 2,
+    module: str = "train.pretrain",
+    launcher: str | None = None,
+    own_threads: bool = False,
+    **more: str,
 ) -> Started:
     """Start a run.
 
@@ -27,11 +32,14 @@ def start(
         ranks: how many; None for plain python.
         module: what each of them runs.
         launcher: a real one, by the command line that train.compare uses; by default the ranks are forked.
+        own_threads: the run decides on the number of threads, as under a real launcher; else it is one, for the tests' sake.
         more: variables for the environment.
     """
     with NamedTemporaryFile(prefix="log-", delete=False, dir=_logs()) as file:
         log = Path(file.name)
     settings = environment(DS_ACCELERATOR="cpu", **more)
+    if launcher or own_threads:
+        settings.pop("OMP_NUM_THREADS", None)
     grace = float(more.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
     program = Program(module, options, settings, log, ranks, grace=grace)
     if launcher is None:
@@ -43,10 +51,15 @@ def start(
 
 
 def finish(
-    options: list[str], ranks: int | None = 2, module: str = "train.pretrain", launcher: str | None = None, **more: str
+    options: list[str],
+    ranks: int | None = 2,
+    module: str = "train.pretrain",
+    launcher: str | None = None,
+    own_threads: bool = False,
+    **more: str,
 ) -> tuple[int, str]:
     """The exit code of a run, and what its ranks have said."""
-    started = start(options, ranks, module, launcher, **more)
+    started = start(options, ranks, module, launcher, own_threads, **more)
     return started.wait(), started.said()
 
 

@@ -30,7 +30,7 @@ def test_twenty_steps_under_each_launcher(small_run: list[str], launcher: str, r
     assert result and result["status"] == "finished" and result["world"] == ranks and result["step"] == 20
     assert len(losses(options)) == 20 and losses(options)[-1] < losses(options)[0]
     forked = change(options, out=out_of(options).with_name("forked"))
-    code, said = finish(forked, ranks if ranks > 1 else None)
+    code, said = finish(forked, ranks if ranks > 1 else None, own_threads=True)
     assert code == 0, said
     assert losses(forked) == losses(options)  # so the other tests may fork their ranks
 
@@ -119,11 +119,14 @@ def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_wh
     assert stamps[:-1] == again[:-1] and stamps[-1] != again[-1]
     assert [(out / run["name"] / "checkpoints").exists() for run in plan["runs"]] == [True] * 3 + [False]
     reports = {file: file.read_bytes() for file in out.glob("report.*")}
-    for seconds in (0.5, 1.5, 2.0, 2.5):  # whenever it is killed, each file is a whole one
+    codes = []
+    for seconds in (0.1, 0.3, 0.7, 1.5):  # whenever it is killed, each file is a whole one
         process = start([str(out)], None, "train.report")
         time.sleep(seconds)
         process.end()
+        codes.append(process.returncode)
         assert {file: file.read_bytes() for file in out.glob("report.*")} == reports
+    assert -signal.SIGKILL in codes
 
     tuned = tmp_path / "tuned"
     compare.main(["--arms", "0.9", "--lr-from", str(out), "--out", str(tuned), "--plan-only", *rest])

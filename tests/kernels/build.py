@@ -64,7 +64,9 @@ SHARED = ["-shared", "-fPIC", "-fvisibility=default"]
 def cpu_library(*extra: str) -> Path:
     """The CPU kernels, with other flags if there are any; without, those that were installed, if the sources are no newer."""
     installed = [] if extra else sorted(SOURCES.glob("_cpu*.so"))
-    if installed and installed[0].stat().st_mtime > max(file.stat().st_mtime for file in SOURCES.glob("*.[ch]*")):
+    if installed and installed[0].stat().st_mtime > max(
+        file.stat().st_mtime for file in [*SOURCES.glob("*.[ch]*"), REPOSITORY / "pyproject.toml"]
+    ):
         return installed[0]
     return compiled("cpu.so", SOURCES / "cpu.cpp", [*SHARED, *extra])
 

@@ -259,12 +259,13 @@ KINDS = (
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensors_that_disagree_are_refused_before_memory_is_touched(kind: str) -> None:
     """Each overran the heap, or was read as something else."""
-    param = torch.nn.Parameter(torch.ones(4096))
-    optimizer = BalancedAdam([param], fused=True)
-    param.grad = torch.ones(4096)
+    param, other = torch.nn.Parameter(torch.ones(4096)), torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = BalancedAdam([other, param], fused=True)
+    for each in (param, other):
+        each.grad = torch.ones_like(each)
     optimizer.step()
     corrupt(kind, optimizer, param)
-    before = param.detach().clone()
+    before, before_other = param.detach().clone(), other.detach().clone()
     with pytest.raises(ValueError, match=r"^the (gradient|state|second moment|copy|factor) "):
         optimizer.step()
-    assert torch.equal(param, before)
+    assert torch.equal(param, before) and torch.equal(other, before_other)
