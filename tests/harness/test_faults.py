@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import pickle
 import random
 import re
 import shutil
@@ -24,6 +22,7 @@ import torch
 from tests.cluster.runs import events, losses, same
 from tests.harness.conftest import Make
 from tests.harness.runs import change, finish, out_of, start
+from tests.harness.test_guard import poison
 from tests.ranks import LIMIT
 from train import checkpoints, folder
 from train.pretrain import pretrain
@@ -96,13 +95,6 @@ def test_where_no_checkpoint_is_whole_it_does_not_begin_from_nothing(make: Make)
     assert len(folder.read_metrics(run.out)) > 5  # untouched
 
 
-class Evil:
-    """What a checkpoint must not be able to do: run a command when it is loaded."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch evil-was-here",)
-
-
 def test_a_checkpoint_runs_nothing_when_it_is_loaded(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,11 +102,7 @@ def test_a_checkpoint_runs_nothing_when_it_is_loaded(
     pretrain(run)
     (run.out / "result.json").unlink()
     file = next(newest(run).glob("*model_states.pt"))
-    torch.save({**torch.load(file), "evil": Evil()}, file, pickle_module=pickle)
-    manifest = newest(run) / "complete.json"
-    about = json.loads(manifest.read_text())
-    about["files"][file.name] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
-    manifest.write_text(json.dumps(about))
+    poison(newest(run), file.name, tmp_path / "evil-was-here")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         SettingsError, match=r"step-0000006 can't be loaded on rank 0 .*remove it to go on from an older one"
