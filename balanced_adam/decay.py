@@ -1,12 +1,13 @@
 r"""Bias correction where equal betas change over time.
 
 The weights of an average that began at zero sum to :math:`1 - \prod_i \beta_i`, which is :math:`1 - \beta^t` only while beta is the
-same in all t steps. Dividing by less than that sum would break the bound of a step; so the product is kept, in its group, from
-the first change on, and the rule is told the number of steps at the beta of now that make it. Rounded up, so that the bound holds:
-:math:`|m| \le \sqrt{(1 - \prod_i \beta_i)\, v}` (Cauchy-Schwarz, as for :func:`balanced_adam.gradient_scale.update_bound`).
+same in all t steps. Dividing by less than that sum would break the bound of a step. So each parameter's state keeps the logarithm of
+the product beside its step count, and the rule is told the number of steps at the beta of now that make it. Rounded up, so that the
+bound holds: :math:`|m| \le \sqrt{(1 - \prod_i \beta_i)\, v}` (Cauchy-Schwarz, as for :func:`balanced_adam.gradient_scale.update_bound`).
 
-The product is the group's, not a parameter's: one that gets its first gradient after a change (unfrozen then, or an expert that is rarely
-asked) is corrected as if it had been there all the time, so that its first steps are smaller than lr, as without bias correction.
+The logarithm is the parameter's own, and always there, so that whatever saves and loads a state (a state dict, a deep copy,
+torch.distributed.checkpoint) carries it. It is a number and no tensor: DeepSpeed cuts the padding from every tensor of a state. Only DeepSpeed's universal checkpoints, which hold moments and step counts alone, and files made
+before it existed lack it; there it is made again from what a saved group says.
 """
 
 from __future__ import annotations
@@ -14,39 +15,94 @@ from __future__ import annotations
 import math
 from typing import Any
 
-KEY = "decay"
-"""Of a group whose equal betas have changed: the last of them, the number of steps before they were, and the logarithm of the product of
-the betas of those steps. It is saved with the group."""
+LOG_PRODUCT = "log_beta_product"
+"""Of a parameter's state: the logarithm of the product of the betas of its steps, a float; or UNKNOWN."""
+GROUP_KEY = "decay"
+"""Of a saved group whose betas have changed: a beta, a number of steps, and the logarithm of the product of their betas; the steps after those
+were taken at that beta."""
+UNKNOWN = math.inf
+"""No product of equal betas: the averages were made with unequal ones, or counted in a CUDA graph. Then all steps count as if they had
+been taken at the beta of now."""
+NOTHING_LEFT = -1e9
+"""The logarithm from which on nothing is left of the beginning."""
 FOREVER = 10**9
 """Steps after which nothing is left of the beginning, whatever beta is."""
 
+History = tuple[float, float, float]
+"""As GROUP_KEY."""
 
-def follow(group: dict[str, Any], last: tuple[float, float], steps: int) -> None:
-    """Take note of a change, ahead of a step.
+
+def history(settings: dict[str, Any]) -> History | None:
+    """What a saved group says of the betas that its averages were made with; None where they were unequal.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    beta1, beta2 = settings["betas"]
+    if beta1 != beta2:
+        return None
+    said = settings.get(GROUP_KEY, (beta1, 0, 0.0))
+    try:
+        beta, steps, logarithm = map(float, said)
+    except (TypeError, ValueError):
+        beta, steps, logarithm = math.nan, math.nan, math.nan
+    if not (0.0 <= beta < 1.0 and 0.0 <= steps < math.inf and logarithm <= 0.0):
+        raise ValueError(
+            f"{GROUP_KEY} is {said!r} in the loaded state; it must be a beta, a number of steps and the logarithm of the product of "
+            "their betas."
+        )
+    return beta, steps, logarithm
+
+
+def log_product(made_with: History | None, steps: int) -> float:
+    """The logarithm of the product of the betas of the first ``steps`` steps, from what a saved group says."""
+    if steps == 0:
+        return 0.0
+    if made_with is None:
+        return UNKNOWN
+    beta, before, known = made_with
+    since = (steps - before) * math.log(beta) if beta else (NOTHING_LEFT if steps > before else 0.0)
+    return max(known + since, NOTHING_LEFT)
+
+
+def effective_steps(logarithm: float, beta: float, steps: int) -> float:
+    """How many steps at ``beta`` make this product; a whole number, exactly, where beta has never changed.
 
     Args:
-        group: of the optimizer's, with the betas of the coming step.
-        last: its betas in the step before, where it has no note of them.
-        steps: that its parameters have taken.
+        logarithm: of the product.
+        beta: in (0, 1).
+        steps: that were taken, for where the product is unknown.
     """
-    if group["betas"][0] != group["betas"][1]:  # plain AdamW
-        group.pop(KEY, None)
-        return
-    before = group[KEY][0] if KEY in group else last[0]
-    if group["betas"][0] != before and (KEY in group or last[0] == last[1]) and steps:
-        group[KEY] = (group["betas"][0], steps, _logarithm(group, before, steps))
+    if logarithm == UNKNOWN:
+        return float(steps)
+    count = logarithm / math.log(beta)
+    nearest = round(count)
+    return float(nearest) if abs(count - nearest) <= 1e-9 * max(1.0, count) else count
 
 
-def corrected(group: dict[str, Any], step: int) -> int:
-    """The step number for the bias correction in a parameter's step number ``step``, counted from 1."""
-    beta = group["betas"][0]
-    if KEY not in group or not 0.0 < beta < 1.0:
-        return step
-    # 1e-9: where beta hasn't changed after all, rounding must not make it one more.
-    return min(max(1, math.ceil(_logarithm(group, beta, step) / math.log(beta) - 1e-9)), FOREVER)
+def advance(logarithm: float, betas: tuple[float, float], steps: int) -> tuple[float, int]:
+    """Of one more step, at ``betas``: the logarithm of the product after it, and the step number for its bias correction.
+
+    Args:
+        logarithm: before the step.
+        betas: of this step.
+        steps: that were taken before it.
+    """
+    beta = betas[0]
+    if beta != betas[1]:
+        return UNKNOWN, steps + 1
+    if beta == 0.0:
+        return NOTHING_LEFT, steps + 1
+    count = effective_steps(logarithm, beta, steps) + 1.0
+    return max(count * math.log(beta), NOTHING_LEFT), min(max(1, math.ceil(count)), FOREVER)
 
 
-def _logarithm(group: dict[str, Any], beta: float, steps: int) -> float:
-    """Of the product of all betas of ``steps`` steps, those since the last change being ``beta``."""
-    _, before, known = group.get(KEY, (beta, 0, 0.0))
-    return max(float(known + (steps - before) * (math.log(beta) if beta else -math.inf)), -1e9)
+def of_group(betas: tuple[float, float], steps: int, logarithm: float) -> History | None:
+    """What a saved group has to say beside its betas: nothing where all steps were taken at them."""
+    beta = betas[0]
+    if beta != betas[1] or logarithm == UNKNOWN or not steps:
+        return None
+    same = effective_steps(logarithm, beta, steps) == steps if beta else logarithm == NOTHING_LEFT
+    if same:
+        return None
+    return beta, float(steps), logarithm

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
-from balanced_adam import decay, kernels, packed, rule
+from balanced_adam import decay, dtensor, kernels, packed, rule
 from balanced_adam import state as states
 
 Betas = float | tuple[float, float]
@@ -124,12 +124,12 @@ class BalancedAdam(torch.optim.Optimizer):
         }
         _check(defaults, allow_unbalanced)  # even where each group brings its own values
         _check_flags(defaults)
-        self._counted: set[Tensor] = set()  # capturable: those whose step count is known to be their own
+        self._counted: dict[Tensor, rule.Betas] = {}  # capturable: whose step count is their own, and their betas
         self.handed: dict[Tensor, HandOver] = {}
         """What :meth:`hand_over` took for the next step."""
         self._moved: dict[Tensor, tuple[int, rule.Betas, float]] = {}  # for update_size
         self._cut = 0  # elements that packing has cut off
-        self._betas: dict[int, tuple[float, float]] = {}  # id of a group: its betas in its last step
+        self._made_with: dict[int, decay.History | None] = {}  # id of a group: what its loaded averages were made with
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -137,11 +137,28 @@ class BalancedAdam(torch.optim.Optimizer):
         super().__setstate__(state)
         for settings in (self.defaults, *self.param_groups):
             settings.setdefault("state", "fp32")  # of a time when there was no other
-        self._counted = set()
+        self._counted = {}
         self.handed = {}
         self._moved = {}
         self._cut = 0
-        self._betas = {id(group): _pair(group["betas"], allow_unbalanced=True) for group in self.param_groups}
+        self._made_with = {}
+        for group in self.param_groups:
+            self._remember(group)
+
+    def _remember(self, group: dict[str, Any]) -> None:
+        """Take note of the betas that a loaded group's averages were made with, for states that don't say so themselves."""
+        settings = {**group, "betas": _pair(group["betas"], allow_unbalanced=True)}
+        self._made_with[id(group)] = decay.history(settings)
+        group.pop(decay.GROUP_KEY, None)
+        self._complete(group)
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Give the states of a group what an older file, or a universal checkpoint, lacks."""
+        for param in group["params"]:  # none where ZeRO-3 is between two steps
+            state = self.state.get(param, {})
+            if "step" in state and decay.LOG_PRODUCT not in state:
+                made_with = self._made_with.get(id(group))
+                state[decay.LOG_PRODUCT] = decay.log_product(made_with, int(state["step"]))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings are checked, and ``betas`` becomes a pair.
@@ -164,11 +181,12 @@ class BalancedAdam(torch.optim.Optimizer):
                     f"state is {group['state']!r}, and a parameter is float64; its moments must be 'fp32'."
                 )
             for param in group["params"]:
+                if reason := dtensor.obstacle(param):
+                    raise ValueError(f"BalancedAdam can't step it: {reason}")
                 self._fuses(param)
         except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
-        self._betas[id(group)] = group["betas"]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -198,16 +216,13 @@ class BalancedAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             group["betas"] = _pair(group["betas"], self.defaults["allow_unbalanced"])
             _check_state(group)
-            # ZeRO steps groups one at a time, the others being left out, or without their parameters.
-            last = self._betas.setdefault(id(group), group["betas"])
-            if group["params"] and (group["betas"] != last or decay.KEY in group):
-                taken = (int(self.state[p]["step"]) for p in group["params"] if "step" in self.state.get(p, ()))
-                decay.follow(group, last, max(taken, default=0))
-                self._betas[id(group)] = group["betas"]
-            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
-                raise RuntimeError(
-                    "BalancedAdam does not take sparse gradients; build the embedding with sparse=False."
-                )
+            for param in group["params"]:
+                if param.grad is not None and param.grad.is_sparse:
+                    raise RuntimeError(
+                        "BalancedAdam does not take sparse gradients; build the embedding with sparse=False."
+                    )
+                if reason := dtensor.obstacle(param, param.grad):
+                    raise ValueError(reason)
         updates: list[kernels.Update] = []
         for group in self.param_groups:
             for param in group["params"]:
@@ -267,6 +282,7 @@ class BalancedAdam(torch.optim.Optimizer):
         fused, capturable = self.defaults["fused"], self.defaults["capturable"]
         if fused is False:
             return False
+        param = dtensor.local(param)
         obstacle = None
         if type(param) not in (Tensor, torch.nn.Parameter):
             obstacle = f"it is a {type(param).__name__}"
@@ -274,7 +290,7 @@ class BalancedAdam(torch.optim.Optimizer):
             obstacle = f"its dtype is {param.dtype}"
         elif param.device.type not in ("cpu", "cuda"):
             obstacle = f"it is on {param.device.type}"
-        elif not _dense(param):
+        elif not kernels.is_dense(param):
             obstacle = "it has gaps in memory"
         elif capturable and param.device.type != "cuda":
             obstacle = f"only CUDA has graphs, and it is on {param.device.type}"
@@ -293,14 +309,18 @@ class BalancedAdam(torch.optim.Optimizer):
         """Take the step, or append what a kernel shall do."""
         fused = self._fuses(param)
         handed = self.handed.pop(param, None)
-        grad = param.grad
-        if grad is not None and handed is None and grad.dtype != param.dtype and not self.defaults["capturable"]:
+        weights = dtensor.local(param)
+        grad = None if param.grad is None else dtensor.local(param.grad)
+        if grad is not None and handed is None and grad.dtype != weights.dtype and not self.defaults["capturable"]:
             fused = False  # a gradient of another dtype (Tensor.grad_dtype) is cast by the rule
         state = self.state[param]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+            state[decay.LOG_PRODUCT] = 0.0
+        elif decay.LOG_PRODUCT not in state:
+            self._complete(group)
         self._cut += states.bring_to(group["state"], state, param)
-        stored = states.stored(state)
+        stored = {name: dtensor.local(tensor) for name, tensor in states.stored(state).items()}
         betas, eps = group["betas"], group["eps"]
         settings = {name: group[name] for name in ("betas", "eps", "weight_decay", "maximize")}
         scalars: bytes | kernels.Recipe
@@ -311,41 +331,39 @@ class BalancedAdam(torch.optim.Optimizer):
                     f"lr is a {lr.dtype} tensor on {lr.device}; with capturable=True it must be a number or a float32 tensor on "
                     f"{param.device}."
                 )
-            # A tensor of its own, whatever a checkpoint has made of it: the kernel counts in place.
-            if param not in self._counted:
-                state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=param.device)
-                self._counted.add(param)
+            self._count_on_device(param, group)
             scalars = kernels.Recipe(state["step"], lr, **settings)
         else:
+            steps, lr = int(state["step"]), float(group["lr"])
+            state[decay.LOG_PRODUCT], corrected = decay.advance(state[decay.LOG_PRODUCT], betas, steps)
             # An int or a 0-dim tensor; never in place, since a universal checkpoint of DeepSpeed loaded at stage 3 gives
             # all parameters one and the same tensor (runtime/zero/stage3.py:3681).
             state["step"] = state["step"] + 1
-            step, lr = int(state["step"]), float(group["lr"])
-            corrected = decay.corrected(group, step)
+            step = steps + 1
             self._moved[param] = (corrected, betas, eps)
             if not fused:
-                assert param.grad is not None
-                old = [param, *stored.values()]
+                assert grad is not None
+                old = [weights, *stored.values()]
                 new: tuple[Tensor, ...]
                 if states.WORDS in stored:
-                    new = packed.update(param, param.grad, *old[1:], step=step, corrected=corrected, lr=lr, **settings)
+                    new = packed.update(weights, grad, *old[1:], step=step, corrected=corrected, lr=lr, **settings)
                 else:
-                    new = rule.update(param, param.grad, *old[1:], step=corrected, lr=lr, **settings)
+                    new = rule.update(weights, grad, *old[1:], step=corrected, lr=lr, **settings)
                 # In place: DeepSpeed keeps views of the weights and of the state.
                 for tensor, value in zip(old, new, strict=True):
                     tensor.copy_(value)
                 return
             scalars = kernels.scalars(step, lr, **settings, corrected=corrected)
-        for (
-            name,
-            tensor,
-        ) in stored.items():  # of the wrong kind only if somebody has changed the model or the state by hand
+        for name, tensor in stored.items():
+            # of the wrong kind only if somebody has changed the model or the state by hand
             dtype = tensor.dtype if name == states.WORDS else torch.float32
-            state[name] = _laid_out_as(param, tensor.to(param.device, dtype))
-        update = _update_of(param, state, scalars)
+            stored[name] = _laid_out_as(weights, tensor.to(weights.device, dtype))
+            if stored[name] is not tensor:
+                state[name] = dtensor.placed_as(param, stored[name])
+        update = _update_of(weights, stored, scalars)
         if handed is None:
-            assert param.grad is not None
-            updates.append(update._replace(grad=_laid_out_as(param, param.grad.resolve_neg())))
+            assert grad is not None
+            updates.append(update._replace(grad=_laid_out_as(weights, grad.resolve_neg())))
             return
         offset = 0
         for piece in _joined(handed.pieces):
@@ -353,6 +371,28 @@ class BalancedAdam(torch.optim.Optimizer):
                 update._replace(grad=piece, offset=offset, copy=handed.copy, factor=handed.factor, keep=handed.keep)
             )
             offset += piece.numel()
+
+    def _count_on_device(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Let a captured kernel count the steps, which it takes to be all at the beta of now.
+
+        Raises:
+            ValueError: if they weren't.
+        """
+        state, betas = self.state[param], group["betas"]
+        made_with = self._counted.get(param)
+        changed = made_with is not None and made_with != betas and made_with[0] == made_with[1]
+        if made_with is None:
+            # A tensor of its own, whatever a checkpoint has made of it: the kernel counts in place.
+            steps = int(state["step"])
+            changed = decay.of_group(betas, steps, state[decay.LOG_PRODUCT]) is not None
+        if changed and betas[0] == betas[1]:
+            raise ValueError(
+                f"betas is {betas}, and steps before were taken with another; with capturable=True betas must stay what they are."
+            )
+        if made_with is None:
+            state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=param.device)
+            state[decay.LOG_PRODUCT] = decay.UNKNOWN
+        self._counted[param] = betas
 
     @torch.no_grad()
     def update_size(self) -> UpdateSize:
@@ -369,12 +409,13 @@ class BalancedAdam(torch.optim.Optimizer):
         in_kernel: dict[torch.dtype, list[tuple[kernels.Update, float]]] = {}
         for param, (step, betas, eps) in moved.items():
             correction = rule.bias_correction(step, betas, eps)
-            count += param.numel()
+            weights = dtensor.local(param)
+            stored = {name: dtensor.local(tensor) for name, tensor in states.stored(self.state[param]).items()}
+            count += weights.numel()
             if param.device.type == "cpu" and self._fuses(param):
-                update = _update_of(param, self.state[param], kernels.scalars(step, 0.0, betas, eps, 0.0, False))
+                update = _update_of(weights, stored, kernels.scalars(step, 0.0, betas, eps, 0.0, False))
                 in_kernel.setdefault(update.first.dtype, []).append((update, correction.scale))
                 continue
-            stored = states.stored(self.state[param])
             for values in zip(*map(_parts, stored.values()), strict=True):
                 m, v = states.moments(dict(zip(stored, values, strict=True)))
                 size = rule.direction(m, v, correction).abs_()
@@ -393,11 +434,21 @@ class BalancedAdam(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; a group's ``state`` is the format that its moments are in, also where the next step will change it."""
+        for group in self.param_groups:
+            self._complete(group)
         saved = super().state_dict()
         for group in saved["param_groups"]:
             found = {states.format_of(saved["state"].get(number, {})) for number in group["params"]} - {None}
             if len(found) == 1:
                 group["state"] = found.pop()
+            # For DeepSpeed's universal checkpoints, which keep the groups, and of the states no more than moments and steps.
+            taken = [state for number in group["params"] if (state := saved["state"].get(number)) and "step" in state]
+            oldest: dict[str, Any] = max(taken, key=lambda state: int(state["step"]), default={})
+            group.pop(decay.GROUP_KEY, None)
+            if decay.LOG_PRODUCT in oldest:
+                betas = _pair(group["betas"], allow_unbalanced=True)
+                if said := decay.of_group(betas, int(oldest["step"]), oldest[decay.LOG_PRODUCT]):
+                    group[decay.GROUP_KEY] = said
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -417,9 +468,15 @@ class BalancedAdam(torch.optim.Optimizer):
 
         def examine(_: torch.optim.Optimizer, seen: dict[str, Any]) -> None:
             # Registered last, so that it sees what torch will load, whatever other hooks have made of it.
-            for group in seen["param_groups"]:
+            for key, kind in (("param_groups", list), ("state", dict)):
+                if not isinstance(seen.get(key), kind):
+                    raise ValueError(f"the loaded state has no {key}; it is not the state dict of an optimizer.")
+            if [len(g["params"]) for g in seen["param_groups"]] != [len(g["params"]) for g in self.param_groups]:
+                return  # torch itself refuses it
+            for group, own in zip(seen["param_groups"], self.param_groups, strict=True):
                 if "betas" not in group:
                     raise ValueError("the loaded state has groups without betas; it is not that of an Adam.")
+                _check_loaded(group, own)
                 if group.get("amsgrad"):
                     raise ValueError(
                         "the loaded state has amsgrad=True, which BalancedAdam does not have; train it on with AdamW."
@@ -440,6 +497,8 @@ class BalancedAdam(torch.optim.Optimizer):
                         raise ValueError(
                             f"the loaded {name} has shape {tuple(tensor.shape)}, its parameter {tuple(param.shape)}."
                         )
+                    if reason := dtensor.refuses(param, tensor):
+                        raise ValueError(reason)
 
         hook = self.register_load_state_dict_pre_hook(examine)
         try:
@@ -449,10 +508,12 @@ class BalancedAdam(torch.optim.Optimizer):
             hook.remove()
 
         for param, state in loaded.items():
+            own = self.state[param]
             for name, tensor in states.stored(state).items():
                 dtype = tensor.dtype if name == states.WORDS else rule.moments_dtype(param.dtype)
-                if self.state[param][name].dtype != dtype:
-                    self.state[param][name] = tensor.to(device=param.device, dtype=dtype, copy=True)
+                if own[name].dtype != dtype or (name == states.WORDS and own[name] is tensor):
+                    own[name] = tensor.to(device=param.device, dtype=dtype, copy=True)
+                own[name] = dtensor.distributed_as(param, own[name])
 
     @contextmanager
     def keeping_own(self) -> Iterator[None]:
@@ -462,24 +523,29 @@ class BalancedAdam(torch.optim.Optimizer):
         """
         own = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         for group in self.param_groups:
-            group.pop(decay.KEY, None)
+            group.pop(decay.GROUP_KEY, None)
+        before, self._made_with = self._made_with, {}
         try:
             yield
-        finally:
-            for group, before in zip(self.param_groups, own, strict=True):
-                betas, format = before["betas"], before["state"]
-                for name in self.defaults.keys() & before.keys():
-                    group.setdefault(name, before[name])  # what another Adam, or an older one, does not have
-                group["state"] = format
-                beta1, beta2 = self._betas[id(group)] = _pair(group["betas"], allow_unbalanced=True)
-                if beta1 != beta2 and not (self.defaults["allow_unbalanced"] and format == "fp32"):
-                    group["betas"] = betas
-                    if os.environ.get("RANK", "0") == "0":
-                        warnings.warn(
-                            f"the loaded state was made with betas ({beta1}, {beta2}); this BalancedAdam goes on with {betas}. "
-                            "A step may exceed lr until the old averages have faded.",
-                            stacklevel=4,  # who called load_state_dict
-                        )
+        except BaseException:
+            self._made_with = before
+            raise
+        for group, settings in zip(self.param_groups, own, strict=True):
+            betas, format = settings["betas"], settings["state"]
+            for name in self.defaults.keys() & settings.keys():
+                group.setdefault(name, settings[name])  # what another Adam, or an older one, does not have
+            group["state"] = format
+            if id(group) not in self._made_with:
+                self._remember(group)
+            beta1, beta2 = _pair(group["betas"], allow_unbalanced=True)
+            if beta1 != beta2 and not (self.defaults["allow_unbalanced"] and format == "fp32"):
+                group["betas"] = betas
+                if os.environ.get("RANK", "0") == "0":
+                    warnings.warn(
+                        f"the loaded state was made with betas ({beta1}, {beta2}); this BalancedAdam goes on with {betas}. "
+                        "A step may exceed lr until the old averages have faded.",
+                        stacklevel=4,  # who called load_state_dict
+                    )
 
 
 _warned: set[str] = set()
@@ -492,9 +558,9 @@ def warn_once(message: str, key: str = "") -> None:
     _warned.add(key or message)
 
 
-def _update_of(param: Tensor, state: dict[str, Any], scalars: bytes | kernels.Recipe) -> kernels.Update:
-    """What a kernel is told of a parameter and its state; the gradient is still missing."""
-    first, second = (*states.stored(state).values(), None)[:2]
+def _update_of(param: Tensor, stored: dict[str, Tensor], scalars: bytes | kernels.Recipe) -> kernels.Update:
+    """What a kernel is told of a parameter and its moments or words; the gradient is still missing."""
+    first, second = (*stored.values(), None)[:2]
     assert first is not None
     return kernels.Update(param, param, first, second, scalars)
 
@@ -504,11 +570,6 @@ def _parts(tensor: Tensor) -> Sequence[Tensor]:
     if tensor.numel() == 0:
         return ()
     return tensor.reshape(-1).split(2**26 if tensor.is_cuda else 2**17)
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory, in any of the usual orders."""
-    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
@@ -571,6 +632,22 @@ def _check(group: dict[str, Any], allow_unbalanced: bool) -> None:
             f"eps is {group['eps']} and state is {group['state']!r}, which reads sqrt(v) below 7e-9 as 0: updates of such small gradients "
             "may be as large as lr; keep eps at 1e-9 or above, or take packed32."
         )
+
+
+def _check_loaded(group: dict[str, Any], own: dict[str, Any]) -> None:
+    """Check the settings of a group that is about to be loaded; unequal betas may pass.
+
+    Raises:
+        ValueError: naming the field, the value and what would be right.
+    """
+    settings = {name: group.get(name, own[name]) for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
+    try:
+        _check({**settings, "state": "fp32"}, allow_unbalanced=True)
+        if not isinstance(settings["maximize"], bool):
+            raise ValueError(f"maximize is {settings['maximize']!r}; it must be True or False.")
+        decay.history({**group, "betas": _pair(settings["betas"], allow_unbalanced=True)})
+    except ValueError as error:
+        raise ValueError(f"in the loaded state, {error}") from None
 
 
 def _check_state(group: dict[str, Any]) -> None:

@@ -52,6 +52,7 @@ class Format(NamedTuple):
 
     name: str
     word: torch.dtype
+    """What the words are stored as: their bits, not their value, count (INTEGERS)."""
     w_bits: int
     w_shift: int
     """Bits of a float32 below a level of w: 20 for 8 levels in an octave, 25 for levels four octaves apart."""
@@ -90,18 +91,28 @@ FORMATS = {
     format.name: format
     for format in (
         Format("packed32", torch.int32, 17, 13, 2.0**-80, 15, 10, 0.5, nearest=True),
-        Format("packed16", torch.int16, 9, 20, 2.0**-54, 7, 19, 13 / 128, nearest=False),
+        Format("packed16", torch.bfloat16, 9, 20, 2.0**-54, 7, 19, 13 / 128, nearest=False),
         Format("packed8", torch.uint8, 4, 25, 2.0**-54, 4, 22, 3 / 32, nearest=False),
     )
 }
 """√v up to 2^24, 31 and 8; levels of √v 0.05 %, 3 to 6 % and a factor of 4 apart; |r| up to 1.5, 1.46 and 0.91."""
-BY_WORD = {format.word: format for format in FORMATS.values()}
+INTEGERS = {torch.bfloat16: torch.int16}
+"""Words of two bytes are stored as the bits of bfloat16, since neither gloo nor NCCL sends any 16-bit integers: only so can they be gathered,
+broadcast and sharded anew as any state is. As numbers they mean nothing, and some are NaN; copies keep their bits."""
+BY_WORD = {format.word: format for format in FORMATS.values()} | {torch.int16: FORMATS["packed16"]}
+"""Files from before that have them as int16 (:func:`as_stored`)."""
+
+
+def as_stored(words: Tensor) -> Tensor:
+    """The same bits in the dtype that words are stored in, without a copy."""
+    return words.view(torch.bfloat16) if words.dtype == torch.int16 else words
 
 
 def unpack(words: Tensor, format: Format | None = None) -> tuple[Tensor, Tensor]:
     """The moments m and v that packed words stand for; float32, the words' shape. Of FORMATS the words' dtype tells which."""
     format = format or BY_WORD[words.dtype]
-    code = words.to(torch.int64) & (2 ** (format.w_bits + format.r_bits) - 1)
+    integers = words.view(INTEGERS.get(words.dtype, words.dtype)).to(torch.int64)
+    code = integers & (2 ** (format.w_bits + format.r_bits) - 1)
     w = _number(((code >> format.r_bits) << format.w_shift) + format.w_base)
     m = (_number(((code & format.r_top) << format.r_shift) + format.r_base) - format.r_floor) * _scale(w)
     negative = (code >> (format.r_bits - 1)) & 1 == 1
@@ -139,10 +150,11 @@ def pack(format: Format, exp_avg: Tensor, exp_avg_sq: Tensor, dither: tuple[Tens
     size = (size >> format.r_shift).clamp(max=format.r_top)
     sign = (_bits(exp_avg) >> 31).masked_fill(exp_avg.isnan(), 0)
     code = (level << format.r_bits) | (sign << (format.r_bits - 1)) | size
-    bits = torch.iinfo(format.word).bits
-    if format.word.is_signed:
+    integer = INTEGERS.get(format.word, format.word)
+    bits = torch.iinfo(integer).bits
+    if integer.is_signed:
         code = code - ((code >> (bits - 1)) << bits)
-    return code.to(format.word)
+    return code.to(integer).view(format.word)
 
 
 def beyond(words: Tensor, exp_avg: Tensor) -> Tensor:

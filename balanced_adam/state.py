@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from balanced_adam import packed, rule
+from balanced_adam import decay, dtensor, packed, rule
 
 FORMATS = ("fp32", *packed.FORMATS)
 """What ``BalancedAdam(state=...)`` may be."""
@@ -27,7 +28,8 @@ def moments(state: State) -> tuple[Tensor, Tensor]:
     """m and v; decoded from words if need be."""
     if "exp_avg" in state:
         return state["exp_avg"], state["exp_avg_sq"]
-    return packed.unpack(state[WORDS])
+    m, v = packed.unpack(dtensor.local(state[WORDS]))
+    return dtensor.placed_as(state[WORDS], m), dtensor.placed_as(state[WORDS], v)
 
 
 def bring_to(format: str, state: State, param: Tensor) -> int:
@@ -42,6 +44,13 @@ def bring_to(format: str, state: State, param: Tensor) -> int:
     """
     known = packed.FORMATS.get(format)
     loaded = "exp_avg" in state
+    if WORDS in state and state[WORDS].dtype not in packed.BY_WORD:
+        raise ValueError(
+            f"the packed moments of a parameter of shape {tuple(param.shape)} are {state[WORDS].dtype}, which no format has: something has "
+            "cast them, and what they were is lost."
+        )
+    if WORDS in state and state[WORDS].dtype == torch.int16:  # of an older file
+        state[WORDS] = dtensor.placed_as(param, packed.as_stored(dtensor.local(state[WORDS])))
     if not loaded and WORDS not in state:
         dtypes = dict.fromkeys(MOMENTS, rule.moments_dtype(param.dtype)) if known is None else {WORDS: known.word}
         for name, dtype in dtypes.items():
@@ -49,17 +58,19 @@ def bring_to(format: str, state: State, param: Tensor) -> int:
         return 0
     if known is None:
         if not loaded:
-            values = [value.to(rule.moments_dtype(param.dtype)) for value in packed.unpack(state[WORDS])]
-            state.update(zip(MOMENTS, values, strict=True))
+            decoded = packed.unpack(dtensor.local(state[WORDS]))
+            placed = [dtensor.placed_as(param, value.to(rule.moments_dtype(param.dtype))) for value in decoded]
+            state.update(zip(MOMENTS, placed, strict=True))
         state.pop(WORDS, None)
         return 0
     if not loaded and state[WORDS].dtype == known.word:
         return 0
-    source = [state[name] for name in MOMENTS] if loaded else [state[WORDS]]
+    source = [dtensor.local(state[name]) for name in (MOMENTS if loaded else (WORDS,))]
+    own = dtensor.local(param.detach())
     # In logical order, whatever the parameter's: only of a contiguous tensor are the parts views.
-    words, cut = torch.empty(param.shape, dtype=known.word, device=param.device), 0
+    words, cut = torch.empty(own.shape, dtype=known.word, device=own.device), 0
     # Part by part: the oracle's intermediate results take eighty bytes an element.
-    whole = (words, param.detach(), *source)
+    whole = (words, own, *source)
     for target, weights, *values in zip(*(t.reshape(-1).split(2**20) for t in whole), strict=True):
         exp_avg, exp_avg_sq = (v.to(torch.float32) for v in values) if loaded else packed.unpack(values[0])
         # As a step would round them, if not by a gradient; moments that have come from words are those words again.
@@ -67,7 +78,7 @@ def bring_to(format: str, state: State, param: Tensor) -> int:
         target.copy_(packed.pack(known, exp_avg, exp_avg_sq, numbers))
         if loaded:
             cut += int(packed.beyond(target, exp_avg).sum())
-    state[WORDS] = words
+    state[WORDS] = dtensor.placed_as(param, words)
     for name in MOMENTS:
         state.pop(name, None)
     return cut
@@ -97,7 +108,8 @@ def check_loaded(format: Any, group: list[State]) -> None:
             raise ValueError(
                 f"the loaded state has packed moments of {state[WORDS].dtype}, which no format has; it is damaged."
             )
-        begun = bool(state.keys() - {"step"}) or float(state.get("step", 0)) > 0
+        check_counts(state)
+        begun = bool(state.keys() - {"step", decay.LOG_PRODUCT}) or float(state.get("step", 0)) > 0
         whole = "step" in state and (
             all(name in state for name in MOMENTS) or (WORDS in state and not state.keys() & {*MOMENTS})
         )
@@ -106,10 +118,33 @@ def check_loaded(format: Any, group: list[State]) -> None:
                 f"the loaded state has {', '.join(map(str, state))}; it must have step, and {' and '.join(MOMENTS)} or {WORDS}. "
                 "Is it another optimizer's?"
             )
+        if "exp_avg_sq" in state and bool((dtensor.local(state["exp_avg_sq"]) < 0).any()):
+            raise ValueError(
+                "the loaded exp_avg_sq has negative elements, which no average of squares has; it is damaged."
+            )
     found = dict.fromkeys(filter(None, map(format_of, group)))
     if found and format not in found:
         raise ValueError(
             f"the loaded state is called {format}, and what it holds is {', '.join(found)}; it is damaged."
+        )
+
+
+def check_counts(state: State) -> None:
+    """See that a loaded state's step count and product of betas are such.
+
+    Raises:
+        ValueError: naming the one that isn't, and its value.
+    """
+    try:
+        step = float(state.get("step", 0))
+    except (TypeError, ValueError, RuntimeError):
+        step = math.nan
+    if not (0.0 <= step < math.inf and step.is_integer()):
+        raise ValueError(f"step is {state['step']!r} in the loaded state; it must be a whole number, at least 0.")
+    logarithm = state.get(decay.LOG_PRODUCT, 0.0)
+    if not (isinstance(logarithm, float) and (logarithm <= 0.0 or logarithm == decay.UNKNOWN)):
+        raise ValueError(
+            f"{decay.LOG_PRODUCT} is {state[decay.LOG_PRODUCT]!r} in the loaded state; it must be the logarithm of a product of betas."
         )
 
 

@@ -25,6 +25,8 @@ MODULES = (
     "transformers.models.llama.modeling_llama",
     "transformers.trainer",
     "datasets",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
     "distutils.ccompiler",
     "typeguard",
     "tests.ranks",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from balanced_adam.kernels import cpu, cuda
-from balanced_adam.kernels.table import DTYPES, KernelUnavailable, Recipe, Update, Variant, scalars
+from balanced_adam.kernels.table import DTYPES, KernelUnavailable, Recipe, Update, Variant, is_dense, scalars
 
 __all__ = [
     "DTYPES",
@@ -17,6 +17,7 @@ __all__ = [
     "Recipe",
     "Update",
     "directions",
+    "is_dense",
     "scalars",
     "step",
     "sums_of_squares",
@@ -60,7 +61,22 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
     The tensors, one or more, are dense, and of one dtype of ``DTYPES`` and one device. A sum is infinite or NaN if and
     only if one of its tensor's elements is. It doesn't depend on the number of threads, nor on the instruction set.
+
+    Raises:
+        ValueError: if they are not.
     """
+    first = tensors[0]
+    for tensor in tensors:
+        if (
+            tensor.dtype != first.dtype
+            or tensor.device != first.device
+            or not is_dense(tensor)
+            or tensor.dtype not in DTYPES
+        ):
+            raise ValueError(
+                f"a tensor is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}, and the first {first.dtype} on {first.device}; "
+                "they must be alike, of a dtype that kernels take, and without gaps."
+            )
     return cpu.load().sums_of_squares(tensors) if tensors[0].device.type == "cpu" else cuda.sums_of_squares(tensors)
 
 

@@ -13,13 +13,18 @@ from balanced_adam import packed, rule
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 """The dtypes that kernels take, with their numbers in ``rule.h``."""
 NO_DTYPE = 0
-STATES = {torch.float32: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}
+STATES = {torch.float32: 0, torch.int32: 1, torch.bfloat16: 2, torch.uint8: 3}
 """The dtypes that moments are stored in, with the number that the CPU kernel has for them."""
 
 _POINTERS = struct.Struct("@6P2q")  # param, grad, copy, first, second, factor, size, first_chunk
 _SCALARS = struct.Struct("@10fI4x")
 _RECIPE = struct.Struct("@2P6d")
 ROW_SIZE = _POINTERS.size + _SCALARS.size
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, in any of the usual orders."""
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 class KernelUnavailable(RuntimeError):
@@ -93,12 +98,26 @@ class Update(NamedTuple):
         """See that the kernel reads and writes within these tensors, and takes each for what it is.
 
         Raises:
-            ValueError: naming the tensor, where one has another size, dtype or device than the parameter asks for.
+            ValueError: naming the tensor, where one has another size, dtype, device or layout than the parameter asks for.
         """
         param, grad, first, second, copy, factor = (
             self.param, self.grad, self.first, self.second, self.copy, self.factor
         )  # fmt: skip
         whole, here = param.numel(), param.get_device()
+        if param.dtype not in DTYPES or grad.dtype not in DTYPES or first.dtype not in STATES:
+            raise ValueError(
+                f"the parameter is {param.dtype}, its gradient {grad.dtype} and its state {first.dtype}; no kernel takes these."
+            )
+        if (second is None) is (first.dtype is torch.float32):
+            raise ValueError(f"the state is {first.dtype} {'without' if second is None else 'with'} a second moment.")
+        if param.dtype is not torch.float32 and (grad.dtype is not param.dtype or copy is not None or self.keep):
+            raise ValueError(
+                f"the parameter is {param.dtype}; its gradient must be so too, and it has no copy and keeps none."
+            )
+        if copy is not None and copy.dtype not in DTYPES:
+            raise ValueError(f"the copy is {copy.dtype}; no kernel writes that.")
+        if self.keep and grad.dtype is not torch.float32:
+            raise ValueError(f"the gradient is {grad.dtype}; only a float32 one can be kept.")
         if not 0 <= self.offset <= whole - grad.numel():
             raise ValueError(
                 f"the gradient has {grad.numel()} elements from element {self.offset} on, and its parameter {whole}."
@@ -112,9 +131,21 @@ class Update(NamedTuple):
             raise ValueError(f"the factor is {factor.numel()} elements of {factor.dtype}; it must be one float32.")
         if second is not None and second.dtype is not first.dtype:
             raise ValueError(f"the second moment is {second.dtype}, and the first {first.dtype}.")
-        for name, tensor in (("gradient", grad), ("state", first), ("second moment", second), ("copy", copy)):
-            if tensor is not None and tensor.get_device() != here:
+        for name, tensor in (
+            ("parameter", param),
+            ("gradient", grad),
+            ("state", first),
+            ("second moment", second),
+            ("copy", copy),
+        ):
+            if tensor is None:
+                continue
+            if tensor.get_device() != here:
                 raise ValueError(f"the {name} is on {tensor.device}, and its parameter on {param.device}.")
+            if not is_dense(tensor):
+                raise ValueError(
+                    f"the {name} has gaps in memory: its shape is {tuple(tensor.shape)}, its strides {tensor.stride()}."
+                )
         if factor is not None and factor.get_device() != here:
             raise ValueError(f"the factor is on {factor.device}, and its parameter on {param.device}.")
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from balanced_adam import decay
 from balanced_adam.optimizer import warn_once
 from balanced_adam.state import MOMENTS, WORDS, moments, unpacked
 from balanced_adam.zero.one_pass import Override
@@ -78,6 +79,7 @@ def keep_formats(original: Callable[..., None], self: Any, *args: Any) -> None:
     with self.optimizer.keeping_own():
         original(self, *args)
     for loaded in self.optimizer.state.values():
+        loaded.pop(decay.LOG_PRODUCT, None)  # of before; such a checkpoint has none
         if "exp_avg" in loaded:
             loaded.pop(WORDS, None)  # of before
 

@@ -115,7 +115,7 @@ def _settings_per_group(original: Callable[..., None], self: Any, checkpoint_dir
         saved = torch.load(Path(checkpoint_dir) / "zero" / "optimizer_state.pt", weights_only=False)
         groups = saved["optimizer_state_dict"]["param_groups"]
         for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
-            group.pop(decay.KEY, None)  # of the first group
+            group.pop(decay.GROUP_KEY, None)  # of the first group
             group.update({key: value for key, value in settings.items() if key != "params"})
 
     packed_state.keep_formats(load, self, checkpoint_dir)

@@ -4,7 +4,9 @@ import copy
 import io
 import math
 import pickle
+import random
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +35,13 @@ def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: r
 def assert_same(a: list[nn.Parameter], b: list[nn.Parameter]) -> None:
     for p, q in zip(a, b, strict=True):
         assert torch.equal(p, q)
+
+
+def raw(tensor: torch.Tensor | float) -> bytes | float:
+    """Its bytes; a number itself."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    return bytes(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.95)])
@@ -174,7 +183,7 @@ def test_the_optimizer_never_shares_memory_with_the_state_it_loaded():
     second.load_state_dict(saved)
     train(second, params, range(2, 4))
     for number, state in before.items():
-        assert all(torch.equal(saved["state"][number][key], value) for key, value in state.items())
+        assert all(raw(saved["state"][number][key]) == raw(value) for key, value in state.items())
 
 
 def test_settings_that_somebody_loads_into_the_groups_count_as_those_of_load_state_dict():
@@ -187,7 +196,7 @@ def test_settings_that_somebody_loads_into_the_groups_count_as_those_of_load_sta
         saved = copy.deepcopy(old.state_dict())
         new = BalancedAdam(params, lr=0.1, betas=0.95)
         if by_hand:
-            new.param_groups[0]["decay"] = (0.5, 3, 0.0)  # of before
+            new.param_groups[0]["decay"] = (0.5, 3, -0.1)  # of before
             with new.keeping_own():
                 new.param_groups[0].update({k: v for k, v in saved["param_groups"][0].items() if k != "params"})
             new.state[params[0]] = saved["state"][0]
@@ -436,28 +445,91 @@ def test_while_betas_change_no_step_exceeds_lr_and_the_correction_is_off_by_one_
             assert float(p.abs().min()) >= least * (1 - 1e-5)
 
 
-def test_a_run_whose_betas_have_changed_goes_on_from_a_checkpoint_with_the_same_bits():
-    def step(optimizer, params, number):
-        beta = moving("fast up", number)
-        optimizer.param_groups[0]["betas"] = (beta, beta)
-        set_gradients(params, number)
-        optimizer.step()
-
-    params, again = parameters(), parameters()
-    uncut, cut = BalancedAdam(params, betas=0.8), BalancedAdam(again, betas=0.8)
-    for number in range(8):
-        step(uncut, params, number)
-    for number in range(4):
-        step(cut, again, number)
+def written(optimizer, params):
+    """Through a state dict in a file, into an optimizer with other settings."""
     buffer = io.BytesIO()
-    torch.save(cut.state_dict(), buffer)
+    torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)
-    loaded = BalancedAdam(again, betas=0.5)
+    loaded = BalancedAdam(params, betas=0.5, state=optimizer.param_groups[0]["state"])
     loaded.load_state_dict(torch.load(buffer))
-    for number in range(4, 8):
-        step(loaded, again, number)
-    assert all(map(torch.equal, params, again))
-    assert "decay" in uncut.param_groups[0] and uncut.param_groups[0]["decay"] == loaded.param_groups[0]["decay"]
+    return loaded, params
+
+
+def written_before_states_held_it(optimizer, params):
+    """As a file from before, and as DeepSpeed's universal checkpoints: what is known of the betas, the group alone says."""
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        del state["log_beta_product"]
+    loaded = BalancedAdam(params, betas=0.5, state=optimizer.param_groups[0]["state"])
+    loaded.load_state_dict(saved)
+    return loaded, params
+
+
+def copied(optimizer, params):
+    """With its parameters, as an ensemble or a test does."""
+    params, optimizer = copy.deepcopy((params, optimizer))
+    return optimizer, params
+
+
+def pickled(optimizer, params):
+    params, optimizer = pickle.loads(pickle.dumps((params, optimizer)))
+    return optimizer, params
+
+
+@pytest.mark.parametrize("state", ["fp32", "packed32", "packed16", "packed8"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_whose_betas_change_may_be_cut_anywhere_and_keeps_its_bits(seed, state):
+    """Steps, changes of betas and cuts in any order; so also a change between a step and the save after it."""
+    draw = random.Random(seed)
+    params = parameters()
+    again = copy.deepcopy(params)
+    uncut, cut = (BalancedAdam(p, lr=0.1, betas=0.9, state=state) for p in (params, again))
+    for number in range(60):
+        action = draw.choice(["step", "step", "betas", written, written_before_states_held_it, copied, pickled])
+        if action == "step":
+            for optimizer, group in ((uncut, params), (cut, again)):
+                set_gradients(group, number)
+                optimizer.step()
+        elif action == "betas":
+            beta = draw.choice([0.0, 0.5, 0.9, 0.95, 0.99, 0.999, draw.random()])
+            for optimizer in (uncut, cut):
+                optimizer.param_groups[0]["betas"] = (beta, beta)
+        else:
+            cut, again = action(cut, again)
+        assert all(map(torch.equal, params, again)), (number, action)
+    ours, theirs = uncut.state_dict(), cut.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    for number, values in ours["state"].items():
+        for name, value in values.items():
+            assert raw(value) == raw(theirs["state"][number][name]), name
+
+
+@pytest.mark.parametrize("route", [written, written_before_states_held_it, copied, pickled])
+@pytest.mark.parametrize("state", ["fp32", "packed16"])
+def test_betas_that_a_schedule_has_set_before_the_save_leave_no_step_longer_than_lr(route, state):
+    """Three steps at 0.9, then 0.99, then a save: where the averages were taken for those of 0.99, a step was 2.66 lr."""
+    params = [torch.nn.Parameter(torch.zeros(50))]
+    optimizer = BalancedAdam(params, lr=1.0, betas=0.9, eps=0.0, weight_decay=0.0, state=state)
+    for number in range(6):
+        if number == 3:
+            optimizer.param_groups[0]["betas"] = (0.99, 0.99)
+            optimizer, params = route(optimizer, params)
+        before = params[0].detach().clone()
+        params[0].grad = torch.ones(50)
+        optimizer.step()
+        assert float((params[0] - before).abs().max()) <= 1.0 + 1e-6
+
+
+def test_a_parameter_that_gets_its_first_gradient_after_a_change_of_betas_is_corrected_for_its_own_steps():
+    late, early = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    optimizer = BalancedAdam([early, late], lr=1.0, betas=0.9, eps=0.0, weight_decay=0.0)
+    for number in range(6):
+        if number == 4:
+            optimizer.param_groups[0]["betas"] = (0.99, 0.99)
+        early.grad = torch.ones(3)
+        late.grad = torch.ones(3) if number >= 4 else None
+        optimizer.step()
+    assert torch.allclose(late, torch.full((3,), -2.0), rtol=1e-6)
 
 
 def test_betas_that_never_change_leave_the_groups_as_they_were():
@@ -493,6 +565,59 @@ def test_a_foreign_state_is_refused(change):
     with pytest.raises(ValueError, match=message[change]):
         optimizer.load_state_dict(state)
     assert optimizer.state[params[0]]["exp_avg"].shape == (3, 5)
+
+
+NO_NUMBERS = [math.nan, math.inf, -1.0, "much", None, [0.1], torch.ones(3)]
+BAD = {  # of a loaded state: where, and what must not be there
+    "group lr": NO_NUMBERS,
+    "group eps": NO_NUMBERS,
+    "group weight_decay": NO_NUMBERS,
+    "group betas": [math.nan, 1.0, -0.1, (0.9, 1.5), (0.9, math.nan), (0.9,), (0.9, 0.9, 0.9), "0.9, 0.9", None, {}],
+    "group maximize": ["false", 1, None],
+    "group state": ["packed12", None, 3, "packed8"],
+    "group decay": [3, (0.9,), (0.9, -1, -1.0), (0.9, 3, 1.0), (math.nan, 3, -1.0), ("a", "b", "c")],
+    "state step": [-1, -1.0, math.nan, math.inf, 2.5, "three", torch.ones(2), torch.tensor(-1.0), None],
+    "state exp_avg": [torch.zeros(4), torch.zeros(3, 6), torch.zeros(())],
+    "state exp_avg_sq": [torch.zeros(4), torch.full((3, 5), -1e-12), -torch.eye(5)[:3]],
+    "state log_beta_product": [0.5, math.nan, "a", torch.ones(2)],
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(place, value) for place, values in BAD.items() for value in values],
+    ids=lambda v: repr(v)[:30],
+)
+def test_a_state_with_a_bad_value_is_refused_and_nothing_changes(place, value):
+    params = parameters()
+    optimizer = BalancedAdam(params, lr=0.1, betas=0.9)
+    train(optimizer, params, range(3))
+    before, groups = copy.deepcopy(optimizer.state_dict()), [dict(g) for g in optimizer.param_groups]
+    bad = copy.deepcopy(before)
+    kind, name = place.split()
+    (bad["param_groups"][0] if kind == "group" else bad["state"][0])[name] = value
+    with pytest.raises(ValueError, match=f"{name}|packed8|lr is a tensor") as refusal:
+        optimizer.load_state_dict(bad)
+    assert "\n" not in str(refusal.value)
+    assert [dict(g) for g in optimizer.param_groups] == groups
+    for number, values in optimizer.state_dict()["state"].items():
+        assert {k: raw(v) for k, v in values.items()} == {k: raw(v) for k, v in before["state"][number].items()}
+
+
+@pytest.mark.parametrize("missing", ["param_groups", "state", "step", "exp_avg", "exp_avg_sq"])
+def test_a_state_that_lacks_something_is_refused_and_nothing_changes(missing):
+    params = parameters()
+    optimizer = BalancedAdam(params, lr=0.1, betas=0.9)
+    train(optimizer, params, range(3))
+    bad = copy.deepcopy(optimizer.state_dict())
+    del (bad["state"][1] if missing in bad["state"][1] else bad)[missing]
+    twin, again = BalancedAdam(copy.deepcopy(params), lr=0.1, betas=0.9), copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=missing):
+        optimizer.load_state_dict(bad)
+    twin.load_state_dict(again)
+    train(optimizer, params, range(3, 5))
+    train(twin, twin.param_groups[0]["params"], range(3, 5))
+    assert_same(params, twin.param_groups[0]["params"])
 
 
 OF_OTHERS = {  # the settings of a group, as each saves them
@@ -531,3 +656,25 @@ def test_the_state_of_another_adam_is_gone_on_with(name: str, state: str) -> Non
     train(theirs, others, range(3, 6))
     for ours, other in zip(params, others, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5 if state == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["kernel", "torch"])
+@pytest.mark.parametrize("state", ["fp32", "packed32", "packed16", "packed8"])
+def test_a_state_dict_of_an_earlier_version_goes_on_with_the_bits_that_it_had_there(state, fused):
+    """files/state_0d6eb9e.pt: words of 16 bits are int16, and what is known of changed betas stands in the groups. ``after`` are that
+    version's own weights six steps later."""
+    file = Path(__file__).parent / "files" / "state_0d6eb9e.pt"
+    old = torch.load(file, weights_only=True)[state]
+    params = [nn.Parameter(w.clone()) for w in old["weights"]]
+    groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
+    optimizer = BalancedAdam(groups, state=state, fused=fused)
+    optimizer.load_state_dict(old["saved"])
+    for step in range(8, 14):
+        beta = (0.9, 0.9, 0.99, 0.99, 0.8, 0.95)[step % 6]
+        for group in optimizer.param_groups:
+            group["betas"] = (beta, beta)
+        for number, p in enumerate(params):
+            generator = torch.Generator().manual_seed(10 * step + number)
+            p.grad = torch.randint(-16, 17, p.shape, generator=generator) / 32
+        optimizer.step()
+    assert_same(params, old["after"])

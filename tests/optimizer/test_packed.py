@@ -21,10 +21,17 @@ SHORT = [FORMATS["packed16"], FORMATS["packed8"]]
 
 def every_word(format: Format) -> Tensor:
     """Each word there is; of 32 bits a sample."""
-    bits = torch.iinfo(format.word).bits
+    bits = format.w_bits + format.r_bits
     words = torch.randint(0, 2**32, (200_000,), generator=torch.Generator().manual_seed(0))
     words = torch.arange(2**bits) if bits < 32 else words
-    return (words - ((words >> (bits - 1)) << bits) if format.word.is_signed else words).to(format.word)
+    return torch.from_numpy(
+        words.numpy().astype(f"uint{bits}").view(f"uint{bits}" if bits == 8 else f"int{bits}")
+    ).view(format.word)
+
+
+def code(words: Tensor) -> Tensor:
+    """The words as integers, whatever they are stored as; of bfloat16 some are NaN, which no comparison finds equal."""
+    return words.view(torch.int16) if words.dtype == torch.bfloat16 else words
 
 
 def moments(size: int, seed: int, largest: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -81,11 +88,11 @@ def test_the_words_are_those_of_the_formulas_in_the_docs(name: str) -> None:
     s = (((stored >> 1) & np.uint32(0x7F800000)) + np.uint32(0x20000000)).view(np.float32)
     above = bits(abs(m) / s + np.float32(zeta)).astype(np.int64) - int(bits(np.full(1, zeta))[0])
     size_of_r = np.minimum((above + ((1 << (b - 1)) if name == "packed32" else u_r >> np.uint32(32 - b))) >> b, r_top)
-    code = (level << (r_bits + 1)) | ((m < 0).astype(np.int64) << r_bits) | size_of_r
+    levels = (level << (r_bits + 1)) | ((m < 0).astype(np.int64) << r_bits) | size_of_r
     dither = packed.dither(torch.from_numpy(weight), torch.from_numpy(gradient), step)
     words = packed.pack(FORMATS[name], torch.from_numpy(m), torch.from_numpy(v), dither)
-    width = torch.iinfo(words.dtype).bits
-    assert (words.to(torch.int64).numpy() & (2**width - 1) == code).all()
+    width = 8 * words.element_size()
+    assert (code(words).to(torch.int64).numpy() & (2**width - 1) == levels).all()
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
@@ -93,10 +100,10 @@ def test_words_that_go_out_to_fp32_and_come_back_are_the_same(format: Format) ->
     words = every_word(format)
     exp_avg, exp_avg_sq = packed.unpack(words)
     assert exp_avg.isfinite().all() and (exp_avg_sq >= 0.0).all()
-    assert torch.equal(packed.pack(format, exp_avg, exp_avg_sq), words)
+    assert torch.equal(code(packed.pack(format, exp_avg, exp_avg_sq)), code(words))
     for dither in (0, 2**32 - 1, 0x9E3779B9):  # whatever would have rounded them
         dithers = torch.full(words.shape, dither)
-        assert torch.equal(packed.pack(format, exp_avg, exp_avg_sq, (dithers, dithers)), words)
+        assert torch.equal(code(packed.pack(format, exp_avg, exp_avg_sq, (dithers, dithers))), code(words))
 
 
 def test_packed32_is_within_a_few_thousandths_of_a_per_cent() -> None:
@@ -278,9 +285,14 @@ def test_kernel_and_torch_have_the_same_bits_and_a_cut_run_those_of_one_that_was
     for ours, theirs in zip(cut, uncut, strict=True):
         assert torch.equal(ours, theirs)
         for name, value in whole.state[theirs].items():
-            assert torch.equal(second.state[ours][name], value), name
+            same = (
+                value == second.state[ours][name]
+                if isinstance(value, float)
+                else torch.equal(code(value), code(second.state[ours][name]))
+            )
+            assert same, name
     bytes_each = {"fp32": 8, "packed32": 4, "packed16": 2, "packed8": 1}[state]
-    stored = [v for k, v in second.state[cut[0]].items() if k != "step"]
+    stored = [v for v in second.state[cut[0]].values() if isinstance(v, Tensor) and v.dim()]
     assert sum(v.element_size() for v in stored) == bytes_each
 
 
@@ -318,7 +330,7 @@ def test_parameters_in_any_order_in_memory_are_packed_as_contiguous_ones_are(sta
         second = BalancedAdam(params, lr=0.01, state=state)
         second.load_state_dict(copy.deepcopy(first.state_dict()))
         train(second, params, range(2, 4))
-        found.append([(param.detach(), second.state[param]["packed"]) for param in params])
+        found.append([(param.detach(), code(second.state[param]["packed"])) for param in params])
     for ours, theirs in zip(*found, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -365,7 +377,7 @@ def test_the_elements_that_are_counted_are_those_whose_moment_is_cut_off(state: 
     words = packed.pack(format, exp_avg, exp_avg_sq, tuple(t[:size] for t in numbers(256)))
     cut = packed.beyond(words, exp_avg)
     stored, v = packed.unpack(words)
-    top = (words.to(torch.int64) & format.r_top) == format.r_top
+    top = (code(words).to(torch.int64) & format.r_top) == format.r_top
     assert 0.3 < float(cut.double().mean()) < 0.9 and not (cut & ~top).any()
     assert (stored[cut] < exp_avg[cut]).all()
     gap = {"packed32": 2.0**-13, "packed16": 1 / 16, "packed8": 1 / 4}[state]  # of the two greatest levels of r
@@ -437,7 +449,7 @@ def test_a_state_that_is_not_what_it_is_called_is_refused_and_nothing_changes(
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict({"state": {0: state}, "param_groups": [group]})
     after = optimizer.state_dict()
-    assert torch.equal(after["state"][0]["packed"], before["state"][0]["packed"])
+    assert torch.equal(code(after["state"][0]["packed"]), code(before["state"][0]["packed"]))
     assert after["param_groups"] == before["param_groups"]
 
 
@@ -547,7 +559,7 @@ def test_a_checkpoint_in_an_unknown_format_is_refused_and_nothing_changes() -> N
         saved["state"][0]["packed"] = saved["state"][0]["packed"].to(dtype)
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(saved)
-        assert torch.equal(optimizer.state[params[0]]["packed"], words)
+        assert torch.equal(code(optimizer.state[params[0]]["packed"]), code(words))
 
 
 def test_betas_may_change_over_time_while_they_are_equal() -> None:

@@ -210,7 +210,7 @@ def main(arguments: list[str]) -> None:
         compare.command = command
         file = settings.out / "manifest.json"
         require(
-            not file.exists() or folder.read_json(file, "runs")["runs"] == json.loads(json.dumps(chosen["runs"])),
+            not file.exists() or json.loads(file.read_text())["runs"] == json.loads(json.dumps(chosen["runs"])),
             f"out is {settings.out}, which holds another comparison; give another folder.",
         )
         settings.out.mkdir(parents=True, exist_ok=True)
