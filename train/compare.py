@@ -29,6 +29,7 @@ from train import folder, report
 from train.plan import Comparison, manifest, read_manifest, settings_of
 from train.progress import Progress
 from train.ranks import free_port
+from train.schemas import PlanFile
 from train.settings import REPOSITORY, SettingsError, parse, require
 
 POLL_SECONDS = 0.5
@@ -180,7 +181,7 @@ def compare(comparison: Comparison) -> None:
         require(value is None or value > 0, f"{name} is {value}; it must be above 0.")
     file = comparison.out / "manifest.json"
     if file.exists():
-        before = folder.read_json(file, "runs", "ranks")
+        before = folder.read(PlanFile, file).model_dump()
         begun = any((comparison.out / run["name"] / "run.json").exists() for run in before["runs"])
         require(
             not begun or (before["runs"], before["ranks"]) == (plan["runs"], plan["ranks"]),

@@ -9,9 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
-import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -23,23 +20,17 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from train.folder import checksum
+from train import corpus
+from train.folder import checksum, write_json
+from train.schemas import About, guard, read_schema
 from train.settings import Data, SettingsError, first_line, require
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-KINDS = {
-    ".txt": "text",
-    ".md": "text",
-    ".py": "text",
-    ".jsonl": "json",
-    ".json": "json",
-    ".gz": "json",
-    ".parquet": "parquet",
-}
-FORMAT = 3  # of the token files; a change makes new ones
+FORMAT = 4  # of the token files; a change makes new ones
+FORMAT_OF_STDLIB = 3  # whose tokens stay what they are, since results are published on them
+ABOUT = "about.json"
 
 
 @dataclass(frozen=True)
@@ -92,34 +83,47 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise SettingsError(f"tokenizer is {name!r}, which transformers can't load: {first_line(error)}") from None
 
 
-def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Tokenize the corpus unless that is done already, and return the folder of its token files.
+def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = "") -> Path:
+    """Tokenize the corpus unless that is done already, and return the folder of its token files, whose sums are right.
 
     Safe to call from many processes and hosts at once: one of them works under a file lock, writes aside and renames.
 
+    Args:
+        settings: the corpus, and what is made of it.
+        tokenizer: what makes the tokens.
+        begun_on: the folder's name, where a run began that goes on; it may have been made by an earlier version.
+
     Raises:
-        SettingsError: if the data can't be read or gives no training or no validation text.
+        SettingsError: if the data can't be read or gives no training or no validation text, or the folder is damaged.
     """
-    folder = folder_of(settings, fingerprint(settings, tokenizer))
+    source = corpus.find(settings, fresh=settings.verify_data)
+    folder = folder_of(settings, source, tokenizer, begun_on)
     cache, name = folder.parent, folder.name
-    if folder.exists():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{name}.lock"):
-        if not folder.exists():
-            aside = cache / f".{name}"
-            shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed; the lock is ours
-            aside.mkdir()
-            source = _Source.of(settings)
-            counts = _tokenize(source.read(settings), settings, tokenizer, aside)
-            (aside / "about.json").write_text(json.dumps({"source": source.description, **counts}, indent=1))
-            aside.rename(folder)
+    if not folder.exists():
+        require(
+            name == _folder_name(source, settings, tokenizer),
+            f"the run began on the tokens {folder}, which an earlier version made and which are gone; restore that folder, or give "
+            "another out to begin anew.",
+        )
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{name}.lock"):
+            if not folder.exists():
+                aside = cache / f".{name}"
+                shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed; the lock is ours
+                aside.mkdir()
+                about = _tokenize(source, settings, tokenizer, aside)
+                write_json(aside / ABOUT, guard(about))
+                aside.rename(folder)
+    verify(folder, fresh=settings.verify_data)
     return folder
 
 
-def folder_of(settings: Data, fingerprint: str) -> Path:
-    """Where the tokens of the text with this fingerprint are, or are to be."""
-    return _expanded(settings.data_cache, "data_cache") / f"tokens-{fingerprint}"
+def folder_of(settings: Data, source: corpus.Corpus, tokenizer: PreTrainedTokenizerBase, begun_on: str = "") -> Path:
+    """Where the tokens of this text are, or are to be; those that a run began on, where they are of the same text."""
+    name = _folder_name(source, settings, tokenizer)
+    if begun_on and begun_on == _name_of_format_3(settings, tokenizer):
+        name = begun_on
+    return corpus.expanded(settings.data_cache, "data_cache") / name
 
 
 def fingerprint(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -128,9 +132,22 @@ def fingerprint(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
     Raises:
         SettingsError: if there is no such data.
     """
+    return _fingerprint_of(corpus.find(settings), settings, tokenizer)
+
+
+def _folder_name(source: corpus.Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"tokens-{_fingerprint_of(source, settings, tokenizer)}"
+
+
+def _fingerprint_of(source: corpus.Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
+    format = FORMAT_OF_STDLIB if source.kind == "stdlib" else FORMAT
+    return _digest(format, source.description, settings, tokenizer)
+
+
+def _digest(format: int, description: list[Any], settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
     wanted = {
-        "format": FORMAT,
-        "source": _Source.of(settings).description,
+        "format": format,
+        "source": description,
         "text_field": settings.text_field,
         "tokenizer": _whole(tokenizer),
         "validation_fraction": settings.validation_fraction,
@@ -138,31 +155,66 @@ def fingerprint(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
     return blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def verify(folder: Path) -> None:
-    """See whether the token files are as they were written.
+def _name_of_format_3(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
+    """As earlier versions named the tokens of this corpus: by the paths, sizes and times of its files."""
+    if settings.data.startswith("hub:"):
+        return f"tokens-{_digest(3, [settings.data], settings, tokenizer)}"
+    root = corpus.expanded(Path(settings.data), "data")
+    kinds = (".txt", ".md", ".py", ".jsonl", ".json", ".gz", ".parquet")
+    files = [root] if root.is_file() else [f for f in sorted(root.rglob("*")) if f.suffix in kinds and f.is_file()]
+    stamps = [(f, f.stat()) for f in files]
+    description = [[str(f), s.st_size, s.st_mtime_ns] for f, s in stamps]
+    return f"tokens-{_digest(3, description, settings, tokenizer)}"
+
+
+def read_about(folder: Path) -> About:
+    """What is known of the tokens in a folder.
+
+    Raises:
+        SettingsError: if about.json is damaged.
+    """
+    try:
+        return read_schema(About, folder / ABOUT)
+    except ValueError as error:
+        raise SettingsError(_damaged(folder, error)) from None
+
+
+def verify(folder: Path, *, fresh: bool = False) -> None:
+    """See whether the token files are as they were written: those that have been touched since they were last summed, or, ``fresh``, all.
 
     Raises:
         SettingsError: if one isn't.
     """
-    for part, expected in _about(folder)["sha256"].items():
+    expected = read_about(folder).sha256
+    found: list[str] = []
+    for part in expected:
         try:
-            found = checksum(folder / f"{part}.bin")[1]
+            kept = folder.parent / f"sums-{folder.name}-{part}.json"
+            found += corpus.known_sums([folder / f"{part}.bin"], kept, fresh)
         except OSError as error:
-            found = error.strerror or "unreadable"
+            found.append(error.strerror or "unreadable")
+    for part, is_now in zip(expected, found, strict=True):
         require(
-            found == expected,
+            is_now == expected[part],
             f"data_cache holds {folder}, whose {part}.bin has changed since it was written; remove that folder to tokenize anew.",
         )
 
 
-def _about(folder: Path) -> dict[str, Any]:
-    try:
-        about: dict[str, Any] = json.loads((folder / "about.json").read_text())
-        if not {"dtype", "tokens", "sha256"} <= about.keys():
-            raise ValueError("about.json is not what this program writes")
-    except (OSError, ValueError, AttributeError) as error:
-        raise SettingsError(_damaged(folder, error)) from None
-    return about
+def told(folder: Path) -> str:
+    """What was read, in a sentence or two for the user."""
+    about = read_about(folder)
+    documents, tokens = about.documents, about.tokens
+    text = (
+        (f"{documents['train'] + documents['validation']} documents" if documents else "tokens")
+        + (f" from {about.files} files" if about.files else "")
+        + (f" ({about.bytes} bytes)" if about.bytes else "")
+    )
+    sentences = [f"data: {text}, {tokens['train']} tokens to train on and {tokens['validation']} held out."]
+    missing = [f"{count} {reason} (such as {about.first.get(reason, '?')})" for reason, count in about.dropped.items()]
+    missing += [f"{len(names)} files {reason} (such as {names[0]})" for reason, names in about.left_out.items()]
+    if missing:
+        sentences.append(f"Left out: {', '.join(missing)}.")
+    return " ".join(sentences)
 
 
 def _damaged(folder: Path, error: Exception) -> str:
@@ -182,95 +234,30 @@ def open_blocks(folder: Path, length: int) -> tuple[Blocks, Blocks]:
     Raises:
         SettingsError: if the folder has been damaged since it was written.
     """
-    about = _about(folder)
-    try:
-        dtype = np.dtype(about["dtype"])
-        train, validation = (
-            Blocks(np.memmap(folder / f"{part}.bin", dtype, "r", shape=(about["tokens"][part],)), length)
-            for part in ("train", "validation")
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SettingsError(_damaged(folder, error)) from None
-    return train, validation
-
-
-def _expanded(path: Path, field: str) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise SettingsError(f"{field} is {path}, whose user does not exist.") from None
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where documents come from, and a description that changes when they do."""
-
-    kind: str
-    files: tuple[Path, ...]
-    description: list[Any]
-
-    @staticmethod
-    def of(settings: Data) -> _Source:
-        if settings.data == "stdlib":
-            root = Path(sysconfig.get_path("stdlib"))
-            left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-            files = tuple(f for f in sorted(root.rglob("*.py")) if not left_out & set(f.relative_to(root).parts))
-            return _Source(
-                "text", files, ["stdlib", sys.version, [[str(f.relative_to(root)), f.stat().st_size] for f in files]]
-            )
-        if settings.data.startswith("hub:"):
-            require(len(settings.data) > 4, f"data is {settings.data!r}; give hub:NAME or hub:NAME:CONFIGURATION.")
-            return _Source("hub", (), [settings.data])
-        root = _expanded(Path(settings.data), "data")
-        require(
-            root.exists(),
-            f'data is {settings.data!r}, which does not exist; give a file, a folder, "stdlib" or "hub:NAME".',
-        )
-        files = (
-            (root,)
-            if root.is_file()
-            else tuple(f for f in sorted(root.rglob("*")) if f.suffix in KINDS and f.is_file())
-        )
-        kinds = {KINDS.get(f.suffix, "") for f in files}
-        require(
-            bool(files) and "" not in kinds,
-            f"data is {settings.data!r}, which holds no text; known are {', '.join(KINDS)}.",
-        )
-        require(
-            len(kinds) == 1,
-            f"data is {settings.data!r}, which mixes {' and '.join(sorted(kinds))} files; give one kind.",
-        )
-        return _Source(kinds.pop(), files, [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
-
-    def read(self, settings: Data) -> Dataset:
-        """All documents, as a data set with the text in ``settings.text_field``."""
-        import datasets
-
-        datasets.disable_progress_bars()
-        if self.kind == "text":
-            texts = [f.read_text(encoding="utf-8", errors="replace") for f in self.files]
-            return datasets.Dataset.from_dict({settings.text_field: [text for text in texts if text.strip()]})
+    about = read_about(folder)
+    dtype = np.dtype(about.dtype)
+    parts = []
+    for part in ("train", "validation"):
+        file, count = folder / f"{part}.bin", about.tokens[part]
         try:
-            if self.kind == "hub":
-                _, name, *configuration = settings.data.split(":")
-                loaded = datasets.load_dataset(name, *configuration, split="train")
-            else:
-                loaded = datasets.load_dataset(self.kind, data_files=[str(f) for f in self.files], split="train")
-        except Exception as error:  # whatever a broken file, an empty one or the network runs into
-            raise SettingsError(f"data is {settings.data!r}, which can't be read: {first_line(error)}") from None
-        require(
-            settings.text_field in loaded.column_names,
-            f"text_field is {settings.text_field!r}, but {settings.data!r} has the columns {', '.join(loaded.column_names)}.",
-        )
-        return loaded
+            size = file.stat().st_size
+            if size != count * dtype.itemsize:
+                raise ValueError(f"{file.name} has {size} bytes, and {ABOUT} says {count} tokens of {dtype.itemsize}")
+            parts.append(Blocks(np.memmap(file, dtype, "r", shape=(count,)), length))
+        except (OSError, ValueError) as error:
+            raise SettingsError(_damaged(folder, error)) from None
+    return parts[0], parts[1]
 
 
-def _tokenize(documents: Dataset, settings: Data, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+def _tokenize(
+    source: corpus.Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> dict[str, Any]:
     """Write train.bin and validation.bin; return what is to be known about them.
 
     The documents with the smallest hashes are held out, so that a copy of a held-out document is held out too.
     """
-    hashes = [blake2b(text.encode(), digest_size=8).digest() for text in _texts(documents, settings)]
+    read = corpus.Read()
+    hashes = [blake2b(text.encode(), digest_size=8).digest() for text in source.documents(settings, read)]
     count = len(set(hashes))
     held_out = round(settings.validation_fraction * count)
     require(count > 0, f"data is {settings.data!r}, which holds no text.")
@@ -283,10 +270,14 @@ def _tokenize(documents: Dataset, settings: Data, tokenizer: PreTrainedTokenizer
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     tokens = {"train": 0, "validation": 0}
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    # What looks like a special token in a text is text: "</s>" in a web page ends no document.
+    plainly = {} if source.kind == "stdlib" else {"split_special_tokens": True}
     with (folder / "train.bin").open("wb") as train, (folder / "validation.bin").open("wb") as validation:
-        numbered = zip(hashes, _texts(documents, settings), strict=True)
+        again = corpus.Read()
+        numbered = zip(hashes, source.documents(settings, again), strict=False)
         while batch := list(islice(numbered, 256)):
-            encoded = tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]
+            texts = [text for _, text in batch]
+            encoded = tokenizer(texts, add_special_tokens=False, verbose=False, **plainly)["input_ids"]
             for (hashed, _), ids in zip(batch, encoded, strict=True):
                 part, file = ("validation", validation) if hashed <= threshold else ("train", train)
                 np.array(ids + end, dtype).tofile(file)
@@ -294,20 +285,20 @@ def _tokenize(documents: Dataset, settings: Data, tokenizer: PreTrainedTokenizer
         for file in (train, validation):
             file.flush()
             os.fsync(file.fileno())
+    require(
+        read.bytes == again.bytes and corpus.find(settings).description == source.description,
+        f"data is {settings.data!r}, which has changed while it was read; start the same command again when it stays as it is.",
+    )
     sums = {part: checksum(folder / f"{part}.bin")[1] for part in tokens}
     return {
+        "source": source.description,
         "dtype": dtype.name,
         "tokens": tokens,
         "sha256": sums,
         "documents": {"train": count - held_out, "validation": held_out},
+        "files": read.files,
+        "bytes": read.bytes,
+        "dropped": dict(read.dropped),
+        "first": read.first,
+        "left_out": source.left_out,
     }
-
-
-def _texts(documents: Dataset, settings: Data) -> Iterator[str]:
-    for batch in documents.select_columns([settings.text_field]).iter(batch_size=256):
-        for text in batch[settings.text_field]:
-            require(
-                text is None or isinstance(text, str),
-                f"text_field is {settings.text_field!r}, which holds {text!r:.40} in {settings.data!r}; it must hold text.",
-            )
-            yield text or ""

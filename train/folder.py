@@ -3,7 +3,7 @@
 run.json        what the run is (settings, command, versions), written when all of it has been found good
 attempts.jsonl  one line for each start and each end of it: when, where, from which step, why it ended
 ds_config.json  what DeepSpeed was given
-metrics.jsonl   one line a step, and one a validation
+metrics.jsonl   one line a step, and one a validation; a damaged line of it goes to metrics.damaged.jsonl when the run goes on
 checkpoints/    see train.checkpoints
 result.json   written last: how it ended
 """
@@ -20,12 +20,14 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from train.schemas import Kind, MetricsLine, ResultFile, RunFile, parse_schema, read_schema
 from train.settings import Run, SettingsError, first_line, require
 
 OURS_EARLY = (
@@ -34,6 +36,7 @@ OURS_EARLY = (
     "attempts.jsonl",
     "STOP",
 )  # what may lie there before run.json, and names with a dot
+METRICS, DAMAGED_METRICS = "metrics.jsonl", "metrics.damaged.jsonl"
 LOCK_SECONDS = 15.0  # that a run which is just ending has to let go of the folder
 JOB = {"job": "SLURM_JOB_ID", "restart": "SLURM_RESTART_COUNT", "nodes": "SLURM_JOB_NODELIST"}
 PACKAGES = ("balanced-adam", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
@@ -73,19 +76,16 @@ def checksum(path: Path) -> tuple[int, str]:
         return file.tell(), digest.hexdigest()
 
 
-def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """The object in a file that this program has written, with these keys in it.
+def read(kind: type[Kind], path: Path) -> Kind:
+    """The content of a file that this program has written.
 
     Raises:
         SettingsError: if somebody or something has damaged it.
     """
     try:
-        content = json.loads(path.read_text())
-        if not (isinstance(content, dict) and all(key in content for key in keys)):
-            raise ValueError("not what this program writes there")
+        return read_schema(kind, path)
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path} can't be read: {first_line(error)}; restore it, or remove it.") from None
-    return content
 
 
 def environment() -> dict[str, Any]:
@@ -129,9 +129,8 @@ def check(run: Run) -> None:
             f"out is {out}, which holds {', '.join(strangers[:1])} but no run; give a new or an empty folder.",
         )
         return
-    mine = json.loads(json.dumps(run.identity()))
-    difference = next(_differences(read_json(written, "identity")["identity"], mine), None)
-    require(difference is None, f"out is {out}, which belongs to a run with {difference}; give another folder.")
+    difference = difference_from(read(RunFile, written).identity, run.identity())
+    require(not difference, f"out is {out}, which belongs to a run with {difference}; give another folder.")
     require(
         run.checkpoints.resume,
         f"out is {out}, which holds this very run; drop --no-resume, or give another folder.",
@@ -202,8 +201,7 @@ def describe(run: Run, tokens: str, ds_config: dict[str, Any]) -> None:
         SettingsError: if its text has changed since.
     """
     written = run.out / "run.json"
-    if written.exists():
-        before = read_json(written, "tokens")["tokens"]
+    if before := begun_on(run.out):
         require(
             before == tokens,
             f"data is {run.data.data!r}, which has changed since the run in {run.out} began (or its tokenizer has); restore it, "
@@ -212,6 +210,29 @@ def describe(run: Run, tokens: str, ds_config: dict[str, Any]) -> None:
     else:
         write_json(written, {"identity": run.identity(), "tokens": tokens, **environment()})
     write_json(run.out / "ds_config.json", ds_config)
+
+
+def begun_on(out: Path) -> str:
+    """What the run in ``out`` trains on: the name of its folder of tokens; empty where no run has begun."""
+    written = out / "run.json"
+    return read(RunFile, written).tokens if written.exists() else ""
+
+
+def difference_from(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    """The first thing that makes another run of one, by their identities: "seed = 1, not 0"; empty if they are one run.
+
+    Where a corpus lies makes none: it is known by its content.
+    """
+    theirs, mine = (json.loads(json.dumps(identity)) for identity in (theirs, mine))
+    both = [data for identity in (theirs, mine) if isinstance(data := identity.get("data"), dict)]
+    if len(both) == 2 and all(_is_path(data.get("data")) for data in both):
+        for data in both:
+            del data["data"]
+    return next(_differences(theirs, mine), "")
+
+
+def _is_path(data: Any) -> bool:
+    return isinstance(data, str) and data != "stdlib" and not data.startswith("hub:")
 
 
 def _differences(theirs: Any, mine: Any, name: str = "") -> Any:
@@ -229,7 +250,7 @@ def result(out: Path) -> dict[str, Any] | None:
         SettingsError: if the file is damaged.
     """
     file = out / "result.json"
-    return read_json(file, "status", "step", "validation_loss") if file.exists() else None
+    return read(ResultFile, file).model_dump() if file.exists() else None
 
 
 class Metrics:
@@ -237,11 +258,15 @@ class Metrics:
 
     def __init__(self, out: Path, step: int) -> None:
         """Open the file, dropping what a run that was cut wrote after ``step``, where it goes on."""
-        path = out / "metrics.jsonl"
-        kept = [line for line in read_metrics(out) if line["step"] <= step]
+        path = out / METRICS
+        lines, damaged = _metrics(path)
+        if damaged:
+            with (out / DAMAGED_METRICS).open("ab") as file:
+                file.writelines(line + b"\n" for line in damaged.values())
+        kept = [line for line in lines if line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
-        self.seconds = sum(line.get("step_seconds", 0.0) for line in kept)
+        self.seconds = sum(line.get("step_seconds") or 0.0 for line in kept)
         """Time spent in training steps, also before a resume."""
 
     def sync(self) -> None:
@@ -271,19 +296,38 @@ class Metrics:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """All whole lines of the run's metrics.jsonl; none if there is no such file."""
-    return [line for line in read_lines(out / "metrics.jsonl") if "step" in line]
+    """All whole lines of the run's metrics.jsonl; none if there is no such file. What is damaged is told and left out."""
+    return _metrics(out / METRICS)[0]
+
+
+def _metrics(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
+    """The whole lines, and those that are damaged, by number. The last one may have been cut with the run that wrote it."""
+    texts = path.read_bytes().split(b"\n") if path.is_file() else []
+    lines, damaged = [], {}
+    for number, text in enumerate(texts, 1):
+        try:
+            lines.append(parse_schema(MetricsLine, text).model_dump())
+        except ValueError as error:
+            if number < len(texts):
+                _tell_once(f"{path} line {number} is damaged ({error}); it is left out.")
+                damaged[number] = text
+    return lines, damaged
+
+
+@cache
+def _tell_once(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole objects of a file with one a line; none if there is no such file."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     return [line for text in lines if (line := _object(text))]
 
 
 def _object(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError:  # the last line of a run that was cut
+    except (ValueError, RecursionError):  # the last line of a run that was cut
         return {}
     return content if isinstance(content, dict) else {}

@@ -18,7 +18,8 @@ import tyro
 from balanced_adam import horizon
 from balanced_adam.state import FORMATS
 from train import folder, report
-from train.settings import ARM, Optimizer, Run, SettingsError, parse, require
+from train.schemas import PlanFile, read_schema
+from train.settings import ARM, Optimizer, Run, SettingsError, first_line, parse, require
 from train.tuning import best_lr
 
 # What a comparison decides for each of its runs.
@@ -195,7 +196,7 @@ def _tuned(comparison: Comparison, arms: Iterable[str]) -> dict[str, tuple[float
     """Of each arm, its best learning rate in the comparisons in ``lr_from``, or what a plan in ``out`` has taken for it before."""
     planned = comparison.out / "manifest.json"
     if planned.exists():
-        before = folder.read_json(planned, "runs")
+        before = folder.read(PlanFile, planned).model_dump()
         taken = {run["arm"]: float(run["lr"]) for run in before["runs"]}
         if before.get("lr_from") == list(map(str, comparison.lr_from)) and all(arm in taken for arm in arms):
             return {arm: (taken[arm],) for arm in arms}
@@ -224,43 +225,43 @@ def read_manifest(file: Path) -> dict[str, Any]:
         SettingsError: if it is no plan, or train.pretrain would refuse a run's settings.
     """
     require(file.is_file(), f"manifest is {file}, which is not a file; --plan-only writes one.")
-    plan = folder.read_json(file, "runs", "ranks", "launcher", "steps")
-    _check_launch(plan["launcher"], plan["ranks"])
     try:
-        runs = {run["name"]: run for run in plan["runs"]}
-        require(bool(runs) and len(runs) == len(plan["runs"]), f"{file} has no run, or two of one name.")
-        shared = []
-        for name, run in runs.items():
-            require(
-                re.fullmatch(r"\w[\w.,-]*", name) is not None,
-                f"{file} has the run {name!r}; a name is a folder's: letters, digits and . , - _.",
-            )
-            settings = _checked(run, plan["ranks"])
-            told = {
-                "lr": settings.optimizer.lr,
-                "seed": settings.seed,
-                "arm": str(Arm.of(settings.optimizer)),
-                "steps": settings.schedule.steps,
-                "name": str(settings.out),
-            }
-            for key, value in told.items():
-                have = plan[key] if key == "steps" else run[key]
-                require(
-                    have == value,
-                    f"{file} has {key} = {have!r} for {name!r}, but its arguments say {value!r}.",
-                )
-            identity = settings.identity()
-            for key in ARM:
-                identity["optimizer"].pop(key, None)
-            shared.append({**identity, "seed": None, "dry_run": settings.dry_run})
+        plan = read_schema(PlanFile, file).model_dump()
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"manifest is {file}, which is no plan: {first_line(error)}.") from None
+    _check_launch(plan["launcher"], plan["ranks"])
+    runs = {run["name"]: run for run in plan["runs"]}
+    require(bool(runs) and len(runs) == len(plan["runs"]), f"{file} has no run, or two of one name.")
+    shared = []
+    for name, run in runs.items():
         require(
-            all(each == {**shared[0], "dry_run": False} for each in shared),
-            f"{file} has runs that differ in more than betas, state, lr and seed, which would be no comparison.",
+            re.fullmatch(r"\w[\w.,-]*", name) is not None,
+            f"{file} has the run {name!r}; a name is a folder's: letters, digits and . , - _.",
         )
-        cells = [(run["arm"], run["lr"], run["seed"]) for run in runs.values()]
-        require(len(set(cells)) == len(cells), f"{file} has an arm twice with one lr and seed.")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise SettingsError(f"manifest is {file}, which is no plan: {type(error).__name__} {error}.") from None
+        settings = _checked(run, plan["ranks"])
+        told = {
+            "lr": settings.optimizer.lr,
+            "seed": settings.seed,
+            "arm": str(Arm.of(settings.optimizer)),
+            "steps": settings.schedule.steps,
+            "name": str(settings.out),
+        }
+        for key, value in told.items():
+            have = plan[key] if key == "steps" else run[key]
+            require(
+                have == value,
+                f"{file} has {key} = {have!r} for {name!r}, but its arguments say {value!r}.",
+            )
+        identity = settings.identity()
+        for key in ARM:
+            identity["optimizer"].pop(key, None)
+        shared.append({**identity, "seed": None, "dry_run": settings.dry_run})
+    require(
+        all(each == {**shared[0], "dry_run": False} for each in shared),
+        f"{file} has runs that differ in more than betas, state, lr and seed, which would be no comparison.",
+    )
+    cells = [(run["arm"], run["lr"], run["seed"]) for run in runs.values()]
+    require(len(set(cells)) == len(cells), f"{file} has an arm twice with one lr and seed.")
     return {key: plan[key] for key in ("steps", "ranks", "launcher", "runs", "lr_from") if key in plan}
 
 

@@ -62,6 +62,9 @@ def preflight(run: Preflight) -> str:
                 folder.check(run)
             tokenizer = data.load_tokenizer(run.data.tokenizer)
             config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
+        # Where the text has never been read, that may take long.
+        ranks.wait_for((lambda: data.fingerprint(run.data, tokenizer)) if ranks.local_rank == 0 else None)
+        with ranks.together():
             text = data.fingerprint(run.data, tokenizer)
         if run.ranks is not None:
             return f"preflight: settings, text and model are right for {run.ranks} ranks."

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from train import checkpoints, data, deepspeed_config, folder, model
 from train.progress import Progress
 from train.ranks import Ranks, leave, prepare_environment, start
-from train.settings import RankError, Run, Schedule, SettingsError, parse, require
+from train.settings import RankError, Run, Schedule, SettingsError, TryAgain, parse, require
 from train.watch import AGAIN, Lost, StopRequest
 
 if TYPE_CHECKING:
@@ -217,6 +218,7 @@ class Trainer:
                     run.checkpoints.keep,
                     self.parameters,
                     self.layout,
+                    checkpoints.Origin(run.identity(), self.tokens),
                 )
             if self.stopping and not last:
                 return {"status": "stopped", "step": self.step}
@@ -311,15 +313,18 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
     with ranks.together():
         tokenizer = data.load_tokenizer(run.data.tokenizer)
         config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
+    with ranks.together():
+        begun_on = folder.begun_on(run.out)
+    prepared: list[Path] = []
     # One rank on each host; the others find it done.
-    ranks.wait_for((lambda: data.verify(data.prepare(run.data, tokenizer))) if ranks.local_rank == 0 else None)
+    job = (lambda: prepared.append(data.prepare(run.data, tokenizer, begun_on))) if ranks.local_rank == 0 else None
+    ranks.wait_for(job)
     # One look at the corpus is enough.
+    tokens = ranks.from_first(prepared[0] if ranks.first else Path())
     with ranks.together():
-        name = data.fingerprint(run.data, tokenizer) if ranks.first else ""
-    name = ranks.from_first(name)
-    with ranks.together():
-        tokens = data.folder_of(run.data, name)
         train, validation = data.open_blocks(tokens, run.data.sequence_length)
+        if ranks.first:
+            print(data.told(tokens), file=sys.stderr, flush=True)
         batch = run.parallelism.batch
         for part, blocks in (("training", train), ("validation", validation)):
             require(
@@ -407,7 +412,7 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
         if ended is not None:
             _tell(run, ended, "already ")
             return
-        found = checkpoints.find(ranks, run.out / "checkpoints")
+        found = checkpoints.find(ranks, run.out / "checkpoints", run.identity())
         if found:
             found = checkpoints.fit(ranks, found, checkpoints.layout(ds_config, ranks.world))
             ds_config["checkpoint"] = {"load_universal": found.universal}
@@ -415,6 +420,8 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
         with ranks.together():
             if ranks.first:
                 folder.describe(run, trainer.tokens, ds_config)
+            if found:
+                checkpoints.check_text(found, trainer.tokens)
         if found:
             trainer.step = checkpoints.load(trainer.engine, ranks, found)
         with ranks.together():
@@ -471,8 +478,8 @@ def _device_name(device: torch.device) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Command line: ``python -m train.pretrain --help``; the exit code.
 
-    0: finished. 2: refused or diverged, which starting it again won't mend. 75: stopped as asked, or a rank was lost; start it
-    again. 130: Ctrl-C. 1: a fault of this program.
+    0: finished. 2: refused or diverged, which starting it again won't mend. 75: stopped as asked, a rank was lost, or a
+    checkpoint could not be read now; start it again. 130: Ctrl-C. 1: a fault of this program.
     """
     try:
         prepare_environment()
@@ -480,7 +487,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return AGAIN if isinstance(error, Lost) else 2
+        return AGAIN if isinstance(error, Lost | TryAgain) else 2
     except (Stopped, KeyboardInterrupt) as stopped:
         if os.environ.get("RANK", "0") == "0":
             sentence = str(stopped) or "\nStopped. The same command goes on from the newest checkpoint."

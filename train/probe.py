@@ -58,9 +58,10 @@ def alone(
 
 def _go_on(trainer: Trainer, ranks: Ranks, run: Path) -> None:
     """Take the weights of a run's newest checkpoint, and its place in the schedule."""
-    found = checkpoints.find(ranks, run / "checkpoints")
+    found = checkpoints.find(ranks, run / "checkpoints", trainer.run.identity())
     if found is None:
         raise SettingsError(f"checkpoint is {run}, which has no whole checkpoint; give the folder of a run.")
+    checkpoints.check_text(found, trainer.tokens)
     try:
         checkpoints.load_weights(trainer.engine, found)
     except Exception as error:  # whatever another model's weights run into

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from train.settings import SettingsError, first_line, require
+from train.settings import SettingsError, TryAgain, first_line, require
 from train.watch import Lost, Watch, end_with_parent, is_lost
 
 Value = TypeVar("Value")
@@ -49,28 +49,28 @@ class Ranks:
 
         Raises:
             SettingsError: on every rank, if an error came up on any; the first one's sentence, with the rank and host
-                where it isn't everybody's. An error that is neither SettingsError nor OSError is a fault of this program,
+                where it isn't everybody's; TryAgain if it is one. An error that is neither SettingsError nor OSError is a fault of this program,
                 and goes on as it is where it came up.
         """
-        mine = ""
+        mine, again = "", False
         fault: Exception | None = None
         try:
             yield
         except SettingsError as error:
-            mine = str(error)
+            mine, again = str(error), isinstance(error, TryAgain)
         except OSError as error:
             mine = f"{error.filename or 'a file'}: {error.strerror or error}."
         except Exception as error:
             if is_lost(error):
                 raise
             mine, fault = f"{type(error).__name__}: {first_line(error)}", error
-        everybody = self.gather(mine and f"{socket.gethostname()}\n{mine}")
+        everybody = self.gather((socket.gethostname(), mine, again))
         if fault is not None:
             raise fault
-        for rank, found in enumerate(everybody):
-            if found:
-                host, sentence = found.split("\n", 1)
-                raise SettingsError(sentence if rank == 0 else f"rank {rank} on {host}: {sentence}")
+        for rank, (host, sentence, again) in enumerate(everybody):
+            if sentence:
+                kind = TryAgain if again else SettingsError
+                raise kind(sentence if rank == 0 else f"rank {rank} on {host}: {sentence}")
 
     def wait_for(self, work: Callable[[], Any] | None) -> None:
         """Run what may take long on the ranks that have it, while nobody's collectives time out.

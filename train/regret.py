@@ -21,6 +21,7 @@ from balanced_adam import horizon
 from train import figures, folder, plane, report
 from train.choose_beta import PILOT_FILE
 from train.pairs import paired
+from train.schemas import PilotFile
 from train.settings import SettingsError, exit_code, parse, require
 from train.tuning import best_lr, everywhere
 
@@ -125,7 +126,7 @@ def chosen(rule: str, pilot: Path, runs: dict[str, int]) -> float:
     if rule == PILOT:
         if not pilot.exists():
             return math.nan
-        found = folder.read_json(pilot, "beta", *runs)
+        found = folder.read(PilotFile, pilot).model_dump()
         for key, value in runs.items():
             require(found[key] == value, f"{pilot} is for runs with {key} = {found[key]}, and these have {value}.")
         return math.nan if found["beta"] is None else float(found["beta"])

@@ -18,6 +18,7 @@ from scipy import stats
 from train import dynamics, folder, plane
 from train.figures import as_svg, as_url
 from train.pairs import LEVEL, Paired, holm, paired
+from train.schemas import PlanFile, RunFile
 from train.settings import ARM, SettingsError, exit_code, parse, require
 from train.tuning import at_edge, best_lr
 
@@ -48,7 +49,7 @@ def load(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str, pd.Dat
     for out in folders:
         file = out / "manifest.json"
         require(file.exists(), f"{out} holds no manifest.json; give the folder of a comparison.")
-        found = folder.read_json(file, "runs", "command")
+        found = folder.read(PlanFile, file).model_dump()
         plan = plan or {**found, "runs": []}
         for run in found["runs"]:
             cell = (run["arm"], run["lr"], run["seed"])
@@ -250,9 +251,9 @@ def markdown(summary: pd.DataFrame, notes: list[str]) -> str:
 
 def common_settings(run: Path) -> dict[str, Any]:
     """What the runs of a comparison share, from the run.json of one of them: settings, and the text as it was read."""
-    about = folder.read_json(run / "run.json", "identity", "tokens")
-    parts = (part for part in about["identity"].values() if isinstance(part, dict))
-    return {k: v for part in parts for k, v in part.items() if k not in ARM} | {"tokens": about["tokens"]}
+    about = folder.read(RunFile, run / "run.json")
+    parts = (part for part in about.identity.values() if isinstance(part, dict))
+    return {k: v for part in parts for k, v in part.items() if k not in ARM} | {"tokens": about.tokens}
 
 
 def write(*folders: Path, baseline: str = "") -> None:

@@ -35,6 +35,10 @@ class SettingsError(ValueError):
     """A bad input, in one sentence for the person who gave it. The process ends with exit code 2."""
 
 
+class TryAgain(SettingsError):
+    """What may be over when the same command is started again. The process ends with AGAIN."""
+
+
 class RankError(SettingsError):
     """One that this rank alone has met, and has to say itself."""
 
@@ -75,8 +79,8 @@ class Data:
     """What it is trained on."""
 
     data: str = "stdlib"
-    """"stdlib" (the sources of Python's standard library), a file or folder of .txt/.md/.py, .jsonl/.json.gz or .parquet,
-    or "hub:NAME" or "hub:NAME:CONFIGURATION" for a data set of the Hugging Face hub (its train split)."""
+    """"stdlib" (the sources of Python's standard library), a file or folder of .txt/.md/.py, .jsonl/.json or .parquet (the former also as .gz,
+    .bz2 or .xz), or "hub:NAME" or "hub:NAME:CONFIGURATION" for a data set of the Hugging Face hub (its train split)."""
     text_field: str = "text"
     """The column that holds the text, in json, parquet and hub data."""
     tokenizer: str = "byt5"
@@ -87,6 +91,9 @@ class Data:
     """The share of documents that is held out for validation and never trained on."""
     data_cache: Path = Path("~/.cache/balanced_adam")
     """Where tokenized data is kept; shared by all runs that read the same data."""
+    verify_data: bool = False
+    """Read all files of the corpus and all tokens again, and see whether they are what they were; otherwise only what has another size or time
+    of change than when it was last read."""
 
     def check(self) -> None:
         """Raise :class:`SettingsError` on a value out of range."""
@@ -307,7 +314,8 @@ class Run:
         Where things lie, how the work is split over ranks, how often it is saved and what is logged does not count.
         """
         whole = dataclasses.asdict(self)
-        whole["data"].pop("data_cache")
+        for name in ("data_cache", "verify_data"):
+            whole["data"].pop(name)
         if (path := Path(self.data.data)).exists():  # however it is spelled
             whole["data"]["data"] = str(path.resolve())
         kept = {key: whole[key] for key in ("seed", "model", "data", "optimizer", "schedule")}

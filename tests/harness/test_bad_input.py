@@ -118,8 +118,8 @@ LATE = [
     ("--data {empty}", "which holds no text"),
     ("--data {mixed}", "mixes json and text files"),
     ("--data {json} --text-field body", "text_field is 'body', but .* has the columns text"),
-    ("--data {numbers}", "text_field is 'text', which holds 7 in .*numbers'; it must hold text"),
-    ("--data {nothing}", "nothing.jsonl', which can't be read"),
+    ("--data {numbers}", "text_field is 'text', which holds 7 in .*numbers/a.jsonl row 1; it must hold text"),
+    ("--data {nothing}", "nothing.jsonl', which holds no text"),
     ("--data hub:", "data is 'hub:'; give hub:NAME"),
     ("--data ~nosuchuser/x", "data is ~nosuchuser/x, whose user does not exist"),
     ("--model {heads}", "heads', which .*can't"),
@@ -351,8 +351,8 @@ def test_a_plan_that_somebody_has_edited_is_run_or_refused(tmp_path: Path, capsy
         (("launcher",), "python", "the launcher python starts one"),
         (("runs",), [], "has no run"),
         (("runs", 1, "arguments"), ["--clip", "-1"], "clip is -1.0; it must be at least 0"),
-        (("runs", 1), {}, "which is no plan: KeyError"),
-        (("runs",), 3, "which is no plan: TypeError"),
+        (("runs", 1), {}, "which is no plan: runs.1.name: Field required"),
+        (("runs",), 3, "which is no plan: runs: Input should be a valid array"),
     ):
         edited = json.loads(file.read_text())
         place = edited

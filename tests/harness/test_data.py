@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.harness.conftest import Make
-from train import data
+from train import corpus, data
 from train.settings import Data
 
 
@@ -64,7 +64,7 @@ def test_a_change_in_the_corpus_makes_new_tokens(make: Make, corpus: Path, tmp_p
 
 
 def test_the_default_corpus_is_the_standard_library(tmp_path: Path) -> None:
-    source = data._Source.of(Data(data_cache=tmp_path))
+    source = corpus.find(Data(data_cache=tmp_path))
     assert any(file.name == "argparse.py" for file in source.files)
     assert not any("site-packages" in file.parts for file in source.files)
 

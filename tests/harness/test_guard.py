@@ -20,6 +20,7 @@ from tests import session
 from tests.corpus import write_corpus
 from tests.harness.runs import change, finish, out_of
 from tests.ranks import Program, environment, start
+from train.schemas import guard
 from train.settings import REPOSITORY
 
 READERS = {"load_checkpoint", "get_fp32_state_dict_from_zero_checkpoint", "ds_to_universal.main", "torch.load"}
@@ -86,7 +87,7 @@ def poison(checkpoint: Path, name: str, mark: Path) -> None:
     manifest = checkpoint / "complete.json"
     about = json.loads(manifest.read_text())
     about["files"][name] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
-    manifest.write_text(json.dumps(about))
+    manifest.write_text(json.dumps(guard(about)))
 
 
 OPTIONS = "--steps 30 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 --save-every 6 --keep 9 --validate-every 0"

@@ -133,7 +133,7 @@ def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_wh
     assert {run["lr"] for run in json.loads((tuned / "manifest.json").read_text())["runs"]} == {0.002}
     # A plan that was made with other learning rates, or from elsewhere, is not taken for one that was tuned here.
     compare.main(["--arms", "0.9", "--lr", "0.5", "--out", str(tuned), "--plan-only", *rest])
-    elsewhere = folder.read_json(tuned / "manifest.json")
+    elsewhere = json.loads((tuned / "manifest.json").read_text())
     folder.write_json(tuned / "manifest.json", {**elsewhere, "lr_from": ["somewhere"]})
     compare.main(["--arms", "0.9", "--lr-from", str(out), "--out", str(tuned), "--plan-only", *rest])
     assert {run["lr"] for run in json.loads((tuned / "manifest.json").read_text())["runs"]} == {0.002}

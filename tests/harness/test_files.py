@@ -1,0 +1,313 @@
+"""The files that a run leaves, damaged or of another run: what is whole is used, what isn't is named, and nothing is lost."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import session
+from tests.corpus import write_corpus
+from train import checkpoints, folder
+from train.pretrain import pretrain
+from train.ranks import Ranks, start
+from train.schemas import guard
+from train.settings import Run, SettingsError, TryAgain, parse
+
+JUNK: list[Any] = [None, True, -1, 0, 1.5, 2**63, "", "x", "\0", [], {}, [[]], {"a": None}, ["x"], [-1, "x"], "../x"]
+
+
+def settings(out: Path, *more: str) -> Run:
+    """A run of six steps with checkpoints after three and six."""
+    place = session.folder() / "files"
+    place.mkdir(exist_ok=True)
+    text = "--steps 6 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 --save-every 3 --validate-every 0"
+    options = [*text.split(), "--data", str(place / "corpus"), "--data-cache", str(place / "cache"), "--out", str(out)]
+    return parse(Run, [*options, *more], "train.pretrain", None)
+
+
+@session.shared
+def trained(seed: int = 0) -> Path:
+    """The folder of a run that has ended."""
+    out = session.folder() / "files" / f"run-{seed}"
+    run = settings(out, "--seed", str(seed))
+    write_corpus(Path(run.data.data))
+    pretrain(run)
+    return out
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run that was cut after its last checkpoint."""
+    shutil.copytree(trained(), tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    return settings(tmp_path / "run")
+
+
+@pytest.fixture
+def alone() -> Ranks:
+    """The only rank."""
+    return start(60.0)
+
+
+def last(run: Run) -> Path:
+    """Its newest checkpoint."""
+    return max((run.out / "checkpoints").glob("step-*"))
+
+
+# ---- complete.json
+
+
+def places(content: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to every value within."""
+    found = [here] if here else []
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        found += places(value, (*here, key))
+    return found
+
+
+def changed(content: Any, way: tuple[Any, ...], value: Any) -> Any:
+    """A copy with another value there, or without it, where the value is KeyError."""
+    content = copy.deepcopy(content)
+    place = content
+    for key in way[:-1]:
+        place = place[key]
+    if value is KeyError:
+        del place[way[-1]]
+    else:
+        place[way[-1]] = value
+    return content
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["", "of an earlier version"])
+def test_whatever_stands_in_complete_json_the_checkpoint_before_is_used_and_one_sentence_says_why(
+    run: Run, alone: Ranks, capsys: pytest.CaptureFixture[str], guarded: bool
+) -> None:
+    file = last(run) / "complete.json"
+    whole = json.loads(file.read_text())
+    draw = random.Random(0)
+    ways = places(whole)
+    if (
+        not guarded
+    ):  # without a sum of its own another number of weights, or another run, can't be told from the right one
+        del whole["sum"]
+        dtype = (("layout", "dtype"), ("layout", "accumulation"))
+        ways = [way for way in places(whole) if way[0] not in ("run", "tokens", "parameters") and way not in dtype]
+    contents = [changed(whole, way, draw.choice([*JUNK, KeyError])) for way in ways for _ in range(3)]
+    contents = [content for content in contents if "sum" in content or not guarded]
+    contents += [changed(whole, ("layout",), None), changed(whole, ("files",), {}), changed(whole, ("run",), [])]
+    contents += [changed(whole, ("files", name), [0, "0" * 64]) for name in ("/dev/zero", "/dev/tty", "..", "a/../b")]
+    texts = [json.dumps(content).encode() for content in contents if json.dumps(content) != json.dumps(whole)]
+    texts += [b"[" * 100_000, b'{"step":' * 50_000, b"\xff" + json.dumps(whole).encode(), b"", b"null", b"3", b'"x"']
+    assert len(texts) > 40
+    for text in texts:
+        file.write_bytes(text)
+        found = checkpoints.find(alone, file.parent.parent, run.identity())
+        said = capsys.readouterr().out
+        assert found and found.step == 3, text[:200]
+        assert said.count("passed over") == 1 and said.count("\n") == 1, (text[:200], said)
+    file.write_text(json.dumps(whole))
+    found = checkpoints.find(alone, file.parent.parent, run.identity())
+    assert found and found.step == 6
+
+
+@pytest.mark.parametrize("what", ["pipe", "folder", "device", "link to nowhere"])
+@pytest.mark.parametrize("name", ["complete.json", "mp_rank_00_model_states.pt"])
+def test_what_is_no_file_is_not_waited_for(run: Run, alone: Ranks, what: str, name: str) -> None:
+    file = last(run) / name
+    file.unlink()
+    if what == "pipe":
+        os.mkfifo(file)
+    elif what == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to("/dev/zero" if what == "device" else "/nowhere")
+    found = checkpoints.find(alone, file.parent.parent)
+    assert found and found.step == 3
+
+
+def test_a_checkpoint_with_a_file_that_has_no_sum_is_not_whole(run: Run, alone: Ranks) -> None:
+    file = last(run) / "complete.json"
+    whole = {key: value for key, value in json.loads(file.read_text()).items() if key != "sum"}
+    for name in whole["files"]:
+        file.write_text(json.dumps(changed(whole, ("files", name), KeyError)))
+        found = checkpoints.find(alone, file.parent.parent)
+        assert found and found.step == 3, name
+        (last(run) / name).rename(last(run) / "elsewhere")  # nor one that lacks the file too
+        found = checkpoints.find(alone, file.parent.parent)
+        assert found and found.step == 3, name
+        (last(run) / "elsewhere").rename(last(run) / name)
+
+
+# ---- Of which run
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_stays(run: Run, alone: Ranks) -> None:
+    shutil.copytree(trained(1) / "checkpoints" / last(run).name, last(run), dirs_exist_ok=True)
+    with pytest.raises(SettingsError, match=r"step-0000006 is a checkpoint of a run with seed = 1, not 0; move it"):
+        pretrain(run)
+    assert last(run).name == "step-0000006"
+    shutil.rmtree(last(run))
+    pretrain(run)
+    assert bits(run.out) == bits(trained())
+
+
+def test_a_checkpoint_of_a_run_on_other_text_is_refused(run: Run) -> None:
+    file = last(run) / "complete.json"
+    file.write_text(json.dumps(guard({**json.loads(file.read_text()), "tokens": "tokens-0123456789abcdef"})))
+    with pytest.raises(SettingsError, match=r"is a checkpoint of a run on other text \(tokens-0123456789abcdef, not"):
+        pretrain(run)
+
+
+def test_the_same_bytes_in_another_place_and_of_another_time_resume(run: Run, tmp_path: Path) -> None:
+    shutil.rmtree(last(run))
+    shutil.copytree(run.data.data, tmp_path / "staged anew", copy_function=shutil.copyfile)
+    pretrain(settings(run.out, "--data", str(tmp_path / "staged anew"), "--data-cache", str(tmp_path / "cache")))
+    assert bits(run.out) == bits(trained())
+    (run.out / "result.json").unlink()
+    (tmp_path / "staged anew" / "00.txt").write_text("other words " * 200)
+    with pytest.raises(SettingsError, match=r"data is .*, which has changed since the run"):
+        pretrain(settings(run.out, "--data", str(tmp_path / "staged anew"), "--data-cache", str(tmp_path / "cache")))
+
+
+def test_a_checkpoint_that_does_not_say_which_run_it_is_of_still_loads(run: Run) -> None:
+    """As those of earlier versions."""
+    shutil.rmtree(last(run))
+    file = last(run) / "complete.json"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in about.items() if key not in ("run", "tokens", "sum")}))
+    pretrain(run)
+    assert bits(run.out) == bits(trained())
+
+
+def bits(out: Path) -> dict[str, Any]:
+    """The sums of the weights of the last checkpoint, and all losses."""
+    files = json.loads((max((out / "checkpoints").glob("step-*")) / "complete.json").read_text())["files"]
+    weights = torch.load(max((out / "checkpoints").glob("step-*")) / "mp_rank_00_model_states.pt", weights_only=False)[
+        "module"
+    ]
+    lines = [(line["step"], line["loss"]) for line in folder.read_metrics(out) if "loss" in line]
+    return {
+        "files": sorted(files),
+        "losses": lines,
+        "weights": {k: v.double().sum().item() for k, v in weights.items()},
+    }
+
+
+# ---- What can't be read now
+
+
+def failing(times: int, number: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A reader that fails so often before it reads."""
+    left = [times]
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def read(path: Path, *more: Any) -> Any:
+            if "step-0000006" in str(path) and left[0]:
+                left[0] -= 1
+                raise OSError(number, os.strerror(number), str(path))
+            return original(path, *more)
+
+        return read
+
+    return wrap
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT, errno.EMFILE])
+@pytest.mark.parametrize("reader", ["checksum", "_manifest", "_size"])
+@pytest.mark.parametrize("times", [1, 99])
+def test_what_cannot_be_read_now_is_neither_damaged_nor_passed_over(
+    run: Run, alone: Ranks, monkeypatch: pytest.MonkeyPatch, number: int, reader: str, times: int
+) -> None:
+    monkeypatch.setattr(checkpoints.time, "sleep", lambda _: None)
+    before = sorted(path.name for path in last(run).iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, reader, failing(times, number)(getattr(checkpoints, reader)))
+        if times == 1 and reader == "checksum":  # tried again
+            found = checkpoints.find(alone, run.out / "checkpoints")
+        else:
+            with pytest.raises(TryAgain, match=rf"can't be read now \({os.strerror(number)}\); nothing was changed"):
+                checkpoints.find(alone, run.out / "checkpoints")
+            found = None
+        # Nor is it removed, or an older one kept in its place, when a newer one is saved.
+        if times > 1 and reader != "checksum":
+            checkpoints._rotate(run.out / "checkpoints", 7, 1)
+    assert sorted(path.name for path in last(run).iterdir()) == before
+    found = found or checkpoints.find(alone, run.out / "checkpoints")
+    assert found and found.step == 6
+
+
+# ---- metrics.jsonl
+
+
+DAMAGE = {
+    "no UTF-8": b'{"step": 2, "loss": \xff\xfe}',
+    "a NUL": b"\0\0\0\0",
+    "a step in words": b'{"step": "2", "loss": 1.0}',
+    "a loss in words": b'{"step": 2, "loss": "1.0"}',
+    "a list": b"[2, 1.0]",
+    "no step": b'{"loss": 1.0}',
+    "a negative step": b'{"step": -2, "loss": 1.0}',
+    "nested": b"[" * 100_000,
+    "cut": b'{"step": 2, "lo',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("place", ["first", "inside", "last", "cut at the end"])
+def test_a_damaged_line_of_metrics_is_told_and_kept_and_the_run_goes_on(
+    run: Run, capsys: pytest.CaptureFixture[str], damage: str, place: str
+) -> None:
+    file = run.out / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    at = {"first": 0, "inside": 3}.get(place, len(lines))
+    end = b"" if place == "cut at the end" else b"\n"
+    file.write_bytes(b"".join([*lines[:at], DAMAGE[damage] + end, *lines[at:]]))
+    folder._tell_once.cache_clear()
+    kept = folder.read_metrics(run.out)
+    assert kept == [json.loads(line) for line in lines]
+    said = capsys.readouterr().err
+    told = place != "cut at the end"
+    assert said.count("\n") == told and (f"metrics.jsonl line {at + 1} is damaged" in said) == told
+    metrics = folder.Metrics(run.out, 6)
+    metrics.write(step=7, loss=1.0, step_seconds=None)
+    assert [line["step"] for line in folder.read_metrics(run.out)] == [line["step"] for line in kept] + [7]
+    aside = run.out / "metrics.damaged.jsonl"
+    assert (aside.read_bytes() if aside.exists() else b"") == (DAMAGE[damage] + b"\n" if told else b"")
+
+
+def test_a_run_with_damaged_metrics_resumes(run: Run) -> None:
+    file = run.out / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([lines[0], b"\xff\n", b'{"step": "x"}\n', *lines[1:]]))
+    shutil.rmtree(last(run))
+    pretrain(run)
+    assert bits(run.out) == bits(trained())
+
+
+# ---- run.json, result.json
+
+WRONG_JSON = [b"", b"null", b"[]", b"{", b"\xff{}", b"[" * 100_000, b'{"identity": 3}', b'{"status": "finished", "step": 6, "validation_loss": null}', b'{"status": "ended", "step": 6, "validation_loss": 1.0}', b'{"status": "finished", "step": -1, "validation_loss": 1.0}']  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["run.json", "result.json"])
+@pytest.mark.parametrize("text", WRONG_JSON, ids=lambda text: repr(text)[:40])
+def test_a_damaged_file_of_a_run_is_named_and_nothing_changes(run: Run, name: str, text: bytes) -> None:
+    (run.out / name).write_bytes(text)
+    before = {
+        path: path.read_bytes() for path in run.out.rglob("*") if path.is_file() and path.name != "attempts.jsonl"
+    }
+    with pytest.raises(SettingsError, match=rf"{name} can't be read: .*; restore it, or remove it") as refused:
+        pretrain(run)
+    assert "\n" not in str(refused.value)
+    assert all(path.read_bytes() == content for path, content in before.items())

@@ -1,0 +1,184 @@
+"""What the files that this program writes hold: one schema for each kind, which is how they are read.
+
+A file may hold more than its schema names, since versions differ in that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+SHA256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Part = Literal["train", "validation"]
+
+
+class Schema(BaseModel):
+    """Numbers are numbers and strings strings, as written."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+
+class Guarded(Schema):
+    """One that holds a sum of itself, so that any change is found. Files of earlier versions have none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_as_it_was_written(cls, content: Any) -> Any:
+        if isinstance(content, dict) and "sum" in content and content["sum"] != guard(content)["sum"]:
+            raise ValueError("it has changed since it was written")
+        return content
+
+
+def guard(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a file that is Guarded, with its sum."""
+    plain = {key: value for key, value in json.loads(json.dumps(content, default=str)).items() if key != "sum"}
+    return {**plain, "sum": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+
+
+Kind = TypeVar("Kind", bound=Schema)
+
+
+def parse_schema(kind: type[Kind], text: str | bytes) -> Kind:
+    """Raises ValueError, in one line that names the field, where the text does not fit."""
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}") from None
+
+
+def read_schema(kind: type[Kind], path: Path) -> Kind:
+    """The content of a file.
+
+    Raises:
+        OSError: if it can't be read.
+        ValueError: if it does not fit, in one line that names the field.
+    """
+    return parse_schema(kind, path.read_bytes())
+
+
+class Layout(Schema):
+    """How a checkpoint's state is split over the ranks."""
+
+    world: PositiveInt
+    stage: Annotated[int, Field(ge=0, le=3)]
+    dtype: Literal["fp32", "bf16", "fp16"]
+    accumulation: str | None
+
+
+SizeAndSum = Annotated[tuple[NonNegativeInt, SHA256], Field(strict=False)]  # in JSON a list
+
+
+class CheckpointFile(Guarded):
+    """complete.json of a checkpoint."""
+
+    step: NonNegativeInt
+    parameters: PositiveInt
+    layout: Layout
+    files: Annotated[dict[str, SizeAndSum], Field(min_length=1)]
+    run: dict[str, Any] | None = None
+    """The identity of the run that it is of; None of older ones, which don't say."""
+    tokens: str | None = None
+    """What that run trains on, as in run.json."""
+
+    @field_validator("files")
+    @classmethod
+    def _names_lie_within(cls, files: dict[str, Any]) -> dict[str, Any]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\0" in name or str(path) != name:
+                raise ValueError(f"{name!r} is no name of a file within the checkpoint")
+        return files
+
+
+class RunFile(Schema):
+    """run.json."""
+
+    identity: dict[str, Any]
+    tokens: str
+
+
+class ResultFile(Schema):
+    """result.json."""
+
+    status: Literal["finished", "diverged"]
+    step: NonNegativeInt
+    validation_loss: float | None
+
+    @model_validator(mode="after")
+    def _finished_with_a_loss(self) -> ResultFile:
+        if self.status == "finished" and (self.validation_loss is None or not math.isfinite(self.validation_loss)):
+            raise ValueError(f"status is finished and validation_loss is {self.validation_loss}")
+        return self
+
+
+class MetricsLine(Schema):
+    """A line of metrics.jsonl: of a step, or of a validation after it."""
+
+    __pydantic_extra__: dict[str, float | None]
+    step: NonNegativeInt
+
+
+class PlannedRun(Schema):
+    """A run of manifest.json."""
+
+    name: str
+    arm: str
+    lr: float
+    seed: int
+    arguments: list[str] = []
+
+
+class PlanFile(Schema):
+    """manifest.json of a comparison: what a report needs, and what the runs are started with."""
+
+    runs: list[PlannedRun]
+    steps: PositiveInt | None = None
+    ranks: PositiveInt | None = None
+    launcher: str | None = None
+
+
+class PilotFile(Schema):
+    """pilot.json of train.choose_beta."""
+
+    beta: float | None
+    steps: PositiveInt
+    tokens_per_step: PositiveInt
+    parameters: PositiveInt
+
+
+class About(Guarded):
+    """about.json of a folder of tokens."""
+
+    dtype: Literal["uint16", "uint32"]
+    tokens: dict[Part, NonNegativeInt]
+    sha256: dict[Part, SHA256]
+    documents: dict[Part, NonNegativeInt] = {}
+    files: NonNegativeInt = 0
+    bytes: NonNegativeInt = 0
+    dropped: dict[str, NonNegativeInt] = {}
+    first: dict[str, str] = {}
+    left_out: dict[str, list[str]] = {}
+
+    @model_validator(mode="after")
+    def _has_both_parts(self) -> About:
+        for name, parts in (("tokens", self.tokens), ("sha256", self.sha256)):
+            if len(parts) != 2:
+                raise ValueError(f"{name} lacks a part")
+        return self
