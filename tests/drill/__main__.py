@@ -1,4 +1,5 @@
-"""A fire drill: one run on two hosts is killed again and again, and has to end with the bits of an undisturbed one.
+"""A fire drill: one run on two hosts is killed, or one of its ranks hangs, again and again; it has to end with the bits of an undisturbed
+one.
 
 ``python -m tests.drill --faults 50 --seed 0``. As root each rank has a host of its own (tests/cluster/hosts.py), whose plug can be
 pulled; otherwise both ranks share this machine, and no host crashes. Everything done is in drill.jsonl.
@@ -28,11 +29,15 @@ import tyro
 from tests.cluster.hosts import Cluster, why_not
 from tests.cluster.runs import losses, same
 from tests.corpus import write_corpus
+from tests.ranks import Program, Started
+from tests.ranks import environment as clean_environment
+from tests.ranks import start as start_program
 from train import checkpoints, folder
 from train.ranks import free_port
 from train.settings import REPOSITORY
 
-# Where a rank is killed: how often it may have been there before in this attempt, and whether rank 0 alone comes there.
+VICTIM = "tests.drill.victim"
+# Where a rank is killed, or hangs: how often it may have been there before in this attempt, and whether rank 0 alone comes there.
 MOMENTS = {
     "tokenizing": (1, True),
     "forward": (60, False),
@@ -48,6 +53,8 @@ MOMENTS = {
     "removing": (8, True),
     "result": (2, True),
 }
+HANGS = ("forward", "backward", "all-reduce", "step", "metrics", "saving", "finishing")
+"""Where a rank may hang: in a step, in a collective, in a save."""
 STEPS_PER_FAULT, SAVE_EVERY, TIMEOUT = 60, 15, 20
 
 
@@ -56,7 +63,7 @@ class Drill:
     """How long, and where."""
 
     faults: int = 50
-    """How many times something is killed."""
+    """How many times something is killed or hangs."""
     seed: int = 0
     """Decides what is killed, and when."""
     out: Path | None = None
@@ -64,11 +71,16 @@ class Drill:
 
 
 class Machine:
-    """Starts a run of two ranks, on two hosts or on this machine, and kills parts of it."""
+    """Starts a run of two ranks, on two hosts or on this machine, and kills parts of it.
 
-    def __init__(self, cluster: Cluster | None) -> None:
-        self.cluster = cluster
-        self.launchers: list[subprocess.Popen[bytes]] = []
+    Args:
+        cluster: the hosts; None for this machine.
+        forked: fork the ranks from a process that has imported everything, in place of torchrun: a start takes two seconds, not twenty.
+    """
+
+    def __init__(self, cluster: Cluster | None, *, forked: bool = False) -> None:
+        self.cluster, self.forked = cluster, forked
+        self.launchers: list[subprocess.Popen[bytes] | Started] = []
 
     def start(self, out: Path, options: list[str], victim: str = "") -> None:
         """Start it. ``victim``: see tests/drill/victim.py."""
@@ -76,6 +88,11 @@ class Machine:
         head, port = ("node1", random.randrange(20000, 30000)) if self.cluster else ("127.0.0.1", free_port())
         log = out.with_suffix(".log")
         environment = {"VICTIM": victim, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        if self.forked:
+            arguments = ["--out", str(out), *options]
+            program = Program(VICTIM, arguments, clean_environment(**environment), log, 2, grace=5.0)
+            self.launchers = [start_program(program)]
+            return
         self.launchers = []
         for number in range(hosts):
             line = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={hosts}", f"--node-rank={number}"]
@@ -86,7 +103,7 @@ class Machine:
                 f"--master-addr={head}",
                 f"--master-port={port}",
             ]
-            line += ["-m", "tests.drill.victim", "--out", str(out), *options]
+            line += ["-m", VICTIM, "--out", str(out), *options]
             if self.cluster:
                 self.launchers.append(
                     self.cluster.nodes[number].start(*line, log=log, GLOO_SOCKET_IFNAME="eth0", **environment)
@@ -102,6 +119,9 @@ class Machine:
 
     def kill_launcher(self, number: int) -> None:
         """kill -9 of one launcher, not of its ranks."""
+        if self.forked:
+            self.launchers[0].kill()
+            return
         process = psutil.Process(self.launchers[number % len(self.launchers)].pid)
         for child in [process, *process.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
@@ -117,11 +137,19 @@ class Machine:
         """The exit codes of the launchers, when no process of the run is left."""
         until = time.monotonic() + seconds
         codes = [launcher.wait(max(1.0, until - time.monotonic())) for launcher in self.launchers]
-        while any("tests.drill.victim" in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])):
+        while self._has_ranks():
             if time.monotonic() > until:
                 raise TimeoutError(f"ranks are left after {seconds:.0f} s")
             time.sleep(0.1)
         return codes
+
+    def _has_ranks(self) -> bool:
+        if self.forked:  # they are the launcher's session
+            with suppress(ProcessLookupError):
+                os.killpg(self.launchers[0].pid, 0)
+                return True
+            return False
+        return any(VICTIM in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
 
     def mend(self) -> None:
         """Boot whatever is down."""
@@ -129,6 +157,34 @@ class Machine:
             if node.holder is None:
                 assert self.cluster
                 self.cluster.revive(node)
+
+
+class Stopwatch:
+    """Seconds that each fault has cost: from the last step before it to the first one beyond, in whichever attempt that comes."""
+
+    def __init__(self, run: Path) -> None:
+        self.file, self.log = run / "metrics.jsonl", run.with_name("drill.jsonl")
+        self.pending: list[tuple[dict[str, Any], int, float]] = []
+
+    @property
+    def lines(self) -> int:
+        """Of metrics.jsonl, now."""
+        return self.file.read_bytes().count(b"\n") if self.file.exists() else 0
+
+    def start(self, fault: dict[str, Any], began: float) -> None:
+        """After an attempt that ``began`` then has ended with this fault."""
+        since = max(began, self.file.stat().st_mtime) if self.file.exists() else began
+        self.pending.append((fault, self.lines, since))
+
+    def look(self) -> None:
+        """Note which faults are made up for by now; they are written to drill.jsonl."""
+        lines, now = self.lines, time.time()
+        for fault, reached, since in self.pending:
+            if lines > reached:
+                fault["seconds lost"] = round(now - since, 1)
+                with self.log.open("a") as log:
+                    log.write(json.dumps(fault) + "\n")
+        self.pending = [each for each in self.pending if "seconds lost" not in each[0]]
 
 
 @contextmanager
@@ -145,7 +201,7 @@ def machine() -> Iterator[Machine]:
 
 
 def drill(settings: Drill, on: Machine) -> pd.DataFrame:
-    """What was killed how often, and the seconds until all of the run had ended.
+    """What was done, and the seconds that each fault has cost.
 
     Raises:
         AssertionError: if the run doesn't end with the bits of the undisturbed one.
@@ -162,17 +218,20 @@ def drill(settings: Drill, on: Machine) -> pd.DataFrame:
     assert on.wait(1800) == [0] * len(on.launchers), (out / "undisturbed.log").read_text()[-3000:]
     options += ["--data-cache", str(out / "cache")]
     done: list[dict[str, Any]] = []
-    attempts = 0
+    attempts, watch = 0, Stopwatch(run)
     while len(done) < settings.faults and folder.result(run) is None:
         attempts += 1
         assert attempts <= 3 * settings.faults, "most attempts end before their fault"
-        fault = attempt(on, draw, run, options)
+        began = time.time()
+        fault = attempt(on, draw, run, options, watch)
         if fault:
             done.append(fault)
-            with (out / "drill.jsonl").open("a") as log:
-                log.write(json.dumps(fault) + "\n")
+            watch.start(fault, began)
             print(f"{len(done)}/{settings.faults} {fault}", flush=True)
     on.start(run, options)
+    while on.running():
+        watch.look()
+        time.sleep(0.1)
     assert on.wait(1800) == [0] * len(on.launchers), (out / "run.log").read_text()[-3000:]
     assert same(run, twin), "the bits are not those of the undisturbed run"
     assert len(losses(run)) == steps
@@ -182,21 +241,23 @@ def drill(settings: Drill, on: Machine) -> pd.DataFrame:
     return pd.DataFrame(done)
 
 
-def attempt(on: Machine, draw: random.Random, run: Path, options: list[str]) -> dict[str, Any] | None:
+def attempt(on: Machine, draw: random.Random, run: Path, options: list[str], watch: Stopwatch) -> dict[str, Any] | None:
     """One start of the run, and what was done to it; None if it ended before that."""
-    kinds = ["rank"] * 6 + ["launcher"] * 2 + ["host"] * 2 * bool(on.cluster)
+    kinds = ["rank"] * 6 + ["hung rank"] * 2 + ["launcher"] * 2 + ["host"] * 2 * bool(on.cluster)
     kind, rank = draw.choice(kinds), draw.randrange(2)
-    moment, (most, first_alone) = draw.choice(list(MOMENTS.items()))
+    moment = draw.choice(HANGS if kind == "hung rank" else list(MOMENTS))
+    most, first_alone = MOMENTS[moment]
     count = draw.randint(1, most)
     seconds, steps = draw.uniform(0.0, 8.0), draw.randint(0, 60)
-    before = len(folder.read_metrics(run))
-    if kind == "rank":
+    before = watch.lines
+    if kind in ("rank", "hung rank"):
         rank = 0 if first_alone else rank
         if moment == "tokenizing":
             shutil.rmtree(options[options.index("--data-cache") + 1], ignore_errors=True)
-        on.start(run, options, f"{rank} {moment} {count} kill")
+        on.start(run, options, f"{rank} {moment} {count} {'kill' if kind == 'rank' else 'stop'}")
         at = f"{moment} no. {count}"
-        while on.running() and len(folder.read_metrics(run)) < before + 2 * STEPS_PER_FAULT:
+        while on.running() and watch.lines < before + 2 * STEPS_PER_FAULT:
+            watch.look()
             time.sleep(0.1)
         if on.running():  # it never came to that moment so often
             kind, at = "launcher", "any time"
@@ -205,22 +266,21 @@ def attempt(on: Machine, draw: random.Random, run: Path, options: list[str]) -> 
         on.start(run, options)
         # Half of the time while it starts, half of the time while it trains.
         until = time.monotonic() + (seconds if draw.random() < 0.5 else 60.0)
-        while time.monotonic() < until and len(folder.read_metrics(run)) <= before + steps:
+        while time.monotonic() < until and watch.lines <= before + steps:
             if not on.running():
                 break
+            watch.look()
             time.sleep(0.02)
         at = "any time"
         (on.kill_launcher if kind == "launcher" else on.crash)(rank)
-    began = time.monotonic()
     codes = on.wait(600)
-    took = time.monotonic() - began
+    watch.look()
     on.mend()
     if 0 in codes and folder.result(run):
         return None
     assert all(codes), f"a launcher of a run that was killed ended with 0: {codes}"
     step = checkpoints.newest_step(run / "checkpoints")
-    what = {"killed": kind, "rank or host": rank, "at": at, "saved step": step}
-    return what if kind == "rank" else {**what, "seconds to end": round(took, 1)}
+    return {"fault": kind, "rank or host": rank, "at": at, "saved step": step}
 
 
 def main() -> None:
@@ -228,7 +288,13 @@ def main() -> None:
     with machine() as on:
         table = drill(tyro.cli(Drill, description=__doc__), on)
     table["at"] = table["at"].str.replace(r" no\. \d+", "", regex=True)
-    print(table.groupby(["killed", "at"]).size().rename("times").reset_index().to_string(index=False))
+    lost = table.groupby(["fault", "at"])["seconds lost"].agg(["size", "median", "max"])
+    print(
+        lost.rename(columns={"size": "times", "median": "seconds lost", "max": "at most"})
+        .reset_index()
+        .to_string(index=False)
+    )
+    print(f"seconds lost in all: {table['seconds lost'].sum():.0f}, in a fault {table['seconds lost'].median():.1f}")
 
 
 if __name__ == "__main__":
