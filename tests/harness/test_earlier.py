@@ -1,0 +1,61 @@
+"""A run that an earlier version began goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.corpus import write_corpus
+from tests.harness.runs import change, finish, losses
+from train import data
+from train.settings import Data
+
+FILES = Path(__file__).parent / "files"
+
+
+@pytest.mark.ranks
+def test_a_run_that_0d6eb9e_began_goes_on_with_the_bits_that_it_had_there(tmp_path: Path) -> None:
+    """files/run_0d6eb9e.tar.xz: two ranks, ZeRO-1, packed16 with words as int16, a moving beta, after 8 of 12 steps; and what 0d6eb9e's own
+    uncut run had for losses. Where this machine has the bits of those before the cut, it must have those after it too."""
+    with tarfile.open(FILES / "run_0d6eb9e.tar.xz") as packed:
+        packed.extractall(tmp_path, filter="data")
+    corpus, cache, model = write_corpus(tmp_path / "corpus"), tmp_path / "cache", tmp_path / "model"
+    model.mkdir()
+    (tmp_path / "config.json").rename(model / "config.json")
+    # What depends on the place: paths, and the name of the tokens, which was made of paths and times.
+    settings = Data(data=str(corpus), sequence_length=32, validation_fraction=0.2, data_cache=cache)
+    name = data._name_of_format_3(settings, data.load_tokenizer("byt5"))
+    cache.mkdir()
+    (tmp_path / "tokens").rename(cache / name)
+    written = tmp_path / "run" / "run.json"
+    about = json.loads(written.read_text())
+    about["identity"]["model"]["model"], about["identity"]["data"]["data"] = str(model), str(corpus)
+    written.write_text(json.dumps({**about, "tokens": name}))
+
+    text = "--steps 12 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 --save-every 4 --validate-every 0"
+    options = [*text.split(), "--betas", "from:0.8:to:0.95", "--state", "packed16", "--model", str(model)]
+    options += ["--data", str(corpus), "--data-cache", str(cache), "--out", str(tmp_path / "run")]
+    code, said = finish(options)
+    assert code == 0 and "Going on from" in said and "step-0000008" in said, said
+    expected = [
+        json.loads(line)["loss"] for line in (tmp_path / "expected.jsonl").read_text().splitlines() if '"lr"' in line
+    ]
+    assert losses(options) == pytest.approx(expected, rel=1e-4)
+    assert json.loads(written.read_text())["tokens"] == name
+    assert [path.name for path in cache.glob("tokens-*")] == [name], "nothing was tokenized anew"
+    words = torch.load(
+        tmp_path / "run" / "checkpoints" / "step-0000012" / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        weights_only=False,
+    )["optimizer_state_dict"]["base_optimizer_state"]["state"][0]
+    assert words["packed"].dtype == torch.bfloat16 and words["step"] == 12
+
+    anew = change(options, out=tmp_path / "anew")
+    assert finish(anew)[0] == 0
+    if losses(anew)[:8] == expected[:8]:
+        assert losses(options) == expected == losses(anew)
+    shutil.rmtree(cache)
