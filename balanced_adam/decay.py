@@ -13,6 +13,7 @@ before it existed lack it; there it is made again from what a saved group says.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 LOG_PRODUCT = "log_beta_product"
@@ -80,6 +81,7 @@ def effective_steps(logarithm: float, beta: float, steps: int) -> float:
     return float(nearest) if abs(count - nearest) <= 1e-9 * max(1.0, count) else count
 
 
+@lru_cache(maxsize=64)  # the parameters of a group are alike
 def advance(logarithm: float, betas: tuple[float, float], steps: int) -> tuple[float, int]:
     """Of one more step, at ``betas``: the logarithm of the product after it, and the step number for its bias correction.
 

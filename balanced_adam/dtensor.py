@@ -27,12 +27,12 @@ def is_dtensor(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """This rank's part, which shares memory with it; any other tensor itself."""
     if not is_dtensor(tensor):
         return tensor
-    part = cast("DTensor", tensor).to_local()
+    with torch.no_grad():
+        part = cast("DTensor", tensor).to_local()
     return part.wait() if hasattr(part, "wait") else part  # of a collective that is under way
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -165,6 +166,7 @@ class Update(NamedTuple):
         ) + (self.scalars if isinstance(self.scalars, bytes) else b"").ljust(_SCALARS.size, b"\0")
 
 
+@lru_cache(maxsize=64)  # the parameters of a group are alike
 def scalars(
     step: int,
     lr: float,
