@@ -17,14 +17,25 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_PLACES = ("torch.distributed.tensor", "torch.distributed._tensor")  # the latter up to torch 2.4
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether it is one. (Unless somebody has imported DTensor there is none; the import takes half a second.)"""
+    """Whether it is one."""
     if type(tensor) in _PLAIN:
         return False
-    module = sys.modules.get("torch.distributed.tensor")
+    module = _module()
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_opaque(tensor: Tensor) -> bool:
+    """Whether its class, which is not DTensor, decides what operations on it do."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_dtensor(tensor)
+
+
+def _module() -> Any:
+    """The one that has DTensor. None unless somebody has imported it, which takes half a second: then there is no DTensor either."""
+    return next((m for name in _PLACES if hasattr(m := sys.modules.get(name), "DTensor")), None)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -40,10 +51,8 @@ def placed_as(param: Tensor, part: Tensor) -> Tensor:
     """What has ``part`` as this rank's part, placed as the parameter; ``part`` itself where that is no DTensor."""
     if not is_dtensor(param):
         return part
-    from torch.distributed.tensor import DTensor
-
     like = cast("DTensor", param)
-    return DTensor.from_local(
+    return _module().DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
@@ -52,13 +61,10 @@ def distributed_as(param: Tensor, value: Tensor) -> Tensor:
     """``value``, which every rank has whole or which lies otherwise on the parameter's mesh, placed as the parameter."""
     if not is_dtensor(param):
         return value
-    from torch.distributed.tensor import DTensor, Replicate
-
     like = cast("DTensor", param)
-    if not is_dtensor(value):
-        value = DTensor.from_local(
-            value, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False
-        )  # every rank cuts its part from what it has
+    if not is_dtensor(value):  # every rank cuts its part from what it has
+        everywhere = [_module().Replicate()] * like.device_mesh.ndim
+        value = _module().DTensor.from_local(value, like.device_mesh, everywhere, run_check=False)
     return cast("DTensor", value).redistribute(like.device_mesh, like.placements)
 
 

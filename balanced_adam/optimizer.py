@@ -183,6 +183,11 @@ class BalancedAdam(torch.optim.Optimizer):
             for param in group["params"]:
                 if reason := dtensor.obstacle(param):
                     raise ValueError(f"BalancedAdam can't step it: {reason}")
+                if group["state"] != "fp32" and dtensor.is_opaque(param):
+                    raise ValueError(
+                        f"state is {group['state']!r}, and a parameter is of the class {type(param).__name__}, which may do with integers what it likes; "
+                        "its moments must be 'fp32'."
+                    )
                 self._fuses(param)
         except (ValueError, RuntimeError):
             self.param_groups.pop()

@@ -571,3 +571,27 @@ def test_betas_may_change_over_time_while_they_are_equal() -> None:
     optimizer.param_groups[0]["betas"] = (0.9, 0.95)
     with pytest.raises(ValueError, match=r"betas are equal|equal betas"):
         optimizer.step()
+
+
+class Opaque(Tensor):
+    """A tensor whose class decides what operations do."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        raise AssertionError("not in a test of what is refused")
+
+
+class Plain(nn.Parameter):
+    """One that does as any other."""
+
+
+def test_a_tensor_that_may_do_with_integers_what_it_likes_is_not_packed() -> None:
+    opaque = torch.ones(3).as_subclass(Opaque)
+    with pytest.raises(
+        ValueError, match="a parameter is of the class Opaque, which may do with integers what it likes"
+    ):
+        BalancedAdam([opaque], state="packed16")
+    params = [Plain(torch.ones(3))]
+    optimizer = BalancedAdam(params, state="packed16")
+    train(optimizer, params, range(2))
+    assert optimizer.state[params[0]]["packed"].dtype == torch.bfloat16
