@@ -476,6 +476,10 @@ class BalancedAdam(torch.optim.Optimizer):
             for key, kind in (("param_groups", list), ("state", dict)):
                 if not isinstance(seen.get(key), kind):
                     raise ValueError(f"the loaded state has no {key}; it is not the state dict of an optimizer.")
+            if not all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in seen["param_groups"]):
+                raise ValueError(
+                    "the loaded state has groups without params; it is not the state dict of an optimizer."
+                )
             if [len(g["params"]) for g in seen["param_groups"]] != [len(g["params"]) for g in self.param_groups]:
                 return  # torch itself refuses it
             for group, own in zip(seen["param_groups"], self.param_groups, strict=True):

@@ -6,6 +6,7 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,13 @@ from train import data
 from train.settings import Data
 
 FILES = Path(__file__).parent / "files"
+
+
+def last_state(out: Path) -> dict[str, Any]:
+    """Of the first group, on the first rank."""
+    file = out / "checkpoints" / "step-0000012" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    content = torch.load(file, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]["state"][0]
+    return dict(content)
 
 
 @pytest.mark.ranks
@@ -40,6 +48,7 @@ def test_a_run_that_0d6eb9e_began_goes_on_with_the_bits_that_it_had_there(tmp_pa
     text = "--steps 12 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 --save-every 4 --validate-every 0"
     options = [*text.split(), "--betas", "from:0.8:to:0.95", "--state", "packed16", "--model", str(model)]
     options += ["--data", str(corpus), "--data-cache", str(cache), "--out", str(tmp_path / "run")]
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
     code, said = finish(options)
     assert code == 0 and "Going on from" in said and "step-0000008" in said, said
     expected = [
@@ -48,11 +57,15 @@ def test_a_run_that_0d6eb9e_began_goes_on_with_the_bits_that_it_had_there(tmp_pa
     assert losses(options) == pytest.approx(expected, rel=1e-4)
     assert json.loads(written.read_text())["tokens"] == name
     assert [path.name for path in cache.glob("tokens-*")] == [name], "nothing was tokenized anew"
-    words = torch.load(
-        tmp_path / "run" / "checkpoints" / "step-0000012" / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
-        weights_only=False,
-    )["optimizer_state_dict"]["base_optimizer_state"]["state"][0]
-    assert words["packed"].dtype == torch.bfloat16 and words["step"] == 12
+    state = last_state(tmp_path / "run")
+    assert state["packed"].dtype == torch.bfloat16 and state["step"] == 12
+
+    # On one rank it goes through DeepSpeed's universal format, which knows nothing of the betas but what the groups say.
+    alone = change(options, out=tmp_path / "alone")
+    code, said = finish(alone, None)
+    assert code == 0 and "step-0000008-universal" in said, said
+    assert losses(alone) == pytest.approx(expected, rel=1e-4)
+    assert last_state(tmp_path / "alone")["log_beta_product"] == pytest.approx(state["log_beta_product"], rel=1e-14)
 
     anew = change(options, out=tmp_path / "anew")
     assert finish(anew)[0] == 0

@@ -604,13 +604,17 @@ def test_a_state_with_a_bad_value_is_refused_and_nothing_changes(place, value):
         assert {k: raw(v) for k, v in values.items()} == {k: raw(v) for k, v in before["state"][number].items()}
 
 
-@pytest.mark.parametrize("missing", ["param_groups", "state", "step", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("missing", ["param_groups", "state", "params", "step", "exp_avg", "exp_avg_sq"])
 def test_a_state_that_lacks_something_is_refused_and_nothing_changes(missing):
     params = parameters()
     optimizer = BalancedAdam(params, lr=0.1, betas=0.9)
     train(optimizer, params, range(3))
     bad = copy.deepcopy(optimizer.state_dict())
-    del (bad["state"][1] if missing in bad["state"][1] else bad)[missing]
+    del next(
+        part
+        for part in (bad, bad["param_groups"][0], bad["state"][1])
+        if missing in part and (missing != "state" or part is bad)
+    )[missing]
     twin, again = BalancedAdam(copy.deepcopy(params), lr=0.1, betas=0.9), copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=missing):
         optimizer.load_state_dict(bad)

@@ -140,7 +140,7 @@ def train(layout: str) -> Any:
     result = {}
     for state in FORMATS:
         model = sharded(Weights(), layout)
-        optimizer = optimizer_of(model, state)
+        optimizer = optimizer_of(model, state, fused=True)  # which insists on the kernels
         sizes = take(model, optimizer, range(STEPS), clip=0.25)
         result[state] = everything(model, optimizer), sizes
     return result
