@@ -5,9 +5,10 @@ same in all t steps. Dividing by less than that sum would break the bound of a s
 the product beside its step count, and the rule is told the number of steps at the beta of now that make it. Rounded up, so that the
 bound holds: :math:`|m| \le \sqrt{(1 - \prod_i \beta_i)\, v}` (Cauchy-Schwarz, as for :func:`balanced_adam.gradient_scale.update_bound`).
 
-The logarithm is the parameter's own, and always there, so that whatever saves and loads a state (a state dict, a deep copy,
-torch.distributed.checkpoint) carries it. It is a number and no tensor: DeepSpeed cuts the padding from every tensor of a state. Only DeepSpeed's universal checkpoints, which hold moments and step counts alone, and files made
-before it existed lack it; there it is made again from what a saved group says.
+The logarithm is the parameter's own, whatever its group does meanwhile. A saved state (a state dict, a pickle, a deep copy) holds its excess over
+that of as many steps at the group's beta: 0 where beta has never changed. So a file that lacks it, or a loader that fills in what another optimizer had
+there, is right wherever betas were constant. It is a number and no tensor: DeepSpeed cuts the padding from every tensor of a state. Of changed betas a
+saved group says something too, for DeepSpeed's universal checkpoints, which hold moments and step counts alone.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from functools import lru_cache
 from typing import Any
 
 LOG_PRODUCT = "log_beta_product"
-"""Of a parameter's state: the logarithm of the product of the betas of its steps, a float; or UNKNOWN."""
+"""Of a parameter's state, while it lives: the logarithm of the product of the betas of its steps, a float; or UNKNOWN."""
+EXCESS = "log_beta_excess"
+"""Of a saved state instead: its excess over that of as many steps at the saved group's beta, a float."""
+LEAST = 1e-300
+"""Stands for a beta of 0, of which there is no logarithm."""
 GROUP_KEY = "decay"
 """Of a saved group whose betas have changed: a beta, a number of steps, and the logarithm of the product of their betas; the steps after those
 were taken at that beta."""
 UNKNOWN = math.inf
 """No product of equal betas: the averages were made with unequal ones, or counted in a CUDA graph. Then all steps count as if they had
 been taken at the beta of now."""
-NOTHING_LEFT = -1e9
-"""The logarithm from which on nothing is left of the beginning."""
 FOREVER = 10**9
 """Steps after which nothing is left of the beginning, whatever beta is."""
 
@@ -55,15 +58,18 @@ def history(settings: dict[str, Any]) -> History | None:
     return beta, steps, logarithm
 
 
-def log_product(made_with: History | None, steps: int) -> float:
-    """The logarithm of the product of the betas of the first ``steps`` steps, from what a saved group says."""
+def log_product(made_with: History | None, steps: int, oldest: int) -> float:
+    """The logarithm of the product of the betas of a parameter's ``steps`` steps, from what a saved group says.
+
+    That is of its oldest parameter, with so many steps. One that came later counts as if it had been there all the time: its steps may be
+    shorter than they need be, but not longer than lr.
+    """
     if steps == 0:
         return 0.0
     if made_with is None:
         return UNKNOWN
     beta, before, known = made_with
-    since = (steps - before) * math.log(beta) if beta else (NOTHING_LEFT if steps > before else 0.0)
-    return max(known + since, NOTHING_LEFT)
+    return known + max(0.0, (oldest if before else steps) - before) * _log(beta)
 
 
 def effective_steps(logarithm: float, beta: float, steps: int) -> float:
@@ -71,12 +77,12 @@ def effective_steps(logarithm: float, beta: float, steps: int) -> float:
 
     Args:
         logarithm: of the product.
-        beta: in (0, 1).
+        beta: in [0, 1).
         steps: that were taken, for where the product is unknown.
     """
     if logarithm == UNKNOWN:
         return float(steps)
-    count = logarithm / math.log(beta)
+    count = logarithm / _log(beta)
     nearest = round(count)
     return float(nearest) if abs(count - nearest) <= 1e-9 * max(1.0, count) else count
 
@@ -90,21 +96,31 @@ def advance(logarithm: float, betas: tuple[float, float], steps: int) -> tuple[f
         betas: of this step.
         steps: that were taken before it.
     """
-    beta = betas[0]
-    if beta != betas[1]:
+    if betas[0] != betas[1]:
         return UNKNOWN, steps + 1
-    if beta == 0.0:
-        return NOTHING_LEFT, steps + 1
-    count = effective_steps(logarithm, beta, steps) + 1.0
-    return max(count * math.log(beta), NOTHING_LEFT), min(max(1, math.ceil(count)), FOREVER)
+    count = effective_steps(logarithm, betas[0], steps) + 1.0
+    return count * _log(betas[0]), min(max(1, math.ceil(count)), FOREVER)
+
+
+def excess(logarithm: float, betas: tuple[float, float], steps: int) -> float:
+    """What a saved state holds."""
+    if betas[0] != betas[1] or logarithm == UNKNOWN:
+        return 0.0
+    if effective_steps(logarithm, betas[0], steps) == steps:
+        return 0.0
+    return logarithm - steps * _log(betas[0])
+
+
+def from_excess(excess: float, betas: tuple[float, float], steps: int) -> float:
+    """The logarithm of the product, from what a saved state holds."""
+    return UNKNOWN if betas[0] != betas[1] else steps * _log(betas[0]) + excess
 
 
 def of_group(betas: tuple[float, float], steps: int, logarithm: float) -> History | None:
     """What a saved group has to say beside its betas: nothing where all steps were taken at them."""
-    beta = betas[0]
-    if beta != betas[1] or logarithm == UNKNOWN or not steps:
-        return None
-    same = effective_steps(logarithm, beta, steps) == steps if beta else logarithm == NOTHING_LEFT
-    if same:
-        return None
-    return beta, float(steps), logarithm
+    changed = excess(logarithm, betas, steps) != 0.0
+    return (betas[0], float(steps), logarithm) if changed else None
+
+
+def _log(beta: float) -> float:
+    return math.log(max(beta, LEAST))

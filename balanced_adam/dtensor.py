@@ -47,25 +47,29 @@ def local(tensor: Tensor) -> Tensor:
     return part.wait() if hasattr(part, "wait") else part  # of a collective that is under way
 
 
+@torch.no_grad()
 def placed_as(param: Tensor, part: Tensor) -> Tensor:
     """What has ``part`` as this rank's part, placed as the parameter; ``part`` itself where that is no DTensor."""
     if not is_dtensor(param):
         return part
-    like = cast("DTensor", param)
-    return _module().DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    # Not from_local, which moves the part to the mesh's device: FSDP2 may keep parameters on the CPU.
+    whole = torch.empty_like(param, dtype=part.dtype)
+    local(whole).copy_(part)
+    return whole
 
 
+@torch.no_grad()
 def distributed_as(param: Tensor, value: Tensor) -> Tensor:
     """``value``, which every rank has whole or which lies otherwise on the parameter's mesh, placed as the parameter."""
     if not is_dtensor(param):
         return value
     like = cast("DTensor", param)
+    if is_dtensor(value) and cast("DTensor", value).placements == like.placements:
+        return value
     if not is_dtensor(value):  # every rank cuts its part from what it has
         everywhere = [_module().Replicate()] * like.device_mesh.ndim
         value = _module().DTensor.from_local(value, like.device_mesh, everywhere, run_check=False)
-    return cast("DTensor", value).redistribute(like.device_mesh, like.placements)
+    return placed_as(param, local(cast("DTensor", value).redistribute(like.device_mesh, like.placements)))
 
 
 def obstacle(param: Tensor, other: Tensor | None = None) -> str | None:
@@ -85,12 +89,13 @@ def obstacle(param: Tensor, other: Tensor | None = None) -> str | None:
             )
     if other is None or not (is_dtensor(param) or is_dtensor(other)):
         return None
-    theirs, ours = (_place(tensor) for tensor in (other, param))
-    if theirs == ours:
-        return None
+    if is_dtensor(param) and is_dtensor(other):
+        theirs, ours = cast("DTensor", other), cast("DTensor", param)
+        if theirs.placements == ours.placements and theirs.device_mesh == ours.device_mesh:
+            return None
     return (
-        f"the gradient of a parameter of shape {tuple(param.shape)} is {theirs}, and the parameter {ours}; redistribute the gradient "
-        "to the parameter's placements."
+        f"the gradient of a parameter of shape {tuple(param.shape)} is {_place(other)}, and the parameter {_place(param)}; redistribute the "
+        "gradient to the parameter's placements."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -144,21 +145,53 @@ class BalancedAdam(torch.optim.Optimizer):
         self._made_with = {}
         for group in self.param_groups:
             self._remember(group)
+            betas = _pair(group["betas"], allow_unbalanced=True)
+            found = [state for p in group["params"] if decay.EXCESS in (state := self.state.get(p, {}))]
+            # A loader may have filled it in where an old file has none; then the group knows better.
+            known = any(state[decay.EXCESS] for state in found) or not (self._made_with[id(group)] or (0, 0))[1]
+            for state in found:
+                value = float(state.pop(decay.EXCESS))
+                if known:
+                    state[decay.LOG_PRODUCT] = decay.from_excess(value, betas, int(state["step"]))
+            self._complete(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and deep-copied."""
+        saved = super().__getstate__()
+        return {**saved, "state": self._as_saved(saved["state"], saved["param_groups"])}
+
+    def _as_saved(self, saved: dict[Any, dict[str, Any]], groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+        """A copy of the states with the excess of the product of betas in its place (:mod:`balanced_adam.decay`)."""
+        copy = dict(saved) if type(saved) is dict else defaultdict(dict, saved)
+        for group in groups:
+            betas = _pair(group["betas"], allow_unbalanced=True)
+            for key in group["params"]:
+                state = saved.get(key, {})
+                if decay.LOG_PRODUCT in state:
+                    logarithm = state[decay.LOG_PRODUCT]
+                    steps = 0 if logarithm == decay.UNKNOWN else int(state["step"])
+                    copy[key] = {name: value for name, value in state.items() if name != decay.LOG_PRODUCT}
+                    copy[key][decay.EXCESS] = decay.excess(logarithm, betas, steps)
+        return copy
 
     def _remember(self, group: dict[str, Any]) -> None:
         """Take note of the betas that a loaded group's averages were made with, for states that don't say so themselves."""
         settings = {**group, "betas": _pair(group["betas"], allow_unbalanced=True)}
         self._made_with[id(group)] = decay.history(settings)
         group.pop(decay.GROUP_KEY, None)
-        self._complete(group)
 
     def _complete(self, group: dict[str, Any]) -> None:
         """Give the states of a group what an older file, or a universal checkpoint, lacks."""
-        for param in group["params"]:  # none where ZeRO-3 is between two steps
-            state = self.state.get(param, {})
-            if "step" in state and decay.LOG_PRODUCT not in state:
-                made_with = self._made_with.get(id(group))
-                state[decay.LOG_PRODUCT] = decay.log_product(made_with, int(state["step"]))
+        begun = [
+            state for p in group["params"] if "step" in (state := self.state.get(p, {}))
+        ]  # none where ZeRO-3 is between steps
+        if all(decay.LOG_PRODUCT in state for state in begun):
+            return
+        oldest = max(int(state["step"]) for state in begun)
+        for state in begun:
+            if decay.LOG_PRODUCT not in state:
+                steps = int(state["step"])
+                state[decay.LOG_PRODUCT] = decay.log_product(self._made_with.get(id(group)), steps, oldest)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings are checked, and ``betas`` becomes a pair.
@@ -192,6 +225,7 @@ class BalancedAdam(torch.optim.Optimizer):
         except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
+        self._remember(group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -229,13 +263,18 @@ class BalancedAdam(torch.optim.Optimizer):
                 if reason := dtensor.obstacle(param, param.grad):
                     raise ValueError(reason)
         updates: list[kernels.Update] = []
+        distributed: list[Tensor] = []
         for group in self.param_groups:
             for param in group["params"]:
                 if param in self.handed or param.grad is not None:
                     self._step_parameter(param, group, updates)
+                    if dtensor.is_dtensor(param):
+                        distributed.append(param)
                 elif states.format_of(self.state.get(param, {})) not in (None, group["state"]):  # loaded
                     self._cut += states.bring_to(group["state"], self.state[param], param)
         kernels.step(updates)
+        for param in distributed:  # of which autograd counts versions apart from those of this rank's part
+            torch.autograd.graph.increment_version(param)
         if self._cut:
             cut, self._cut = self._cut, 0
             warn_once(
@@ -327,7 +366,8 @@ class BalancedAdam(torch.optim.Optimizer):
         self._cut += states.bring_to(group["state"], state, param)
         stored = {name: dtensor.local(tensor) for name, tensor in states.stored(state).items()}
         betas, eps = group["betas"], group["eps"]
-        settings = {name: group[name] for name in ("betas", "eps", "weight_decay", "maximize")}
+        settings: dict[str, Any] = {name: float(group[name]) for name in ("eps", "weight_decay")}
+        settings |= {"betas": betas, "maximize": group["maximize"]}
         scalars: bytes | kernels.Recipe
         if self.defaults["capturable"]:
             lr = group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"])
@@ -365,6 +405,7 @@ class BalancedAdam(torch.optim.Optimizer):
             stored[name] = _laid_out_as(weights, tensor.to(weights.device, dtype))
             if stored[name] is not tensor:
                 state[name] = dtensor.placed_as(param, stored[name])
+                stored[name] = dtensor.local(state[name])
         update = _update_of(weights, stored, scalars)
         if handed is None:
             assert grad is not None
@@ -454,6 +495,7 @@ class BalancedAdam(torch.optim.Optimizer):
                 betas = _pair(group["betas"], allow_unbalanced=True)
                 if said := decay.of_group(betas, int(oldest["step"]), oldest[decay.LOG_PRODUCT]):
                     group[decay.GROUP_KEY] = said
+        saved["state"] = self._as_saved(saved["state"], saved["param_groups"])
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -470,6 +512,8 @@ class BalancedAdam(torch.optim.Optimizer):
                 was not decoupled; nothing has changed then.
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"the loaded state is {state_dict!r:.80}; it must be the state dict of an optimizer.")
 
         def examine(_: torch.optim.Optimizer, seen: dict[str, Any]) -> None:
             # Registered last, so that it sees what torch will load, whatever other hooks have made of it.
@@ -490,7 +534,7 @@ class BalancedAdam(torch.optim.Optimizer):
                     raise ValueError(
                         "the loaded state has amsgrad=True, which BalancedAdam does not have; train it on with AdamW."
                     )
-                if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0.0:
+                if group.get("decoupled_weight_decay") is False and group.get("weight_decay", 0.0) != 0.0:
                     raise ValueError(
                         f"the loaded state is that of an Adam with weight_decay = {group['weight_decay']} added to the "
                         "gradient, and BalancedAdam decouples it, as AdamW; set it to 0 in the state, or go on with Adam."
@@ -499,7 +543,10 @@ class BalancedAdam(torch.optim.Optimizer):
             params = chain.from_iterable(group["params"] for group in self.param_groups)
             loaded.update({p: seen["state"].get(i, {}) for i, p in zip(ids, params, strict=False)})
             for group in seen["param_groups"]:
-                states.check_loaded(group.get("state", "fp32"), [seen["state"].get(i, {}) for i in group["params"]])
+                betas = _pair(group["betas"], allow_unbalanced=True)
+                states.check_loaded(
+                    group.get("state", "fp32"), [seen["state"].get(i, {}) for i in group["params"]], betas
+                )
             for param, state in loaded.items():
                 for name, tensor in states.stored(state).items():
                     if tensor.shape != param.shape:
@@ -546,6 +593,7 @@ class BalancedAdam(torch.optim.Optimizer):
             group["state"] = format
             if id(group) not in self._made_with:
                 self._remember(group)
+                self._complete(group)
             beta1, beta2 = _pair(group["betas"], allow_unbalanced=True)
             if beta1 != beta2 and not (self.defaults["allow_unbalanced"] and format == "fp32"):
                 group["betas"] = betas
@@ -628,11 +676,11 @@ def _check(group: dict[str, Any], allow_unbalanced: bool) -> None:
     for field in ("lr", "eps", "weight_decay"):
         try:
             value = float(group[field])
-        except (TypeError, ValueError):
-            raise ValueError(f"{field} is {group[field]!r}; it must be a number.") from None
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            raise ValueError(f"{field} is {group[field]!r:.80}; it must be a number.") from None
         if not (math.isfinite(value) and value >= 0.0):
             raise ValueError(f"{field} is {value}; it must be a finite number, at least 0.")
-        if not isinstance(group[field], Tensor):  # a scheduler may hold on to an lr that is a tensor
+        if field != "lr" or not isinstance(group[field], Tensor):  # a scheduler may hold on to an lr that is a tensor
             group[field] = value
     group["betas"] = _pair(group["betas"], allow_unbalanced)
     _check_state(group)
@@ -682,8 +730,8 @@ def _pair(betas: Betas, allow_unbalanced: bool) -> rule.Betas:
     """
     try:
         beta1, beta2 = map(float, betas) if isinstance(betas, list | tuple) else (float(betas),) * 2
-    except (TypeError, ValueError):
-        raise ValueError(f"betas is {betas!r}; give one number, or a pair of numbers, in [0, 1).") from None
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ValueError(f"betas is {betas!r:.80}; give one number, or a pair of numbers, in [0, 1).") from None
     if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
         raise ValueError(f"betas is {betas}; each beta must lie in [0, 1).")
     if beta1 != beta2 and not allow_unbalanced:

@@ -108,6 +108,13 @@ def as_stored(words: Tensor) -> Tensor:
     return words.view(torch.bfloat16) if words.dtype == torch.int16 else words
 
 
+def is_cast(words: Tensor) -> bool:
+    """Whether these words of two bytes are integers that have been cast by value: as numbers, all are whole, which words by chance are not."""
+    if words.dtype != torch.bfloat16 or words.numel() < 64:
+        return False
+    return bool((words == words.round()).all()) and bool((words != 0).any()) and bool(words.isfinite().all())
+
+
 def unpack(words: Tensor, format: Format | None = None) -> tuple[Tensor, Tensor]:
     """The moments m and v that packed words stand for; float32, the words' shape. Of FORMATS the words' dtype tells which."""
     format = format or BY_WORD[words.dtype]

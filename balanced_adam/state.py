@@ -17,6 +17,7 @@ WORDS = "packed"
 TENSORS = (*MOMENTS, WORDS)
 
 State = dict[str, Any]
+CAST = "the packed moments were words of another dtype, and something has made numbers of bfloat16 of them: what they were is lost."
 
 
 def stored(state: State) -> dict[str, Tensor]:
@@ -65,6 +66,8 @@ def bring_to(format: str, state: State, param: Tensor) -> int:
         return 0
     if not loaded and state[WORDS].dtype == known.word:
         return 0
+    if not loaded and packed.is_cast(dtensor.local(state[WORDS])):
+        raise ValueError(CAST)
     source = [dtensor.local(state[name]) for name in (MOMENTS if loaded else (WORDS,))]
     own = dtensor.local(param.detach())
     # In logical order, whatever the parameter's: only of a contiguous tensor are the parts views.
@@ -91,7 +94,7 @@ def format_of(state: State) -> str | None:
     return packed.BY_WORD[state[WORDS].dtype].name if WORDS in state and state[WORDS].dtype in packed.BY_WORD else None
 
 
-def check_loaded(format: Any, group: list[State]) -> None:
+def check_loaded(format: Any, group: list[State], betas: tuple[float, float]) -> None:
     """See that the loaded states of a group's parameters can be read, and are what they are called.
 
     A group may hold several formats: that of a run that ended while it changed to the one that its group is called by.
@@ -108,8 +111,18 @@ def check_loaded(format: Any, group: list[State]) -> None:
             raise ValueError(
                 f"the loaded state has packed moments of {state[WORDS].dtype}, which no format has; it is damaged."
             )
-        check_counts(state)
-        begun = bool(state.keys() - {"step", decay.LOG_PRODUCT}) or float(state.get("step", 0)) > 0
+        check_counts(state, betas)
+        for name, tensor in stored(state).items():
+            if (
+                not isinstance(tensor, Tensor)
+                or tensor.layout != torch.strided
+                or tensor.is_meta
+                or tensor.is_complex()
+            ):
+                raise ValueError(f"the loaded {name} is {_kind(tensor)}; it must be a dense tensor of real numbers.")
+        if WORDS in state and packed.is_cast(dtensor.local(state[WORDS])):
+            raise ValueError(CAST)
+        begun = bool(state.keys() - {"step", decay.EXCESS}) or float(state.get("step", 0)) > 0
         whole = "step" in state and (
             all(name in state for name in MOMENTS) or (WORDS in state and not state.keys() & {*MOMENTS})
         )
@@ -129,7 +142,13 @@ def check_loaded(format: Any, group: list[State]) -> None:
         )
 
 
-def check_counts(state: State) -> None:
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)[:80]
+    return f"a tensor of {value.dtype}, {value.layout}, on {value.device}"
+
+
+def check_counts(state: State, betas: tuple[float, float]) -> None:
     """See that a loaded state's step count and product of betas are such.
 
     Raises:
@@ -141,10 +160,14 @@ def check_counts(state: State) -> None:
         step = math.nan
     if not (0.0 <= step < math.inf and step.is_integer()):
         raise ValueError(f"step is {state['step']!r} in the loaded state; it must be a whole number, at least 0.")
-    logarithm = state.get(decay.LOG_PRODUCT, 0.0)
-    if not (isinstance(logarithm, float) and (logarithm <= 0.0 or logarithm == decay.UNKNOWN)):
+    try:
+        excess = float(state.get(decay.EXCESS, 0.0))
+    except (TypeError, ValueError, RuntimeError):
+        excess = math.nan
+    logarithm = decay.from_excess(excess, betas, int(step))
+    if not (math.isfinite(excess) and (logarithm < 0.0 or (step == 0 and excess == 0.0) or logarithm == decay.UNKNOWN)):
         raise ValueError(
-            f"{decay.LOG_PRODUCT} is {state[decay.LOG_PRODUCT]!r} in the loaded state; it must be the logarithm of a product of betas."
+            f"{decay.EXCESS} is {state[decay.EXCESS]!r} in the loaded state at step {step:.0f}; it does not make a product of betas."
         )
 
 

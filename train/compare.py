@@ -181,7 +181,7 @@ def compare(comparison: Comparison) -> None:
         require(value is None or value > 0, f"{name} is {value}; it must be above 0.")
     file = comparison.out / "manifest.json"
     if file.exists():
-        before = folder.read(PlanFile, file).model_dump()
+        before = folder.read(PlanFile, file).model_dump(exclude_unset=True)
         begun = any((comparison.out / run["name"] / "run.json").exists() for run in before["runs"])
         require(
             not begun or (before["runs"], before["ranks"]) == (plan["runs"], plan["ranks"]),

@@ -50,11 +50,15 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file aside, sync it and rename it, so that nobody ever sees a part, also after a power cut."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # workers on several hosts may have one process number
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
@@ -264,6 +268,8 @@ class Metrics:
             with (out / DAMAGED_METRICS).open("ab") as file:
                 file.writelines(line + b"\n" for line in damaged.values())
         kept = [line for line in lines if line["step"] <= step]
+        if lines and not step:
+            _tell_once(f"{out} has metrics up to step {lines[-1]['step']} and no checkpoint: it begins anew at step 0.")
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self.seconds = sum(line.get("step_seconds") or 0.0 for line in kept)
@@ -306,7 +312,7 @@ def _metrics(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
     lines, damaged = [], {}
     for number, text in enumerate(texts, 1):
         try:
-            lines.append(parse_schema(MetricsLine, text).model_dump())
+            lines.append(parse_schema(MetricsLine, text).model_dump(exclude_unset=True))
         except ValueError as error:
             if number < len(texts):
                 _tell_once(f"{path} line {number} is damaged ({error}); it is left out.")

@@ -196,7 +196,7 @@ def _tuned(comparison: Comparison, arms: Iterable[str]) -> dict[str, tuple[float
     """Of each arm, its best learning rate in the comparisons in ``lr_from``, or what a plan in ``out`` has taken for it before."""
     planned = comparison.out / "manifest.json"
     if planned.exists():
-        before = folder.read(PlanFile, planned).model_dump()
+        before = folder.read(PlanFile, planned).model_dump(exclude_unset=True)
         taken = {run["arm"]: float(run["lr"]) for run in before["runs"]}
         if before.get("lr_from") == list(map(str, comparison.lr_from)) and all(arm in taken for arm in arms):
             return {arm: (taken[arm],) for arm in arms}
@@ -226,9 +226,11 @@ def read_manifest(file: Path) -> dict[str, Any]:
     """
     require(file.is_file(), f"manifest is {file}, which is not a file; --plan-only writes one.")
     try:
-        plan = read_schema(PlanFile, file).model_dump()
+        plan = read_schema(PlanFile, file).model_dump(exclude_unset=True)
     except (OSError, ValueError) as error:
         raise SettingsError(f"manifest is {file}, which is no plan: {first_line(error)}.") from None
+    missing = [name for name in ("steps", "ranks", "launcher") if plan.get(name) is None]
+    require(not missing, f"manifest is {file}, which is no plan: it has no {', '.join(missing)}.")
     _check_launch(plan["launcher"], plan["ranks"])
     runs = {run["name"]: run for run in plan["runs"]}
     require(bool(runs) and len(runs) == len(plan["runs"]), f"{file} has no run, or two of one name.")

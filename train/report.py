@@ -49,7 +49,9 @@ def load(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str, pd.Dat
     for out in folders:
         file = out / "manifest.json"
         require(file.exists(), f"{out} holds no manifest.json; give the folder of a comparison.")
-        found = folder.read(PlanFile, file).model_dump()
+        found = folder.read(PlanFile, file).model_dump(exclude_unset=True)
+        missing = [name for name in ("steps", "packages") if found.get(name) is None]
+        require(not missing, f"{file} has no {', '.join(missing)}; it is no manifest that train.compare has written.")
         plan = plan or {**found, "runs": []}
         for run in found["runs"]:
             cell = (run["arm"], run["lr"], run["seed"])

@@ -56,7 +56,12 @@ Kind = TypeVar("Kind", bound=Schema)
 def parse_schema(kind: type[Kind], text: str | bytes) -> Kind:
     """Raises ValueError, in one line that names the field, where the text does not fit."""
     try:
-        return kind.model_validate_json(text)
+        # Not pydantic's own parser: it refuses half of a pair, as names of files that are no UTF-8 have.
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    try:
+        return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
@@ -129,10 +134,20 @@ class ResultFile(Schema):
 
 
 class MetricsLine(Schema):
-    """A line of metrics.jsonl: of a step, or of a validation after it."""
+    """A line of metrics.jsonl: of a step, or of a validation after it. A number that wasn't finite is None."""
 
-    __pydantic_extra__: dict[str, float | None]
     step: NonNegativeInt
+    loss: float | None = None
+    lr: float | None = None
+    grad_norm: float | None = None
+    update_max: float | None = None
+    update_rms: float | None = None
+    tokens_per_second: float | None = None
+    step_seconds: float | None = None
+    skipped_steps: int | None = None
+    memory_gib: float | None = None
+    mfu: float | None = None
+    validation_loss: float | None = None
 
 
 class PlannedRun(Schema):
@@ -152,6 +167,9 @@ class PlanFile(Schema):
     steps: PositiveInt | None = None
     ranks: PositiveInt | None = None
     launcher: str | None = None
+    lr_from: list[str] = []
+    command: list[str] = []
+    packages: dict[str, str | None] = {}
 
 
 class PilotFile(Schema):
@@ -163,6 +181,15 @@ class PilotFile(Schema):
     parameters: PositiveInt
 
 
+Stamped = Annotated[tuple[NonNegativeInt, int, SHA256], Field(strict=False)]  # size, time of change in ns, sum
+
+
+class SumsFile(Guarded):
+    """What is known of a corpus' files: of each name, by size and time. A name stands for several files where hosts have their own."""
+
+    files: dict[str, list[Stamped]]
+
+
 class About(Guarded):
     """about.json of a folder of tokens."""
 
@@ -171,6 +198,8 @@ class About(Guarded):
     sha256: dict[Part, SHA256]
     documents: dict[Part, NonNegativeInt] = {}
     files: NonNegativeInt = 0
+    read: NonNegativeInt = 0
+    """Documents; ``documents`` counts those of one text once."""
     bytes: NonNegativeInt = 0
     dropped: dict[str, NonNegativeInt] = {}
     first: dict[str, str] = {}

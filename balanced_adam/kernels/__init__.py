@@ -89,4 +89,8 @@ def directions(updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
     """
     for update in updates:
         update.check()
+        if update.first.dtype != updates[0].first.dtype:
+            raise ValueError(
+                f"a state is {update.first.dtype}, and the first {updates[0].first.dtype}; they must be of one dtype."
+            )
     return cpu.load().measure(updates, directions=True)

@@ -28,6 +28,9 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 class KernelUnavailable(RuntimeError):
     """There is no kernel for this device; the message says why."""
 
@@ -104,7 +107,7 @@ class Update(NamedTuple):
         param, grad, first, second, copy, factor = (
             self.param, self.grad, self.first, self.second, self.copy, self.factor
         )  # fmt: skip
-        whole, here = param.numel(), param.get_device()
+        whole, here = param.numel(), param.device
         if param.dtype not in DTYPES or grad.dtype not in DTYPES or first.dtype not in STATES:
             raise ValueError(
                 f"the parameter is {param.dtype}, its gradient {grad.dtype} and its state {first.dtype}; no kernel takes these."
@@ -141,14 +144,18 @@ class Update(NamedTuple):
         ):
             if tensor is None:
                 continue
-            if tensor.get_device() != here:
-                raise ValueError(f"the {name} is on {tensor.device}, and its parameter on {param.device}.")
+            if tensor.device != here or here.type == "meta":
+                raise ValueError(f"the {name} is on {tensor.device}, and its parameter on {here}.")
+            if type(tensor) not in _PLAIN and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+                raise ValueError(f"the {name} is a {type(tensor).__name__}; a kernel takes plain tensors.")
+            if tensor.data_ptr() == 0 and tensor.numel():
+                raise ValueError(f"the {name} has {tensor.numel()} elements and no memory.")
             if not is_dense(tensor):
                 raise ValueError(
                     f"the {name} has gaps in memory: its shape is {tuple(tensor.shape)}, its strides {tensor.stride()}."
                 )
-        if factor is not None and factor.get_device() != here:
-            raise ValueError(f"the factor is on {factor.device}, and its parameter on {param.device}.")
+        if factor is not None and factor.device != here:
+            raise ValueError(f"the factor is on {factor.device}, and its parameter on {here}.")
 
     def row(self, first_chunk: int = 0) -> bytes:
         """``Row`` of ``rule.h``; of tensors that :meth:`check` has seen."""

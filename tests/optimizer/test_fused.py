@@ -63,7 +63,7 @@ def assert_same(ours: tuple[list[nn.Parameter], dict], other: tuple[list[nn.Para
     assert ours[1]["state"].keys() == other[1]["state"].keys()
     for mine, theirs in zip(ours[1]["state"].values(), other[1]["state"].values(), strict=True):
         assert mine.keys() == theirs.keys()
-        assert mine.pop("log_beta_product") == theirs.pop("log_beta_product")
+        assert mine.pop("log_beta_excess") == theirs.pop("log_beta_excess")
         assert all(torch.equal(mine[k], theirs[k]) and mine[k].dtype == theirs[k].dtype for k in mine)
 
 

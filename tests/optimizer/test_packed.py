@@ -595,3 +595,20 @@ def test_a_tensor_that_may_do_with_integers_what_it_likes_is_not_packed() -> Non
     optimizer = BalancedAdam(params, state="packed16")
     train(optimizer, params, range(2))
     assert optimizer.state[params[0]]["packed"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("state", FORMATS)
+def test_words_that_a_loader_has_cast_by_value_are_refused(state: str) -> None:
+    """torch's own Optimizer.load_state_dict does that, where the weights are bfloat16; and a copy into a tensor of another dtype."""
+    params = [nn.Parameter(torch.randn(100, generator=torch.Generator().manual_seed(0)))]
+    optimizer = BalancedAdam(params, state=state)
+    train(optimizer, params, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for dtype in (torch.bfloat16, torch.float32):
+        words = code(saved["state"][0]["packed"]).to(dtype)
+        with pytest.raises(ValueError, match=r"what they were is lost|which no format has"):
+            optimizer.load_state_dict({**saved, "state": {0: {**saved["state"][0], "packed": words}}})
+        optimizer.state[params[0]]["packed"] = words
+        if state != "packed16" or dtype == torch.float32:
+            with pytest.raises(ValueError, match=r"what they were is lost|which no format has"):
+                train(optimizer, params, range(3, 4))

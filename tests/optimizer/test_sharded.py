@@ -159,6 +159,7 @@ def on(world: int) -> list[dict[str, Any]]:
         folder = session.folder() / "sharded"
         folder.mkdir()
         jobs |= {"save": (save, str(folder)), "refused": (refused, None), "travel": (travel, None)}
+        jobs["stepped between"] = (stepped_between, None)
         jobs |= {f"redundant {state}": (zero_redundancy, state) for state in REDUNDANT}
     return [dict(zip(jobs, results, strict=True)) for results in spawn(several, world, list(jobs.values()))]
 
@@ -294,6 +295,28 @@ def test_what_cannot_be_stepped_in_parts_is_refused_in_a_sentence() -> None:
 
 
 REDUNDANT = ("fp32", "packed16")
+
+
+def stepped_between(_: None) -> list[str]:
+    """What autograd says of a step between forward and backward."""
+    param = nn.Parameter(distribute_tensor(torch.ones(4, 4), init_device_mesh(device(2), (2,)), [Shard(0)]))
+    optimizer = BalancedAdam([param], lr=0.1)
+    said = []
+    for fused in (True, False):
+        optimizer = BalancedAdam([param], lr=0.1, fused=fused)
+        loss = (param * param).sum()
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
+
+
+def test_autograd_notices_a_step_of_a_dtensor() -> None:
+    said = on(2)[0]["stepped between"]
+    assert len(said) == 2 and all("modified by an inplace operation" in each for each in said)
 
 
 def zero_redundancy(state: str) -> Any:
