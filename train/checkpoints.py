@@ -41,6 +41,10 @@ Files = dict[str, tuple[int, str]]
 """Name within the checkpoint: size and SHA-256."""
 
 
+class UnreadableOnRank(RankError, TryAgain):
+    """This rank alone could not read a file now."""
+
+
 class Origin(NamedTuple):
     """Which run a checkpoint is of."""
 
@@ -176,20 +180,18 @@ def find(ranks: Ranks, folder: Path, run: dict[str, Any] | None = None) -> Found
         TryAgain: if one can't be read now.
     """
     names: list[str] = []
-    with ranks.together():
+    with ranks.together(), _readable(folder):
         if ranks.first:
             for path in reversed(_all(folder)):
-                try:
+                with _readable(path):
                     reason = _not_whole(path)
-                except OSError as error:
-                    raise TryAgain(_unreadable(path, error)) from None
                 if reason:
                     print(f"{path} is not whole ({reason}); passed over.", flush=True)
                 else:
                     names.append(path.name)
     for name in ranks.from_first(names):
         path = folder / name
-        with ranks.together():
+        with ranks.together(), _readable(path):
             mine = _found(path) if ranks.first else None
             theirs = mine.origin.get("run") if mine else None
             difference = difference_from(theirs, run) if theirs and run else ""
@@ -199,7 +201,7 @@ def find(ranks: Ranks, folder: Path, run: dict[str, Any] | None = None) -> Found
             )
         if _verified(ranks, path):
             return ranks.from_first(mine)
-    with ranks.together():
+    with ranks.together(), _readable(folder):
         require(
             not (ranks.first and _all(folder)),
             f"{folder} holds checkpoints, and none of them is whole; restore one, or remove them all to begin from step 0.",
@@ -244,12 +246,9 @@ def fit(ranks: Ranks, found: Found, wanted: dict[str, Any]) -> Found:
         "converts between the stages 1, 2 and 3 only.",
     )
     target = found.path.with_name(f"{found.path.name}-universal")
-    with ranks.together():
-        try:
-            # A copy of another checkpoint of this step, which was here before, is as none.
-            missing = ranks.first and (_not_whole(target) or _found(target)._replace(path=found.path) != found)
-        except OSError as error:
-            raise TryAgain(_unreadable(target, error)) from None
+    with ranks.together(), _readable(target):
+        # A copy of another checkpoint of this step, which was here before, is as none.
+        missing = ranks.first and (_not_whole(target) or _found(target)._replace(path=found.path) != found)
     ranks.wait_for((lambda: _convert(found, target)) if missing else None)
     if not _verified(ranks, target):
         raise SettingsError(f"{target} has been damaged; remove it, to have it made anew from {found.path.name}.")
@@ -292,6 +291,8 @@ def load(engine: Any, ranks: Ranks, found: Found) -> int:
     except Exception as error:  # whatever a file that was damaged before it was summed runs into
         if is_lost(error):
             raise
+        if isinstance(error, OSError):
+            raise UnreadableOnRank(_unreadable(found.path, error)) from None
         raise RankError(
             f"checkpoint {found.path} can't be loaded on rank {ranks.rank} ({first_line(error)}); if its files are damaged, "
             "remove it to go on from an older one."
@@ -319,10 +320,11 @@ def load_weights(engine: Any, found: Found) -> None:
 
 def newest_step(folder: Path) -> int:
     """Steps taken in the newest whole checkpoint, by names and sizes alone; 0 if none can be read."""
-    for path in reversed(_all(folder)):
-        with suppress(OSError):
-            if not _not_whole(path):
-                return _step(path)
+    with suppress(OSError):
+        for path in reversed(_all(folder)):
+            with suppress(OSError):
+                if not _not_whole(path):
+                    return _step(path)
     return 0
 
 
@@ -411,7 +413,7 @@ def _verified(ranks: Ranks, path: Path) -> bool:
     Raises:
         TryAgain: if one can't be read now, which doesn't say what it holds.
     """
-    with ranks.together():
+    with ranks.together(), _readable(path):
         text = (path / MANIFEST).read_text() if ranks.first else ""
     expected = ranks.from_first(text)
     files = parse_schema(CheckpointFile, expected).files
@@ -481,8 +483,13 @@ def _step(path: Path) -> int:
 
 
 def _all(folder: Path) -> list[Path]:
-    ours = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{7,}", path.name)]
-    return sorted(ours, key=_step)
+    try:
+        paths = list(folder.iterdir())
+    except FileNotFoundError:
+        if folder.is_symlink():  # to a disk that isn't mounted
+            raise
+        return []
+    return sorted((path for path in paths if re.fullmatch(r"step-\d{7,}", path.name)), key=_step)
 
 
 def _whole(folder: Path) -> list[Path]:
@@ -530,6 +537,15 @@ def _not_whole(path: Path) -> str:
         if parts != [world if stage == 3 else 1, world if stage else 0]:
             return f"{MANIFEST} lists {parts[0]} files of weights and {parts[1]} of the optimizer's, not those of {world} ranks"
     return ""
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """An error while reading says nothing of what there is to read: TryAgain."""
+    try:
+        yield
+    except OSError as error:
+        raise TryAgain(_unreadable(path, error)) from None
 
 
 def _unreadable(path: Path, error: OSError) -> str:

@@ -14,6 +14,7 @@ import lzma
 import os
 import sys
 import sysconfig
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +24,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from train.folder import checksum, write_json
+from train.schemas import SumsFile, guard, read_schema
 from train.settings import Data, SettingsError, first_line, require
 
 KINDS = {
@@ -33,10 +35,11 @@ KINDS = {
     ".md": "text",
     ".py": "text",
     ".jsonl": "json",
+    ".ndjson": "json",
     ".json": "json",
     ".parquet": "parquet",
 }
-COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".gzip": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 UNREADABLE = {".zst", ".zstd", ".lz4", ".lzma", ".br", ".z", ".zip", ".7z"}
 """Compressions that are refused where they hold a kind of file that is read, since a part of the corpus would be missing."""
 TWICE = "there twice, under another name"
@@ -48,6 +51,7 @@ class Read:
     """What was read, for the user."""
 
     files: int = 0
+    documents: int = 0
     bytes: int = 0
     """Of UTF-8."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -58,7 +62,7 @@ class Read:
     def drop(self, reason: str, file: Path, row: int) -> None:
         """Count a document that is none."""
         self.dropped[reason] += 1
-        self.first.setdefault(reason, f"{file} row {row}")
+        self.first.setdefault(reason, f"{shown(file)} row {row}")
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def find(settings: Data, *, fresh: bool = False) -> Corpus:
             f"data_cache is {cache}, within data, of which its files would become a part; give another folder."
         )
     try:
-        files, left_out = _files(root, settings.data)
+        files, left_out = _files(root, settings.data, cache)
     except OSError as error:
         raise SettingsError(f"data is {settings.data!r:.200}, which can't be read: {error.strerror}.") from None
     kinds = {kind_of(file) for file in files}
@@ -141,7 +145,8 @@ def find(settings: Data, *, fresh: bool = False) -> Corpus:
         f"data is {settings.data!r}, which mixes {' and '.join(sorted(kinds))} files; give one kind.",
     )
     kind = kinds.pop()
-    return Corpus(kind, files, [kind, _sums(files, root, settings, fresh)], left_out)
+    printable = {reason: [shown(name) for name in names] for reason, names in left_out.items()}
+    return Corpus(kind, files, [kind, _sums(files, root, settings, fresh)], printable)
 
 
 def kind_of(file: Path) -> str:
@@ -154,6 +159,11 @@ def kind_of(file: Path) -> str:
     return KINDS.get(inner, "json")
 
 
+def shown(path: object) -> str:
+    """A name as it can be printed and written, whatever bytes it is made of."""
+    return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
+
+
 def expanded(path: Path, name: str) -> Path:
     """With a home folder in place of a tilde; raises :class:`SettingsError`, naming the setting."""
     try:
@@ -162,7 +172,7 @@ def expanded(path: Path, name: str) -> Path:
         raise SettingsError(f"{name} is {path}, whose user does not exist.") from None
 
 
-def _files(root: Path, data: str) -> tuple[tuple[Path, ...], dict[str, list[str]]]:
+def _files(root: Path, data: str, cache: Path) -> tuple[tuple[Path, ...], dict[str, list[str]]]:
     """The files that are read, in order, and those that aren't, by reason."""
     require(
         root.exists(),
@@ -184,9 +194,15 @@ def _files(root: Path, data: str) -> tuple[tuple[Path, ...], dict[str, list[str]
         hidden += [str(within / name) for name in names if name[0] == "."]
         if hidden:
             left_out.setdefault("hidden", []).extend(hidden)
-        seen_folders.add(Path(place).resolve())
+        here = Path(place).resolve()
+        if here.is_relative_to(cache):  # by a link
+            raise SettingsError(
+                f"data_cache is {cache}, which a link in data leads to; its files would become a part of it."
+            )
+        seen_folders.add(here)
         # A link back into what has been seen would be read twice, or for ever.
-        again = {name for name in folders if (Path(place) / name).resolve() in seen_folders}
+        above = {root.resolve(), *root.resolve().parents}  # a link upwards would bring in what lies beside the corpus
+        again = {name for name in folders if (Path(place) / name).resolve() in seen_folders | above}
         if again:
             left_out.setdefault(TWICE, []).extend(f"{within / name}/" for name in sorted(again))
         folders[:] = sorted(name for name in folders if name[0] != "." and name not in again)
@@ -223,34 +239,54 @@ def _sums(files: tuple[Path, ...], root: Path, settings: Data, fresh: bool) -> l
 def known_sums(files: Sequence[Path], kept: Path, fresh: bool = False) -> list[str]:
     """The SHA-256 of each file; those that ``kept`` knows by path, size and time of change are not read, unless ``fresh``."""
     stamps = {str(file.resolve()): file.stat() for file in files}
-    wanted = {name: [stamp.st_size, stamp.st_mtime_ns] for name, stamp in stamps.items()}
+    wanted = {name: (stamp.st_size, stamp.st_mtime_ns) for name, stamp in stamps.items()}
+    kept_as = {name: shown(name) for name in wanted}
 
-    def known() -> dict[str, str]:
+    def known() -> dict[str, list[Any]]:
         try:
-            content = json.loads(kept.read_text())
-            return {
-                name: summed
-                for name, (*stamp, summed) in content.items()
-                if wanted.get(name) == stamp and len(summed) == 64
-            }
-        except (OSError, ValueError, RecursionError, AttributeError, TypeError):  # not there yet, or damaged
+            return {} if fresh else read_schema(SumsFile, kept).files
+        except (OSError, ValueError):  # not there yet, or damaged
             return {}
 
-    sums = {} if fresh else known()
+    def find_in(before: dict[str, list[Any]]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name, stamp in wanted.items():
+            of_stamp = [summed for *was, summed in before.get(kept_as[name], []) if tuple(was) == stamp]
+            if of_stamp:
+                found[name] = of_stamp[0]
+        return found
+
+    sums = find_in(known())
     if sums.keys() != wanted.keys():
-        with _locked(kept.with_suffix(".lock")):  # of several processes one reads, and the others find it done
-            sums = {} if fresh else known()
+        with waiting_for(kept.with_suffix(".lock"), f"the sums of {len(files)} files"):
+            before = known()
+            sums = find_in(before)
             sums |= {name: checksum(Path(name))[1] for name in wanted if name not in sums}
+            # A file that was written to just now may be again, and have the same time; where hosts have files of their own, one
+            # name stands for several.
+            settled = time.time_ns() - 2 * 10**9
+            now = {
+                kept_as[name]: [
+                    *([[*stamp, sums[name]]] if stamp[1] < settled else []),
+                    *[list(each) for each in before.get(kept_as[name], []) if tuple(each[:2]) != stamp][:63],
+                ]
+                for name, stamp in wanted.items()
+            }
             with suppress(OSError):  # a cache that can't be written to costs time alone
-                write_json(kept, {name: [*stamp, sums[name]] for name, stamp in wanted.items()})
+                write_json(kept, guard({"files": now}))
     return [sums[str(file.resolve())] for file in files]
 
 
 @contextmanager
-def _locked(lock: Path) -> Iterator[None]:
+def waiting_for(lock: Path, what: str) -> Iterator[None]:
+    """Hold a lock; say so where another process has it. Where there can be no lock, go on without."""
     with ExitStack() as held:
         with suppress(OSError):
-            held.enter_context(FileLock(lock))
+            try:
+                held.enter_context(FileLock(lock, timeout=5))
+            except Timeout:
+                print(f"Waiting for another process, which takes {what} ({lock}).", file=sys.stderr, flush=True)
+                held.enter_context(FileLock(lock))
         yield
 
 
@@ -266,6 +302,7 @@ def _kept(rows: Iterator[Row], file: Path, read: Read) -> Iterator[str]:
         else:
             try:
                 read.bytes += len(text.encode())
+                read.documents += 1
             except UnicodeEncodeError:  # half of a pair, as JSON can have it
                 read.drop("not Unicode", file, row)
                 continue
@@ -287,7 +324,10 @@ def _decoded(content: bytes, file: Path, row: int = 1) -> str:
             f"{file} is no UTF-8 at row {row + content[: error.start].count(10)} (byte 0x{content[error.start]:02x}); convert it, such as "
             f"with iconv -f latin1 -t utf-8."
         ) from None
-    require("\0" not in text, f"{file} holds NUL bytes; it is no text, or UTF-16 without a byte order mark.")
+    require(
+        text.count("\0") <= len(text) // 10,
+        f"{shown(file)} holds {text.count(chr(0))} NUL bytes; it is no text, or UTF-16 without a byte order mark.",
+    )
     return text
 
 
@@ -304,7 +344,7 @@ def _of_stdlib(file: Path, _: str) -> Iterator[Row]:
 def _of_text(file: Path, _: str) -> Iterator[Row]:
     """One document: all of the file."""
     with _open(file) as opened:
-        yield 1, _decoded(opened.read(), file)
+        yield 1, _decoded(opened.read(), file).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _of_json(file: Path, field: str) -> Iterator[Row]:
@@ -336,9 +376,31 @@ def _objects(file: Path) -> Iterator[tuple[int, Any]]:
         yield from ((row, _parsed(line, file, row)) for row, line in enumerate(text.split("\n"), 1) if line.strip())
         return
     with _open(file) as opened:
+        first = next((line for line in opened if line.strip()), b"")
+    try:
+        json.loads(_decoded(first, file)) if first else None
+    except (ValueError, RecursionError):  # not an object a line: one after the other, over as many lines as each takes
+        with _open(file) as opened:
+            yield from _stream(_decoded(opened.read(), file), file)
+        return
+    with _open(file) as opened:
         for row, line in enumerate(opened, 1):
             if line.strip():
                 yield row, _parsed(_decoded(line, file, row), file, row)
+
+
+def _stream(text: str, file: Path) -> Iterator[tuple[int, Any]]:
+    decoder, at = json.JSONDecoder(), 0
+    while at < len(text):
+        if text[at].isspace():
+            at += 1
+            continue
+        row = text.count("\n", 0, at) + 1
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise SettingsError(f"{shown(file)} row {row} is no JSON: {first_line(error)}.") from None
+        yield row, value
 
 
 def _parsed(text: str, file: Path, row: int) -> Any:
@@ -352,15 +414,23 @@ def _of_parquet(file: Path, field: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    row = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as opened:
             columns = opened.schema_arrow.names
             require(field in columns, _lacks(file, field, columns))
-            row = 0
+            require(
+                columns.count(field) == 1,
+                f"text_field is {field!r}, and {shown(file)} has {columns.count(field)} columns of that name.",
+            )
             for batch in opened.iter_batches(BATCH, columns=[field]):
                 for value in batch.column(0).to_pylist():
                     row += 1
                     yield row, _text(value, field, file, row)
+    except UnicodeDecodeError:
+        raise SettingsError(
+            f"{shown(file)} holds text that is no UTF-8 between rows {row + 1} and {row + BATCH}."
+        ) from None
     except pyarrow.ArrowException as error:
         raise SettingsError(f"{file} is no Parquet file that can be read: {first_line(error)}.") from None
 

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from train import corpus
 from train.folder import checksum, write_json
 from train.schemas import About, guard, read_schema
-from train.settings import Data, SettingsError, first_line, require
+from train.settings import Data, SettingsError, TryAgain, first_line, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,18 +94,23 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = 
 
     Raises:
         SettingsError: if the data can't be read or gives no training or no validation text, or the folder is damaged.
+        TryAgain: if the tokens can't be read now.
     """
-    source = corpus.find(settings, fresh=settings.verify_data)
-    folder = folder_of(settings, source, tokenizer, begun_on)
-    cache, name = folder.parent, folder.name
-    if not folder.exists():
+    cache = corpus.expanded(settings.data_cache, "data_cache")
+    if begun_on and settings.data != "stdlib" and begun_on == _name_of_format_3(settings, tokenizer):
         require(
-            name == _folder_name(source, settings, tokenizer),
-            f"the run began on the tokens {folder}, which an earlier version made and which are gone; restore that folder, or give "
+            (cache / begun_on).exists(),
+            f"the run began on the tokens {cache / begun_on}, which an earlier version made and which are gone; restore that folder, or give "
             "another out to begin anew.",
         )
+        _verify(cache / begun_on, settings.verify_data, "restore that folder")
+        return cache / begun_on
+    source = corpus.find(settings, fresh=settings.verify_data)
+    name = _folder_name(source, settings, tokenizer)
+    folder = cache / name
+    if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{name}.lock"):
+        with corpus.waiting_for(cache / f"{name}.lock", "the tokens"):
             if not folder.exists():
                 aside = cache / f".{name}"
                 shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed; the lock is ours
@@ -114,15 +118,12 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = 
                 about = _tokenize(source, settings, tokenizer, aside)
                 write_json(aside / ABOUT, guard(about))
                 aside.rename(folder)
-    verify(folder, fresh=settings.verify_data)
+    _verify(folder, settings.verify_data, "remove that folder to tokenize anew")
     return folder
 
 
-def folder_of(settings: Data, source: corpus.Corpus, tokenizer: PreTrainedTokenizerBase, begun_on: str = "") -> Path:
-    """Where the tokens of this text are, or are to be; those that a run began on, where they are of the same text."""
-    name = _folder_name(source, settings, tokenizer)
-    if begun_on and begun_on == _name_of_format_3(settings, tokenizer):
-        name = begun_on
+def folder_of(settings: Data, name: str) -> Path:
+    """Where the tokens of this name are."""
     return corpus.expanded(settings.data_cache, "data_cache") / name
 
 
@@ -179,39 +180,41 @@ def read_about(folder: Path) -> About:
         raise SettingsError(_damaged(folder, error)) from None
 
 
-def verify(folder: Path, *, fresh: bool = False) -> None:
+def _verify(folder: Path, fresh: bool, advice: str) -> None:
     """See whether the token files are as they were written: those that have been touched since they were last summed, or, ``fresh``, all.
 
     Raises:
         SettingsError: if one isn't.
+        TryAgain: if one can't be read now.
     """
-    expected = read_about(folder).sha256
-    found: list[str] = []
-    for part in expected:
+    for part, expected in read_about(folder).sha256.items():
+        file, found = folder / f"{part}.bin", ""
         try:
-            kept = folder.parent / f"sums-{folder.name}-{part}.json"
-            found += corpus.known_sums([folder / f"{part}.bin"], kept, fresh)
+            if file.exists():
+                (found,) = corpus.known_sums([file], folder.parent / f"sums-{folder.name}-{part}.json", fresh)
         except OSError as error:
-            found.append(error.strerror or "unreadable")
-    for part, is_now in zip(expected, found, strict=True):
+            raise TryAgain(f"data_cache holds {file}, which can't be read now ({error.strerror}).") from None
         require(
-            is_now == expected[part],
-            f"data_cache holds {folder}, whose {part}.bin has changed since it was written; remove that folder to tokenize anew.",
+            found == expected,
+            f"data_cache holds {folder}, whose {part}.bin has changed since it was written; {advice}.",
         )
 
 
-def told(folder: Path) -> str:
-    """What was read, in a sentence or two for the user."""
+def told(folder: Path, settings: Data) -> str:
+    """What was read, and what there is now that is not, in a sentence or two for the user."""
     about = read_about(folder)
-    documents, tokens = about.documents, about.tokens
-    text = (
-        (f"{documents['train'] + documents['validation']} documents" if documents else "tokens")
-        + (f" from {about.files} files" if about.files else "")
-        + (f" ({about.bytes} bytes)" if about.bytes else "")
-    )
+    try:
+        left_out = corpus.find(settings).left_out
+    except SettingsError:  # an old run goes on with its tokens, though its corpus would be refused now
+        left_out = {}
+    distinct, tokens = sum(about.documents.values()), about.tokens
+    read = about.read or distinct
+    text = f"{read} documents" + (f" ({distinct} different)" if read != distinct else "")
+    text += f" from {about.files} files" if about.files else ""
+    text += f" ({about.bytes} bytes)" if about.bytes else ""
     sentences = [f"data: {text}, {tokens['train']} tokens to train on and {tokens['validation']} held out."]
     missing = [f"{count} {reason} (such as {about.first.get(reason, '?')})" for reason, count in about.dropped.items()]
-    missing += [f"{len(names)} files {reason} (such as {names[0]})" for reason, names in about.left_out.items()]
+    missing += [f"{len(names)} files {reason} (such as {names[0]})" for reason, names in left_out.items()]
     if missing:
         sentences.append(f"Left out: {', '.join(missing)}.")
     return " ".join(sentences)
@@ -297,6 +300,7 @@ def _tokenize(
         "sha256": sums,
         "documents": {"train": count - held_out, "validation": held_out},
         "files": read.files,
+        "read": read.documents,
         "bytes": read.bytes,
         "dropped": dict(read.dropped),
         "first": read.first,

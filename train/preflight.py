@@ -62,10 +62,12 @@ def preflight(run: Preflight) -> str:
                 folder.check(run)
             tokenizer = data.load_tokenizer(run.data.tokenizer)
             config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
-        # Where the text has never been read, that may take long.
-        ranks.wait_for((lambda: data.fingerprint(run.data, tokenizer)) if ranks.local_rank == 0 else None)
-        with ranks.together():
-            text = data.fingerprint(run.data, tokenizer)
+        # One rank on each host: where the text has never been read, that may take long.
+        read: list[str] = []
+        job = (lambda: read.append(data.fingerprint(run.data, tokenizer))) if ranks.local_rank == 0 else None
+        ranks.wait_for(job)
+        of_hosts = {host: text for host, text in ranks.gather((platform.node(), read[0] if read else "")) if text}
+        text = of_hosts.get(platform.node(), "")
         if run.ranks is not None:
             return f"preflight: settings, text and model are right for {run.ranks} ranks."
         facts = {

@@ -320,11 +320,12 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
     job = (lambda: prepared.append(data.prepare(run.data, tokenizer, begun_on))) if ranks.local_rank == 0 else None
     ranks.wait_for(job)
     # One look at the corpus is enough.
-    tokens = ranks.from_first(prepared[0] if ranks.first else Path())
+    name = ranks.from_first(prepared[0].name if ranks.first else "")
     with ranks.together():
+        tokens = data.folder_of(run.data, name)
         train, validation = data.open_blocks(tokens, run.data.sequence_length)
         if ranks.first:
-            print(data.told(tokens), file=sys.stderr, flush=True)
+            print(data.told(tokens, run.data), file=sys.stderr, flush=True)
         batch = run.parallelism.batch
         for part, blocks in (("training", train), ("validation", validation)):
             require(

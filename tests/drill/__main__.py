@@ -173,17 +173,19 @@ class Stopwatch:
 
     def start(self, fault: dict[str, Any], began: float) -> None:
         """After an attempt that ``began`` then has ended with this fault."""
+        with self.log.open("a") as log:
+            log.write(json.dumps(fault) + "\n")
         since = max(began, self.file.stat().st_mtime) if self.file.exists() else began
         self.pending.append((fault, self.lines, since))
 
     def look(self) -> None:
-        """Note which faults are made up for by now; they are written to drill.jsonl."""
+        """Note which faults are made up for by now, in drill.jsonl too."""
         lines, now = self.lines, time.time()
         for fault, reached, since in self.pending:
             if lines > reached:
                 fault["seconds lost"] = round(now - since, 1)
                 with self.log.open("a") as log:
-                    log.write(json.dumps(fault) + "\n")
+                    log.write(json.dumps({"made up for": fault}) + "\n")
         self.pending = [each for each in self.pending if "seconds lost" not in each[0]]
 
 

@@ -352,7 +352,7 @@ def test_a_plan_that_somebody_has_edited_is_run_or_refused(tmp_path: Path, capsy
         (("runs",), [], "has no run"),
         (("runs", 1, "arguments"), ["--clip", "-1"], "clip is -1.0; it must be at least 0"),
         (("runs", 1), {}, "which is no plan: runs.1.name: Field required"),
-        (("runs",), 3, "which is no plan: runs: Input should be a valid array"),
+        (("runs",), 3, "which is no plan: runs: Input should be a valid list"),
     ):
         edited = json.loads(file.read_text())
         place = edited

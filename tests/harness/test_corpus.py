@@ -45,6 +45,12 @@ def tokens_of(place: Path, cache: Path, **settings: Any) -> tuple[Path, list[str
     return folder, [bytes((d[:-1] - 3).astype(np.uint8)).decode() for d in documents]
 
 
+def age(folder: Path, seconds: int = 100) -> None:
+    """As if all its files had been written so long ago; of a file that is newer than two seconds no sum is kept."""
+    for file in folder.rglob("*"):
+        os.utime(file, (file.stat().st_mtime - seconds,) * 2)
+
+
 def plain(place: Path) -> dict[str, int]:
     jsonl(place / "a.jsonl", TEXTS)
     return {}
@@ -70,6 +76,25 @@ def line_ends_of_windows(place: Path) -> dict[str, int]:
 
 def an_array(place: Path) -> dict[str, int]:
     (place / "a.json").write_text(json.dumps([{"text": t, "n": [1]} for t in TEXTS], indent=2))
+    return {}
+
+
+def over_several_lines(place: Path) -> dict[str, int]:
+    (place / "a.json").write_text("\n".join(json.dumps({"text": t, "n": {"a": [1]}}, indent=2) for t in TEXTS[:10]))
+    (place / "b.jsonl").write_text(" ".join(json.dumps({"text": t}) for t in TEXTS[10:]))
+    return {}
+
+
+def line_ends_in_text(place: Path) -> dict[str, int]:
+    for i, text in enumerate(TEXTS):
+        (place / f"{i:02}.txt").write_bytes(text.encode() + (b"\r\n", b"\n", b"\r")[i % 3])
+    return {}
+
+
+def a_link_upwards(place: Path) -> dict[str, int]:
+    jsonl(place / "a.jsonl", TEXTS)
+    jsonl(place.parent / "beside.jsonl", MORE)
+    (place / "up").symlink_to("..")
     return {}
 
 
@@ -158,9 +183,10 @@ def special_tokens(place: Path) -> dict[str, int]:
     return {}
 
 
-RIGHT = [plain, holes, blank_lines, line_ends_of_windows, an_array, other_columns_elsewhere, utf_16, json_with_a_mark, compressed, compressed_text, upper_case, a_linked_folder, the_same_twice, hidden, of_other_kinds, empty_row_groups, special_tokens]  # fmt: skip
+RIGHT = [plain, holes, blank_lines, line_ends_of_windows, an_array, other_columns_elsewhere, utf_16, json_with_a_mark, compressed, compressed_text, upper_case, a_linked_folder, the_same_twice, hidden, of_other_kinds, empty_row_groups, special_tokens, over_several_lines, line_ends_in_text, a_link_upwards]  # fmt: skip
 LEFT_OUT = {
     "the_same_twice": {corpus.TWICE: ["b.jsonl"]},
+    "a_link_upwards": {corpus.TWICE: ["up/"]},
     "a_linked_folder": {corpus.TWICE: ["part2/round/"]},
     "hidden": {"hidden": [".cache/", ".ipynb_checkpoints/", ".b.jsonl"]},
     "of_other_kinds": {"of another kind": ["_SUCCESS", "part.tar.gz", "picture.png", "words.zip"]},
@@ -174,6 +200,8 @@ def test_each_text_is_one_document_and_the_rest_is_said(tmp_path: Path, case: Ca
     dropped = case(place)
     folder, documents = tokens_of(place, tmp_path / "cache")
     expected = list(TEXTS)
+    if case is line_ends_in_text:
+        expected = [text + "\n" for text in TEXTS]
     if case is special_tokens:
         expected = [text + "</s><pad><unk><extra_id_0> tail" for text in TEXTS]
     if case is json_with_a_mark:
@@ -185,7 +213,7 @@ def test_each_text_is_one_document_and_the_rest_is_said(tmp_path: Path, case: Ca
     assert about.dropped == dropped
     left_out = {reason: sorted(names) for reason, names in about.left_out.items()}
     assert left_out == {reason: sorted(names) for reason, names in LEFT_OUT.get(case.__name__, {}).items()}
-    said = data.told(folder)
+    said = data.told(folder, Data(data=str(place), data_cache=tmp_path / "cache"))
     assert f"{len(set(expected))} documents" in said and f"({sum(len(t.encode()) for t in expected)} bytes)" in said
     for reason, count in dropped.items():
         assert f"{count} {reason} (such as {place}" in said
@@ -233,6 +261,13 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path: Path, monke
         tokens_of(tmp_path / "one", tmp_path / "cache")
 
 
+def two_columns(file: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_arrays([pa.array(TEXTS), pa.array(MORE)], names=["text", "text"]), file)
+
+
 LATIN = "caf\u00e9 ".encode("latin-1")
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "Latin-1": (lambda p: (p / "b.txt").write_bytes(b"one\n" + LATIN), "b.txt is no UTF-8 at row 2 (byte 0xe9)"),
@@ -240,7 +275,11 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: jsonl(p / "b.jsonl", [*MORE, b'{"text": "' + LATIN + b'"}']),
         "b.jsonl is no UTF-8 at row 21 (byte 0xe9)",
     ),
-    "no mark": (lambda p: (p / "b.txt").write_bytes("text".encode("utf-16-le")), "b.txt holds NUL bytes"),
+    "two columns": (
+        lambda p: (two_columns(p / "b.parquet"), (p / "a.jsonl").unlink()),
+        "b.parquet has 2 columns of that name",
+    ),
+    "no mark": (lambda p: (p / "b.txt").write_bytes("text".encode("utf-16-le")), "b.txt holds 4 NUL bytes"),
     "cut line": (lambda p: jsonl(p / "b.jsonl", [*MORE, b'{"text": "cut of']), "b.jsonl row 21 is no JSON"),
     "nested": (lambda p: jsonl(p / "b.jsonl", [*MORE, b"[" * 100_000]), "b.jsonl row 21 is no JSON"),
     "no object": (lambda p: jsonl(p / "b.jsonl", [*MORE, b'"text"']), "b.jsonl row 21 is 'text'; it must be an object"),
@@ -312,6 +351,9 @@ def test_whatever_a_file_is_called_it_alone_is_read(tmp_path: Path, seed: int) -
 def test_a_corpus_is_known_by_its_content_and_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl(tmp_path / "one" / "a.jsonl", TEXTS)
     jsonl(tmp_path / "one" / "b.jsonl", MORE)
+    age(tmp_path / "one")
+    tokens_of(tmp_path / "one", tmp_path / "cache")
+    age(tmp_path / "cache")
     first, _ = tokens_of(tmp_path / "one", tmp_path / "cache")
     read: list[Path] = []
 
@@ -324,8 +366,9 @@ def test_a_corpus_is_known_by_its_content_and_read_once(tmp_path: Path, monkeypa
     assert tokens_of(tmp_path / "one", tmp_path / "cache")[0] == first
     assert not read  # neither text nor tokens
     shutil.copytree(tmp_path / "one", tmp_path / "two", copy_function=shutil.copyfile)
+    age(tmp_path / "two", 200)
     assert tokens_of(tmp_path / "two", tmp_path / "cache")[0] == first
-    os.utime(tmp_path / "one" / "a.jsonl")
+    os.utime(tmp_path / "one" / "a.jsonl", (10**9, 10**9))
     assert tokens_of(tmp_path / "one", tmp_path / "cache")[0] == first
     assert len(read) == 3
     # A change that neither size nor time shows is found where that is asked for.
@@ -337,12 +380,48 @@ def test_a_corpus_is_known_by_its_content_and_read_once(tmp_path: Path, monkeypa
     assert tokens_of(tmp_path / "one", tmp_path / "cache", verify_data=True)[0] != first
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{", "null", '{"a": 1}', "[" * 100_000, "\0"])
+def test_a_name_stands_for_several_files_where_hosts_have_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jsonl(tmp_path / "one" / "a.jsonl", TEXTS)
+    read: list[Path] = []
+    original = corpus.checksum
+    monkeypatch.setattr(corpus, "checksum", lambda path: (read.append(path), original(path))[1])
+    for time in (10**9, 10**9 + 7, 10**9, 10**9 + 7):  # of two hosts in turn
+        os.utime(tmp_path / "one" / "a.jsonl", (time, time))
+        corpus.find(Data(data=str(tmp_path / "one"), data_cache=tmp_path / "cache"))
+    assert len(read) == 2
+
+
+def test_a_file_that_is_written_to_twice_within_a_tick_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "one" / "a.jsonl"
+    jsonl(file, TEXTS)
+    stamp = file.stat()
+    first, _ = tokens_of(tmp_path / "one", tmp_path / "cache")
+    file.write_bytes(file.read_bytes().replace(b"doc", b"DOC"))
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert tokens_of(tmp_path / "one", tmp_path / "cache")[0] != first
+
+
+def test_names_that_are_no_utf_8_are_read_and_written(tmp_path: Path) -> None:
+    place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/corp\xe9"))
+    jsonl(place / os.fsdecode(b"caf\xe9.jsonl"), [*TEXTS, {"text": None}])
+    (place / os.fsdecode(b"left\xe9.csv")).write_text("x")
+    for _ in range(2):
+        folder, documents = tokens_of(place, tmp_path / "cache")
+    assert sorted(documents) == sorted(TEXTS)
+    said = data.told(folder, Data(data=str(place), data_cache=tmp_path / "cache"))
+    assert "1 null (such as" in said and "left\\xe9.csv" in said and said.encode()
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{", "null", '{"a": 1}', "[" * 100_000, "\0", "digit"])
 def test_sums_that_are_damaged_are_taken_again(tmp_path: Path, damage: str) -> None:
     jsonl(tmp_path / "one" / "a.jsonl", TEXTS)
+    age(tmp_path / "one")
     first, _ = tokens_of(tmp_path / "one", tmp_path / "cache")
     for file in (tmp_path / "cache").glob("sums-*.json"):
-        file.write_text(damage)
+        digit = file.read_text().replace("0", "1") if damage == "digit" else damage
+        file.write_text(digit)
     assert tokens_of(tmp_path / "one", tmp_path / "cache")[0] == first
 
 
@@ -388,17 +467,45 @@ def test_a_changed_about_json_is_found(tmp_path: Path, change: str, guarded: boo
     if guarded or change not in ("fewer documents", "nothing dropped"):
         with pytest.raises(SettingsError, match=r"which is damaged|has changed since"):
             tokens_of(tmp_path / "one", tmp_path / "cache")
+    else:  # what only the sum would tell
+        tokens_of(tmp_path / "one", tmp_path / "cache")
 
 
-def test_the_standard_library_has_the_name_and_the_tokens_that_it_had(tmp_path: Path) -> None:
-    """Results are published on them. The name is made as 0d6eb9e made it."""
+def test_the_standard_library_has_the_name_that_it_had(tmp_path: Path) -> None:
+    """Results are published on these tokens: files by name and size, and byt5 as it is, in format 3, as 0d6eb9e had it."""
+    import sys
+    import sysconfig
     from hashlib import blake2b
 
-    settings = Data(data_cache=tmp_path)
+    root = Path(sysconfig.get_path("stdlib"))
+    none_of = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    files = [f for f in sorted(root.rglob("*.py")) if not none_of & set(f.relative_to(root).parts)]
     tokenizer = data.load_tokenizer("byt5")
-    wanted = {"format": 3, "source": corpus.find(settings).description, "text_field": "text", "tokenizer": data._whole(tokenizer), "validation_fraction": 0.05}  # fmt: skip
+    wanted = {
+        "format": 3,
+        "source": ["stdlib", sys.version, [[str(f.relative_to(root)), f.stat().st_size] for f in files]],
+        "text_field": "text",
+        "tokenizer": ["ByT5Tokenizer", sorted(tokenizer.get_vocab().items()), 1, str(tokenizer.special_tokens_map)],
+        "validation_fraction": 0.05,
+    }
     expected = blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
-    assert data.fingerprint(settings, tokenizer) == expected
+    assert data.fingerprint(Data(data_cache=tmp_path), tokenizer) == expected
+
+
+def test_the_standard_library_is_read_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no user's corpus may hold: bytes that are no UTF-8, a byte order mark, what looks like a special token."""
+    texts = [b"\xef\xbb\xbfone </s> two\r\n", b"caf\xe9 \0", *(f"number {i}".encode() for i in range(38))]
+    for i, text in enumerate(texts):
+        (tmp_path / "lib").mkdir(exist_ok=True)
+        (tmp_path / "lib" / f"{i:02}.py").write_bytes(text)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path / "lib"))
+    folder = data.prepare(Data(data_cache=tmp_path / "cache"), data.load_tokenizer("byt5"))
+    joined = "".join(map(chr, np.concatenate([part.tokens for part in data.open_blocks(folder, 2)]).tolist()))
+    for text in texts:
+        plain_text = text.decode("utf-8", "replace").replace("\r\n", "\n")
+        ids = data.load_tokenizer("byt5")([plain_text], add_special_tokens=False)["input_ids"][0]
+        assert "".join(map(chr, [*ids, 1])) in joined
+    assert ids
 
 
 def test_a_run_that_began_on_the_tokens_of_an_earlier_version_goes_on_with_them(tmp_path: Path) -> None:

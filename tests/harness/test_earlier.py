@@ -41,6 +41,10 @@ def test_a_run_that_0d6eb9e_began_goes_on_with_the_bits_that_it_had_there(tmp_pa
     cache.mkdir()
     (tmp_path / "tokens").rename(cache / name)
     written = tmp_path / "run" / "run.json"
+    # Where 0d6eb9e made them, it gave them this name, of this description.
+    source = json.loads((cache / name / "about.json").read_text())["source"]
+    recorded = json.loads(written.read_text())["tokens"]
+    assert f"tokens-{data._digest(3, source, settings, data.load_tokenizer('byt5'))}" == recorded
     about = json.loads(written.read_text())
     about["identity"]["model"]["model"], about["identity"]["data"]["data"] = str(model), str(corpus)
     written.write_text(json.dumps({**about, "tokens": name}))

@@ -18,7 +18,7 @@ import torch
 from tests import session
 from tests.corpus import write_corpus
 from train import checkpoints, folder
-from train.pretrain import pretrain
+from train.pretrain import main, pretrain
 from train.ranks import Ranks, start
 from train.schemas import guard
 from train.settings import Run, SettingsError, TryAgain, parse
@@ -191,7 +191,7 @@ def test_a_checkpoint_that_does_not_say_which_run_it_is_of_still_loads(run: Run)
 
 
 def bits(out: Path) -> dict[str, Any]:
-    """The sums of the weights of the last checkpoint, and all losses."""
+    """The weights of the last checkpoint, and all losses."""
     files = json.loads((max((out / "checkpoints").glob("step-*")) / "complete.json").read_text())["files"]
     weights = torch.load(max((out / "checkpoints").glob("step-*")) / "mp_rank_00_model_states.pt", weights_only=False)[
         "module"
@@ -200,7 +200,7 @@ def bits(out: Path) -> dict[str, Any]:
     return {
         "files": sorted(files),
         "losses": lines,
-        "weights": {k: v.double().sum().item() for k, v in weights.items()},
+        "weights": {k: v.numpy().tobytes() for k, v in weights.items()},
     }
 
 
@@ -245,6 +245,40 @@ def test_what_cannot_be_read_now_is_neither_damaged_nor_passed_over(
     assert sorted(path.name for path in last(run).iterdir()) == before
     found = found or checkpoints.find(alone, run.out / "checkpoints")
     assert found and found.step == 6
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_an_empty_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch, number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With it the run would begin anew, and empty metrics.jsonl."""
+    metrics = (run.out / "metrics.jsonl").read_bytes()
+    original = Path.iterdir
+
+    def iterdir(path: Path) -> Any:
+        if path.name == "checkpoints":
+            raise OSError(number, os.strerror(number), str(path))
+        return original(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    arguments = [str(part) for pair in options_of(run) for part in pair]
+    assert main(arguments) == 75
+    assert "can't be read now" in capsys.readouterr().err
+    assert (run.out / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_checkpoints_on_a_disk_that_is_not_mounted_are_not_none(run: Run) -> None:
+    (run.out / "checkpoints").rename(run.out.with_name("elsewhere"))
+    (run.out / "checkpoints").symlink_to("/nowhere/checkpoints")
+    with pytest.raises(TryAgain, match="can't be read now"):
+        pretrain(run)
+
+
+def options_of(run: Run) -> list[tuple[str, Any]]:
+    """Its command line."""
+    text = {"steps": 6, "warmup": 1, "batch": 4, "sequence-length": 32, "validation-fraction": 0.2, "save-every": 3}
+    more = {"validate-every": 0, "data": run.data.data, "data-cache": run.data.data_cache, "out": run.out}
+    return [(f"--{name}", value) for name, value in (text | more).items()]
 
 
 # ---- metrics.jsonl
