@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -159,7 +160,7 @@ def on(world: int) -> list[dict[str, Any]]:
         folder = session.folder() / "sharded"
         folder.mkdir()
         jobs |= {"save": (save, str(folder)), "refused": (refused, None), "travel": (travel, None)}
-        jobs["stepped between"] = (stepped_between, None)
+        jobs |= {"stepped between": (stepped_between, None), "from AdamW": (from_adamw, str(folder))}
         jobs |= {f"redundant {state}": (zero_redundancy, state) for state in REDUNDANT}
     return [dict(zip(jobs, results, strict=True)) for results in spawn(several, world, list(jobs.values()))]
 
@@ -247,6 +248,38 @@ def test_a_distributed_checkpoint_of_two_ranks_loads_on_any_number(world: int, w
         loaded, after = results[f"{way} {state}"]
         assert_same(loaded, held)
         assert_same(after, expected)
+
+
+def from_adamw(folder: str) -> list[float]:
+    """AdamW saves after six steps at 0.9; what each way of loading it makes of the product of betas."""
+    model = sharded(Weights(), "fully_shard 2")
+    theirs = torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.9, 0.9))
+    for step in range(STEPS):
+        for name, param in model.named_parameters():
+            param.grad = like(param, gradient(name, step))
+        theirs.step()
+    dcp.save({"optimizer": get_optimizer_state_dict(model, theirs)}, checkpoint_id=f"{folder}/adamw")
+    whole_state = get_optimizer_state_dict(model, theirs, options=StateDictOptions(full_state_dict=True))
+    products = []
+    theirs.zero_grad()  # else torch makes no state to load into
+    for way in ("partial", "whole"):
+        optimizer = BalancedAdam(model.parameters(), betas=0.95)
+        content = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        options = StateDictOptions()
+        if way == "partial":
+            planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+            dcp.load(content, checkpoint_id=f"{folder}/adamw", planner=planner)
+        else:
+            content["optimizer"] = whole_state if dist.get_rank() == 0 else {}
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_optimizer_state_dict(model, optimizer, content["optimizer"], options=options)
+        products.append(optimizer.state[next(model.parameters())]["log_beta_product"])
+    return products
+
+
+def test_what_adamw_has_saved_counts_as_taken_at_its_betas() -> None:
+    for results in on(2):
+        assert results["from AdamW"] == pytest.approx([STEPS * math.log(0.9)] * 2, rel=1e-14)
 
 
 def refused(_: None) -> list[str]:
