@@ -56,8 +56,8 @@ class Memory:
 
 
 def odd_one(draw: random.Random, tensor: Tensor, memory: Memory) -> Tensor:
-    """Another tensor in its place: of other size, dtype or layout."""
-    how = draw.choice(["size", "size", "dtype", "gaps", "empty"])
+    """Another tensor in its place: of other size, dtype, layout or device, or one whose memory is gone."""
+    how = draw.choice(["size", "size", "dtype", "gaps", "empty", "meta", "no memory"])
     size = tensor.numel()
     if how == "size":
         return memory.put(
@@ -65,9 +65,20 @@ def odd_one(draw: random.Random, tensor: Tensor, memory: Memory) -> Tensor:
         )
     if how == "dtype":
         return memory.put(torch.ones(size, dtype=draw.choice(DTYPES)))
+    if how == "meta":
+        return torch.ones(size, dtype=tensor.dtype, device="meta")
+    if how == "no memory":
+        gone = torch.ones(size, dtype=tensor.dtype)
+        gone.untyped_storage().resize_(0)
+        return gone
     if how == "empty":
         return torch.empty(0, dtype=tensor.dtype)
     return memory.put(torch.ones(2 * size + 1, dtype=tensor.dtype))[: 2 * size : 2]
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether it can be read."""
+    return not tensor.is_meta and tensor.untyped_storage().nbytes() > 0
 
 
 def one_update(draw: random.Random, memory: Memory) -> str:
@@ -95,15 +106,15 @@ def one_update(draw: random.Random, memory: Memory) -> str:
     spoilt = draw.choice([None, *tensors])
     if spoilt:
         tensors[spoilt] = odd_one(draw, tensors[spoilt], memory)
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    before = {name: tensor.clone() for name, tensor in tensors.items() if has_memory(tensor)}
     named = {"second": None, "copy": None, "factor": None, **tensors}
     update = kernels.Update(scalars=kernels.scalars(1, **SETTINGS, maximize=False), offset=offset, keep=keep, **named)  # type: ignore[arg-type]
     try:
         kernels.step([update])
     except ValueError as error:
         assert spoilt, error
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, before[name]), "it has changed something before it refused"
+        for name, value in before.items():
+            assert torch.equal(tensors[name], value), "it has changed something before it refused"
         return "refused"
     if spoilt:  # such as a gradient that is shorter, which is a piece, or a size that has come out the same
         return "allowed"

@@ -226,7 +226,7 @@ import sys; sys.modules["deepspeed"] = None
 import torch
 weight = torch.zeros(1, requires_grad=True)
 torch.{setter}
-from balanced_adam import BalancedAdam
+from balanced_adam import BalancedAdam, kernels
 optimizer = BalancedAdam([weight], fused=True)
 weight.grad = torch.ones(1, dtype=torch.float32, device="cpu")
 optimizer.step()
@@ -270,3 +270,14 @@ def test_tensors_that_disagree_are_refused_before_memory_is_touched(kind: str) -
     with pytest.raises(ValueError, match=r"^the (gradient|state|second moment|copy|factor) "):
         optimizer.step()
     assert torch.equal(param, before) and torch.equal(other, before_other)
+
+
+def test_directions_of_states_of_two_dtypes_are_refused() -> None:
+    """They are read in one pass, of one dtype."""
+    param, moment = torch.ones(5), torch.zeros(5)
+    settings = {"lr": 0.0, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
+    first = kernels.Update(param, param, moment, moment, kernels.scalars(1, **settings))
+    other = first._replace(first=torch.zeros(5, dtype=torch.uint8), second=None)
+    for updates in ([first, other], [other, first]):
+        with pytest.raises(ValueError, match="must be of one dtype"):
+            kernels.directions(updates)
