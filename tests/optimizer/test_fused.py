@@ -226,7 +226,7 @@ import sys; sys.modules["deepspeed"] = None
 import torch
 weight = torch.zeros(1, requires_grad=True)
 torch.{setter}
-from balanced_adam import BalancedAdam, kernels
+from balanced_adam import BalancedAdam
 optimizer = BalancedAdam([weight], fused=True)
 weight.grad = torch.ones(1, dtype=torch.float32, device="cpu")
 optimizer.step()
