@@ -27,7 +27,7 @@ test: $(INSTALLED) ## run the tests
 test-fast: $(INSTALLED) ## run those that start no ranks and compile nothing (a minute)
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not ranks and not long" tests/optimizer tests/parity tests/harness/test_[bd]*.py
 
-test-long: $(INSTALLED) ## run the tests that `make test` leaves out (ten minutes; as root with tests/cluster/install.sh, a Slurm too)
+test-long: $(INSTALLED) ## run the tests that `make test` leaves out (an hour; as root with tests/cluster/install.sh, a Slurm too)
 	$(BIN)/python -m pytest -m long
 
 bench: $(INSTALLED) ## time the step against its peers, and measure memory (half an hour; DeepSpeed compiles its own first)
