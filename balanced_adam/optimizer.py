@@ -151,7 +151,7 @@ class BalancedAdam(torch.optim.Optimizer):
             known = any(state[decay.EXCESS] for state in found) or not (self._made_with[id(group)] or (0, 0))[1]
             for state in found:
                 value = float(state.pop(decay.EXCESS))
-                if known:
+                if known and "step" in state:
                     state[decay.LOG_PRODUCT] = decay.from_excess(value, betas, int(state["step"]))
             self._complete(group)
 
