@@ -30,6 +30,8 @@ def is_dtensor(tensor: Any) -> bool:
 
 def is_opaque(tensor: Tensor) -> bool:
     """Whether its class, which is not DTensor, decides what operations on it do."""
+    if type(tensor) in _PLAIN:
+        return False
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_dtensor(tensor)
 
 

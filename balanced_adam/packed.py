@@ -100,12 +100,7 @@ INTEGERS = {torch.bfloat16: torch.int16}
 """Words of two bytes are stored as the bits of bfloat16, since neither gloo nor NCCL sends any 16-bit integers: only so can they be gathered,
 broadcast and sharded anew as any state is. As numbers they mean nothing, and some are NaN; copies keep their bits."""
 BY_WORD = {format.word: format for format in FORMATS.values()} | {torch.int16: FORMATS["packed16"]}
-"""Files from before that have them as int16 (:func:`as_stored`)."""
-
-
-def as_stored(words: Tensor) -> Tensor:
-    """The same bits in the dtype that words are stored in, without a copy."""
-    return words.view(torch.bfloat16) if words.dtype == torch.int16 else words
+"""Files from before have them as int16."""
 
 
 def is_cast(words: Tensor) -> bool:

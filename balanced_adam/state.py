@@ -51,7 +51,7 @@ def bring_to(format: str, state: State, param: Tensor) -> int:
             "cast them, and what they were is lost."
         )
     if WORDS in state and state[WORDS].dtype == torch.int16:  # of an older file
-        state[WORDS] = dtensor.placed_as(param, packed.as_stored(dtensor.local(state[WORDS])))
+        state[WORDS] = dtensor.placed_as(param, dtensor.local(state[WORDS]).view(torch.bfloat16))
     if not loaded and WORDS not in state:
         dtypes = dict.fromkeys(MOMENTS, rule.moments_dtype(param.dtype)) if known is None else {WORDS: known.word}
         for name, dtype in dtypes.items():

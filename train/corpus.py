@@ -124,8 +124,8 @@ def find(settings: Data, *, fresh: bool = False) -> Corpus:
         require(len(settings.data) > 4, f"data is {settings.data!r}; give hub:NAME or hub:NAME:CONFIGURATION.")
         return Corpus("hub", (), [settings.data], {})
     root = expanded(Path(settings.data), "data")
-    cache = expanded(settings.data_cache, "data_cache").resolve()
-    if cache.is_relative_to(root.resolve()) and not any(p[0] == "." for p in cache.relative_to(root.resolve()).parts):
+    cache, real_root = expanded(settings.data_cache, "data_cache").resolve(), root.resolve()
+    if cache.is_relative_to(real_root) and not any(part[0] == "." for part in cache.relative_to(real_root).parts):
         raise SettingsError(
             f"data_cache is {cache}, within data, of which its files would become a part; give another folder."
         )
@@ -146,7 +146,7 @@ def find(settings: Data, *, fresh: bool = False) -> Corpus:
     )
     kind = kinds.pop()
     printable = {reason: [shown(name) for name in names] for reason, names in left_out.items()}
-    return Corpus(kind, files, [kind, _sums(files, root, settings, fresh)], printable)
+    return Corpus(kind, files, [kind, _sums(files, root, cache, fresh)], printable)
 
 
 def kind_of(file: Path) -> str:
@@ -184,6 +184,7 @@ def _files(root: Path, data: str, cache: Path) -> tuple[tuple[Path, ...], dict[s
     left_out: dict[str, list[str]] = {}
     candidates: list[Path] = []
     seen_folders: set[Path] = set()
+    above = {root.resolve(), *root.resolve().parents}  # a link upwards would bring in what lies beside the corpus
 
     def stop(error: OSError) -> None:
         raise error
@@ -201,7 +202,6 @@ def _files(root: Path, data: str, cache: Path) -> tuple[tuple[Path, ...], dict[s
             )
         seen_folders.add(here)
         # A link back into what has been seen would be read twice, or for ever.
-        above = {root.resolve(), *root.resolve().parents}  # a link upwards would bring in what lies beside the corpus
         again = {name for name in folders if (Path(place) / name).resolve() in seen_folders | above}
         if again:
             left_out.setdefault(TWICE, []).extend(f"{within / name}/" for name in sorted(again))
@@ -211,12 +211,11 @@ def _files(root: Path, data: str, cache: Path) -> tuple[tuple[Path, ...], dict[s
     seen: set[Path] = set()
     for file in sorted(candidates):
         name = str(file.relative_to(root))
-        outer, last = kind_of(file), file.suffix.lower()
         require(
-            last not in UNREADABLE or not kind_of(file.with_suffix("")),
+            file.suffix.lower() not in UNREADABLE or not kind_of(file.with_suffix("")),
             f"data is {data!r}, which holds {name}, compressed in a way that is not read here; decompress it, or remove it.",
         )
-        if not outer:
+        if not kind_of(file):
             left_out.setdefault("of another kind", []).append(name)
             continue
         require(file.is_file(), f"data is {data!r}, which holds {name}, which is no file (or a link to none).")
@@ -228,9 +227,8 @@ def _files(root: Path, data: str, cache: Path) -> tuple[tuple[Path, ...], dict[s
     return tuple(files), left_out
 
 
-def _sums(files: tuple[Path, ...], root: Path, settings: Data, fresh: bool) -> list[str]:
+def _sums(files: tuple[Path, ...], root: Path, cache: Path, fresh: bool) -> list[str]:
     """The SHA-256 of each file, taken where it isn't known by path, size and time of change."""
-    cache = expanded(settings.data_cache, "data_cache")
     cache.mkdir(parents=True, exist_ok=True)
     name = blake2b(os.fsencode(root.resolve()), digest_size=8).hexdigest()
     return known_sums(files, cache / f"sums-{name}.json", fresh)

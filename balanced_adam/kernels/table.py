@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from balanced_adam import packed, rule
+from balanced_adam import dtensor, packed, rule
 
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 """The dtypes that kernels take, with their numbers in ``rule.h``."""
@@ -26,9 +26,6 @@ ROW_SIZE = _POINTERS.size + _SCALARS.size
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a stretch of memory, in any of the usual orders."""
     return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class KernelUnavailable(RuntimeError):
@@ -146,7 +143,7 @@ class Update(NamedTuple):
                 continue
             if tensor.device != here or here.type == "meta":
                 raise ValueError(f"the {name} is on {tensor.device}, and its parameter on {here}.")
-            if type(tensor) not in _PLAIN and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            if dtensor.is_opaque(tensor) or dtensor.is_dtensor(tensor):
                 raise ValueError(f"the {name} is a {type(tensor).__name__}; a kernel takes plain tensors.")
             if tensor.data_ptr() == 0 and tensor.numel():
                 raise ValueError(f"the {name} has {tensor.numel()} elements and no memory.")

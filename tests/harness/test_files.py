@@ -26,13 +26,17 @@ from train.settings import Run, SettingsError, TryAgain, parse
 JUNK: list[Any] = [None, True, -1, 0, 1.5, 2**63, "", "x", "\0", [], {}, [[]], {"a": None}, ["x"], [-1, "x"], "../x"]
 
 
-def settings(out: Path, *more: str) -> Run:
-    """A run of six steps with checkpoints after three and six."""
+def options(out: Path) -> list[str]:
+    """The command line of a run of six steps with checkpoints after three and six."""
     place = session.folder() / "files"
     place.mkdir(exist_ok=True)
     text = "--steps 6 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 --save-every 3 --validate-every 0"
-    options = [*text.split(), "--data", str(place / "corpus"), "--data-cache", str(place / "cache"), "--out", str(out)]
-    return parse(Run, [*options, *more], "train.pretrain", None)
+    return [*text.split(), "--data", str(place / "corpus"), "--data-cache", str(place / "cache"), "--out", str(out)]
+
+
+def settings(out: Path, *more: str) -> Run:
+    """That run, and more options."""
+    return parse(Run, [*options(out), *more], "train.pretrain", None)
 
 
 @session.shared
@@ -261,8 +265,7 @@ def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_an_empty_one(
         return original(path)
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
-    arguments = [str(part) for pair in options_of(run) for part in pair]
-    assert main(arguments) == 75
+    assert main(options(run.out)) == 75
     assert "can't be read now" in capsys.readouterr().err
     assert (run.out / "metrics.jsonl").read_bytes() == metrics
 
@@ -272,13 +275,6 @@ def test_checkpoints_on_a_disk_that_is_not_mounted_are_not_none(run: Run) -> Non
     (run.out / "checkpoints").symlink_to("/nowhere/checkpoints")
     with pytest.raises(TryAgain, match="can't be read now"):
         pretrain(run)
-
-
-def options_of(run: Run) -> list[tuple[str, Any]]:
-    """Its command line."""
-    text = {"steps": 6, "warmup": 1, "batch": 4, "sequence-length": 32, "validation-fraction": 0.2, "save-every": 3}
-    more = {"validate-every": 0, "data": run.data.data, "data-cache": run.data.data_cache, "out": run.out}
-    return [(f"--{name}", value) for name, value in (text | more).items()]
 
 
 # ---- metrics.jsonl
