@@ -30,12 +30,10 @@ MODULES = (
     "distutils.ccompiler",
     "typeguard",
     "tests.ranks",
-    "train.checkpoints",
-    "train.data",
-    "train.deepspeed_config",
-    "train.model",
+    "train.checkpoint.resumable_run",
+    "train.run.preflight",
 )
-"""But not what ranks run as ``__main__``, which would then be there twice: train.pretrain, train.universal, tests.job."""
+"""But not what ranks run as ``__main__``, which would then be there twice: train.pretrain, train.checkpoint.universal, tests.job."""
 
 
 def prepare() -> None:

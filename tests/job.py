@@ -10,8 +10,8 @@ import deepspeed.ops
 import torch
 
 from tests.ranks import backend, device
-from train.ranks import leave
-from train.watch import end_with_parent
+from train.distributed.launch import exit_process
+from train.distributed.preemption import end_with_parent
 
 
 def main(folder: Path) -> None:
@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     result = job(argument)
     torch.save(result, folder / f"result{os.environ['RANK']}")
     torch.distributed.barrier()
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ import torch
 from filelock import FileLock
 
 from tests import forkserver, session
-from train.compare import RANK_VARIABLES
-from train.ranks import free_port
-from train.settings import REPOSITORY
+from train.common.files import REPOSITORY
+from train.distributed.launch import free_port
+from train.sweep.launch import RANK_VARIABLES
 
 LIMIT = 900.0
 """Seconds that ranks may take, ten times what any test needs on a usual machine: for what hangs, not for what is slow."""

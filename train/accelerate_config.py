@@ -12,7 +12,9 @@ from pathlib import Path
 
 import yaml
 
-from train.settings import REPOSITORY, exit_code, parse, require
+from train.common.command_line import exit_code, parse
+from train.common.errors import require
+from train.common.files import REPOSITORY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ def configuration(hosts: Hosts) -> str:
     """ds_configs/accelerate.yaml for these hosts.
 
     Raises:
-        SettingsError: if a value is out of range.
+        ConfigError: if a value is out of range.
     """
     require(len(set(hosts.hosts)) == len(hosts.hosts) > 0, f"hosts is {' '.join(hosts.hosts)}; give each once.")
     require(hosts.ranks_per_host >= 1, f"ranks_per_host is {hosts.ranks_per_host}; it must be at least 1.")

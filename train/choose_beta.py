@@ -1,218 +1,44 @@
 """A beta for your model and text, from a short pilot run: ``python -m train.choose_beta -- --data FOLDER``.
 
-The pilot trains at beta = 0.95. At some of its steps it draws gradients of other batches, at the weights of then: how much they differ
-among themselves is the noise V, and how fast their mean moves from one of these steps to the next is the drift D. An average
-over a horizon of H = 1 / (1 - beta) steps has about V / 2H of noise left, and lags H steps behind, which costs D H^2; their sum
-is least at H = (V / 4D)^(1/3). A mean that turns on its way moves further in a step than its distance over many tells, so that the
-gap between checkpoints (a quarter of the pilot) is a choice too, and a longer one finds a longer horizon. The formula and the pilot's sizes are
-those of arXiv 2610.08624; this derivation is ours, and so are the estimators.
+:mod:`train.probe.pilot` says what is measured, and why.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any, NamedTuple
 
-import numpy as np
-import torch
-import tyro
-from torch import Tensor
-
-from balanced_adam import horizon
-from train import folder, probe
-from train.pretrain import Trainer
-from train.progress import Progress
-from train.ranks import leave, prepare_environment
-from train.settings import SettingsError, exit_code, parse, require
-
-PILOT_BETA, MOST = 0.95, 0.999
-PILOT_FILE = "pilot.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pilot:
-    """How much is measured."""
-
-    steps: int = 200
-    """Of the pilot."""
-    probes: int = 16
-    """Gradients at each of the checkpoints."""
-    checkpoints: int = 4
-    """At the ends of equal parts of the pilot."""
-    out: Path | None = None
-    """A folder, such as that of a comparison, in which the result is kept as pilot.json; train.regret finds it there."""
-    planned_steps: int | None = None
-    """Steps of the run that the beta is for, which the pilot's learning rate schedule counts on. Default: ten times the pilot."""
-    rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """After "--": options of the run that the beta is for, as train.pretrain takes them, such as -- --model small --data FOLDER."""
-
-
-class Probes(NamedTuple):
-    """Gradients drawn at one checkpoint."""
-
-    drawn: int
-    mean: Tensor
-    """(weights,), float64."""
-    noise: float
-    """Their unbiased sample variance, summed over the weights."""
-
-
-class Choice(NamedTuple):
-    """What was found."""
-
-    noise: float
-    """V: the variance of a batch's gradient, summed over all weights, mean over the checkpoints."""
-    drift: float
-    """D: the squared distance that the mean gradient moves in a step, from its distance between neighbouring checkpoints, less what noise
-    adds to it; mean over them. It may come out below 0."""
-    error: float
-    """Its standard error, over the pairs of neighbouring checkpoints as if they were independent (they share a checkpoint)."""
-
-    @property
-    def horizon(self) -> float:
-        """(V / 4D)^(1/3) in steps, at least 1; infinite if D isn't above 0."""
-        return horizon_of(self.noise, self.drift)
-
-    @property
-    def beta(self) -> float:
-        """Of this horizon, at most MOST; NaN if D isn't above 0, which says nothing of beta."""
-        return beta_of(self.horizon) if self.drift > 0.0 else math.nan
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """The betas at D plus and minus twice its error."""
-        return beta_of(horizon_of(self.noise, self.drift + 2 * self.error)), beta_of(
-            horizon_of(self.noise, self.drift - 2 * self.error)
-        )
-
-
-def horizon_of(noise: float, drift: float) -> float:
-    """Where V / 2H + D H^2 is least, in steps, at least 1; infinite without drift."""
-    return max(1.0, (noise / (4.0 * drift)) ** (1.0 / 3.0)) if drift > 0.0 else math.inf
-
-
-def beta_of(steps: float) -> float:
-    """Of this horizon, at most MOST."""
-    return min(horizon.of_horizon(min(steps, 1e6)), MOST)
-
-
-def summarize(gradients: Iterable[Tensor]) -> Probes:
-    """Of gradients, (weights,) each, one after the other (Welford 1962): no more than two tensors of float64 are kept."""
-    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
-    for count, gradient in enumerate(gradients, 1):
-        away = gradient.double() - mean
-        mean = mean + away / count
-        squares = squares + away * (gradient.double() - mean)
-    return Probes(count, mean, float(squares.sum()) / (count - 1))
-
-
-def estimate(probes: list[Probes], gap: float) -> Choice:
-    """From checkpoints ``gap`` steps apart. The squared distance of two means of n gradients has 2 V / n of noise in it, which is taken off."""
-    moved = torch.tensor(
-        [
-            (float(((b.mean - a.mean) ** 2).sum()) - a.noise / a.drawn - b.noise / b.drawn) / gap**2
-            for a, b in pairwise(probes)
-        ],
-        dtype=torch.float64,
-    )
-    error = float(moved.std()) / math.sqrt(len(moved))
-    return Choice(sum(each.noise for each in probes) / len(probes), float(moved.mean()), error)
-
-
-def draw(trainer: Trainer, count: int) -> Iterator[Tensor]:
-    """Gradients of ``count`` batches at the weights of now, (weights,) each; every sequence is drawn anew from all of the training text."""
-    module, batch = trainer.engine.module, trainer.run.parallelism.batch
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    random = np.random.default_rng([trainer.run.seed, trainer.step])
-    for _ in range(count):
-        trainer.ranks.alive()
-        tokens = trainer.train.take(random.integers(len(trainer.train), size=batch)).to(trainer.ranks.device)
-        gradients = torch.autograd.grad(module(input_ids=tokens, labels=tokens).loss, parameters)
-        yield torch.cat([gradient.flatten().cpu() for gradient in gradients])
-
-
-def choose(pilot: Pilot) -> tuple[Choice, dict[str, Any]]:
-    """Run the pilot; what was found, and which runs it is for: ``steps``, ``tokens_per_step``, ``parameters``; and the pilot's steps between
-    two checkpoints, ``gap``, over which the drift was measured.
-
-    Raises:
-        SettingsError: if the run's options, or the pilot's sizes, are no good.
-    """
-    require(pilot.probes >= 2, f"probes is {pilot.probes}; it must be at least 2.")
-    require(
-        pilot.checkpoints >= 3,
-        f"checkpoints is {pilot.checkpoints}; it must be at least 3, two of whose distances tell how sure the drift is.",
-    )
-    gap = pilot.steps // pilot.checkpoints
-    require(gap >= 1, f"steps is {pilot.steps}; it must be at least the number of checkpoints, {pilot.checkpoints}.")
-    planned = 10 * pilot.steps if pilot.planned_steps is None else pilot.planned_steps
-    require(planned >= pilot.steps, f"planned_steps is {planned}; it must be at least the pilot's {pilot.steps}.")
-    options = {option.split("=")[0] for option in pilot.rest} & {"--betas", "--state", "--allow-unbalanced", "--steps"}
-    require(
-        not options,
-        f"{min(options, default='')} is given after --; the pilot runs at {PILOT_BETA} with fp32 state, and --planned-steps has the run's length.",
-    )
-    if pilot.out:
-        try:
-            pilot.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(f"out is {pilot.out}, which can't be used: {error.strerror}.") from None
-    with TemporaryDirectory() as out:
-        rest = ("--betas", repr(PILOT_BETA), *pilot.rest)
-        with probe.alone("train.choose_beta", Path(out), planned, rest) as trainer:
-            found = []
-            with Progress(pilot.steps, 0, "pilot") as progress:
-                while trainer.step < gap * pilot.checkpoints:
-                    line = trainer.train_step()
-                    progress.show(trainer.step, f"loss {line['loss']:.4f}")
-                    if trainer.step % gap == 0:
-                        found.append(summarize(draw(trainer, pilot.probes)))
-            plan = {"steps": planned, "tokens_per_step": trainer.run.tokens_per_step}
-            return estimate(found, gap), {**plan, "parameters": trainer.parameters, "gap": gap}
-
-
-def report(choice: Choice, plan: dict[str, Any]) -> str:
-    """The recommendation with its inputs, and what the other rules would say."""
-    low, high = choice.range
-    recommended = "none" if math.isnan(choice.beta) else f"{choice.beta:.4f}"
-    lines = [
-        f"noise V = {choice.noise:.4g}, drift D = {choice.drift:.3g} ± {choice.error:.2g} a step^2 over {plan['gap']} steps, "
-        f"horizon (V / 4D)^(1/3) = {choice.horizon:.1f} steps",
-        f"beta = {recommended} ({low:.4f} to {high:.4f} at D ± twice its error)",
-    ]
-    if not choice.drift > 2 * choice.error:
-        lines.append("The drift can't be told from noise; more --probes or --checkpoints would measure it.")
-    others = ["0.95", "0.944", "refresh:1000"]
-    for rule in others:
-        try:
-            beta = horizon.choose(rule, steps=plan["steps"], tokens_per_step=plan["tokens_per_step"])
-            lines.append(f"{rule}: {beta:.4f}")
-        except ValueError as error:
-            lines.append(f"{rule}: none ({error})")
-    return "\n".join(lines)
+from train.common.command_line import exit_code, parse
+from train.common.files import write_json
+from train.common.schemas import PILOT_FILE
+from train.probe.options import Pilot
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: ``python -m train.choose_beta --help``; the exit code."""
 
     def program() -> None:
-        prepare_environment()
         pilot = parse(Pilot, sys.argv[1:] if arguments is None else arguments, "train.choose_beta", __doc__)
+
+        from train.distributed.launch import prepare_environment
+
+        prepare_environment()
+
+        from train.probe.pilot import choose, report
+
         choice, plan = choose(pilot)
         print(report(choice, plan))
         if pilot.out:
             inputs = {"noise": choice.noise, "drift": choice.drift, "error": choice.error, **plan}
             beta = None if math.isnan(choice.beta) else choice.beta
-            folder.write_json(pilot.out / PILOT_FILE, {"beta": beta, "range": choice.range, **inputs})
+            write_json(pilot.out / PILOT_FILE, {"beta": beta, "range": choice.range, **inputs})
 
     return exit_code(program)
 
 
 if __name__ == "__main__":
-    leave(main())
+    code = main()
+
+    from train.distributed.launch import exit_process
+
+    exit_process(code)

@@ -1,320 +1,31 @@
-"""How an update answers to a change in the gradient's scale, for any betas, on the gradients of a real run.
+"""How an update responds to a change in the gradient's scale, for any betas, on the gradients of a real run.
 
-A window of gradients is recorded, of elements drawn from every tensor and before clipping. On it the moments of each pair of
-betas are made anew, in float64, with the gradient's scale drifting, or with that of the last gradient alone changed. What the
-update's size does is put beside theory (balanced_adam.gradient_scale): for a steady gradient, which is what arXiv 2601.21739
-speaks of, and for one that is noise.
+:mod:`train.analysis.scale_response` says what is measured.
 """
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
 
-import matplotlib.pyplot as plt
-import pandas as pd
-import torch
-import tyro
-from torch import Tensor
-
-from train import folder, probe
-from train.figures import as_svg
-from train.plan import Arm
-from train.probe import Recorder, Recording
-from train.progress import Progress
-from train.ranks import leave, prepare_environment
-from train.settings import exit_code, parse, require
-
-CHANGES = {
-    "drift": (-1e-1, -3e-2, -1e-2, -3e-3, -1e-3, -3e-4, -1e-4, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "rescaled": (1 / 8, 1 / 4, 1 / 2, 2 ** (-1 / 4), 2 ** (1 / 4), 2.0, 4.0, 8.0),
-}
-"""Growth of the gradient's logarithm per step; or what the last gradient alone is multiplied by."""
-NEAR = {"drift": (-1e-3, 1e-3), "rescaled": (2 ** (-1 / 4), 2 ** (1 / 4))}
-"""Between which values the slope is measured."""
-STABLE = 10
-"""Steps of a window in which a gradient's sign is to be stable."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Response:
-    """What is recorded, and what is asked of it."""
-
-    out: Path = Path("runs/response")
-    """The folder of response.md, response.csv and the figures."""
-    task: Literal["language", "vit", "resnet"] = "language"
-    """What is trained: a run of train.pretrain, or a small vision transformer or ResNet on scikit-learn's digits."""
-    betas: tuple[str, ...] = ("0.95", "0.9,0.95", "0.9,0.999", "0.9,0.81")
-    """Pairs to ask: one number, or beta1,beta2. The run itself is that of the options after "--", whatever is asked."""
-    at: tuple[int, ...] = (200,)
-    """Steps after which the response is measured."""
-    window: int = 150
-    """Gradients that are recorded before each."""
-    elements: int = 4096
-    """Of each tensor; the recording takes 4 bytes x window x elements x tensors of memory."""
-    checkpoint: Path | None = None
-    """A run of train.pretrain with the options after "--", which is gone on with from its newest weights; the moments begin anew."""
-    rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """After "--": options of the run, as train.pretrain takes them, such as -- --model small --lr 2e-3."""
-
-
-# ---- What is measured
-
-
-def weights(beta: float, steps: int) -> Tensor:
-    """Of the gradients in an average with bias correction, the last one's at the end: (steps,), float64."""
-    weight = torch.tensor(beta, dtype=torch.float64) ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
-    return weight / weight.sum()
-
-
-def update_of(gradients: Tensor, betas: tuple[float, float], scales: Tensor) -> Tensor:
-    """The update (step / lr, without eps) after these gradients, (steps, elements) in float64, each step's multiplied by its scale, (steps,).
-
-    From zero moments, with bias correction; 0 where there has been no gradient.
-    """
-    first, second = (weights(beta, len(gradients)) for beta in betas)
-    m, v = (first * scales) @ gradients, (second * scales**2) @ gradients**2
-    return torch.where(v > 0.0, m / v.sqrt(), 0.0)
-
-
-def changed(steps: int, kind: str, value: float) -> Tensor:
-    """The scales of the steps: drifting to 1 at the last by e^value a step, or 1 with the last at ``value``."""
-    scales = torch.ones(steps, dtype=torch.float64)
-    if kind == "drift":
-        return torch.exp(value * torch.arange(1 - steps, 1, dtype=torch.float64))
-    scales[-1] = value
-    return scales
-
-
-def of_steady(betas: tuple[float, float], scales: Tensor) -> float:
-    """The size of the update where the gradient is constant but for these scales, (steps,). Where the steps are many and the scale drifts,
-    :func:`balanced_adam.gradient_scale.update_under_drift`."""
-    first, second = (weights(beta, len(scales)) for beta in betas)
-    return float(first @ scales / (second @ scales**2).sqrt())
-
-
-def of_noise(betas: tuple[float, float], scales: Tensor) -> float:
-    """The root of E[m^2] / E[v] where the gradient is independent noise of mean 0 with these scales, (steps,). Where the steps are many and
-    the scale drifts, :func:`balanced_adam.gradient_scale.update_of_noise_under_drift`."""
-    first, second = (weights(beta, len(scales)) for beta in betas)
-    return float((first**2 @ scales**2 / (second @ scales**2)).sqrt())
-
-
-def measure(recording: Recording, betas: tuple[float, float]) -> pd.DataFrame:
-    """One row for each layer and for "all", each kind of change and each value of it.
-
-    ``size`` is the norm of the changed update over that of the unchanged one, ``cosine`` that of the angle between them; ``steady`` and
-    ``noise`` are what the size would be for a gradient that is constant or noise, on as many steps.
-    """
-    gradients = recording.gradients.double()
-    steps = len(gradients)
-    unchanged = torch.ones(steps, dtype=torch.float64)
-    base = update_of(gradients, betas, unchanged)
-    places = {"all": slice(None), **recording.layers}
-    rows = []
-    for kind, values in CHANGES.items():
-        for value in values:
-            scales = changed(steps, kind, value)
-            update = update_of(gradients, betas, scales)
-            steady, noise = (form(betas, scales) / form(betas, unchanged) for form in (of_steady, of_noise))
-            for layer, place in places.items():
-                ours, right = update[place], base[place]
-                size, cosine = ours.norm() / right.norm(), (ours @ right) / (ours.norm() * right.norm())
-                rows.append((layer, kind, value, float(size), float(cosine), steady, noise))
-    return pd.DataFrame(rows, columns=["layer", "kind", "value", "size", "cosine", "steady", "noise"])
-
-
-def slopes(rows: pd.DataFrame, kind: str) -> pd.Series:
-    """The derivative of the logarithm of the size by the drift, in steps, or by the logarithm of the last gradient's scale: of ``size``,
-    ``steady`` and ``noise`` over all elements of a :func:`measure`, between the two values in NEAR."""
-    here = rows[(rows["layer"] == "all") & (rows["kind"] == kind)].set_index("value")[["size", "steady", "noise"]]
-    low, high = NEAR[kind]
-    return (here.loc[high] / here.loc[low]).map(math.log) / (high - low if kind == "drift" else math.log(high / low))
-
-
-def signal_share(recording: Recording) -> float:
-    """The share of the gradients' mean square that is the square of their mean over the window, without bias: 1 for a gradient that keeps
-    its value, 0 for noise."""
-    gradients = recording.gradients.double()
-    noise = gradients.var(dim=0)
-    return float(((gradients**2).mean(dim=0) - noise).sum() / (gradients**2).mean(dim=0).sum())
-
-
-class Lag(NamedTuple):
-    """The magnitude-lag decomposition of arXiv 2601.21739 (version 2), m̂ / √v̂ = S + L + E with S = sign(g) and L = S (EMA1[log |g|] -
-    EMA2[log |g|]), over the elements whose gradient has kept its sign for the last STABLE steps and is nowhere 0. The averages are over all
-    of the recording, since those of ten steps alone would hold little of a beta of 0.999."""
-
-    share: float
-    """Of all elements."""
-    lag: float
-    """Root mean square of L."""
-    rest: float
-    """That of E."""
-    r_squared: float
-    """1 - Var(S E) / Var(S R) over these elements, R being m̂ / √v̂: what L explains with the factor 1 that it has in the decomposition, so
-    that it may be below 0. NaN where L is 0 throughout, as with equal betas."""
-    correlation: float
-    """The squared correlation of S L and S R: what it would explain with the best factor."""
-
-
-def magnitude_lag(recording: Recording, betas: tuple[float, float]) -> Lag:
-    """At the last step of the recording."""
-    gradients = recording.gradients.double()
-    last = gradients[-STABLE:]
-    stable = (torch.sign(last).sum(dim=0).abs() == len(last)) & (gradients != 0.0).all(dim=0)
-    g = gradients[:, stable]
-    sign, logs = torch.sign(g[-1]), g.abs().log()
-    first, second = (weights(beta, len(g)) for beta in betas)
-    away = sign * update_of(g, betas, torch.ones(len(g), dtype=torch.float64)) - 1.0
-    lag = first @ logs - second @ logs
-    share, rest = g.shape[1] / gradients.shape[1], away - lag
-    explained = together = math.nan
-    if betas[0] != betas[1] and g.shape[1] > 1:
-        explained = float(1.0 - rest.var() / away.var())
-        together = float(torch.corrcoef(torch.stack([away, lag]))[0, 1] ** 2)
-    return Lag(share, float((lag**2).mean().sqrt()), float((rest**2).mean().sqrt()), explained, together)
-
-
-def near_eps(recording: Recording, beta2: float) -> float:
-    """The share of the elements in which eps = 1e-8, the optimizer's default, is more than 1 % of √v̂: where the update isn't what theory, which has
-    no eps, speaks of. Of gradients before clipping; where it clips, v is smaller, and the share larger."""
-    gradients = recording.gradients.double()
-    v = weights(beta2, len(gradients)) @ gradients**2
-    return float((v.sqrt() < 100.0 * 1e-8).double().mean())
-
-
-# ---- Where gradients come from
-
-
-def of_language(response: Response) -> Iterator[tuple[int, Recording]]:
-    """Those of a run of train.pretrain, on one rank."""
-    end = max(response.at)
-    with probe.alone("train.response", response.out, end + 1, response.rest, response.checkpoint) as trainer:
-        require(
-            not trainer.step or trainer.step + response.window <= min(response.at),
-            f"at is {min(response.at)}, less than the checkpoint's {trainer.step} steps and a window of {response.window}.",
-        )
-        steps = trainer.run.schedule.steps
-        require(end <= steps, f"at is {end}, which is beyond the {steps} steps of the run.")
-        recorder = Recorder(trainer.engine.module.named_parameters(), response.window, response.elements)
-        step = trainer.engine.step
-
-        def recorded(*arguments: Any, **more: Any) -> Any:
-            recorder.see()
-            return step(*arguments, **more)
-
-        trainer.engine.step = recorded
-        with Progress(end, trainer.step, "response") as progress:
-            while trainer.step < end:
-                line = trainer.train_step()
-                progress.show(trainer.step, f"loss {line['loss']:.4f}")
-                if trainer.step in response.at:
-                    yield trainer.step, recorder.recording()
-
-
-def of_vision(response: Response) -> Iterator[tuple[int, Recording]]:
-    """Those of a small vision model."""
-    from train import vision
-
-    require(
-        not response.rest and response.checkpoint is None,
-        f"task is {response.task!r}, which takes no options of a run.",
-    )
-    run = vision.Classifier(response.task)
-    recorder = Recorder(run.model.named_parameters(), response.window, response.elements)
-    with Progress(max(response.at), 0, "response") as progress:
-        for step in range(1, max(response.at) + 1):
-            loss = run.train_step(recorder.see)
-            progress.show(step, f"loss {loss:.4f}")
-            if step in response.at:
-                yield step, recorder.recording()
-
-
-# ---- What is written
-
-
-def write(response: Response, found: Iterator[tuple[int, Recording]]) -> None:
-    """response.md, response.csv, and a figure for each kind of change at the last step."""
-    pairs = {
-        str(arm): (arm.betas[0], arm.betas[-1])
-        for arm in map(Arm.parse, response.betas)
-        if isinstance(arm.betas, tuple)
-    }
-    tables, lines, last = [], [], pd.DataFrame()
-    for step, recording in found:
-        share = signal_share(recording)
-        for label, betas in pairs.items():
-            rows = measure(recording, betas)
-            rows.insert(0, "betas", label)
-            rows.insert(0, "step", step)
-            tables.append(rows)
-            drift, rescaled = slopes(rows, "drift"), slopes(rows, "rescaled")
-            lag = magnitude_lag(recording, betas)
-            lines.append(
-                f"| {step} | {label} | {share:.2f} | {drift['size']:+.2f} | {drift['steady']:+.2f} | {drift['noise']:+.2f} "
-                f"| {rescaled['size']:+.4f} | {rescaled['steady']:+.4f} | {rescaled['noise']:+.4f} "
-                f"| {lag.share:.2%} | {lag.lag:.3f} | {lag.rest:.3f} | {lag.r_squared:.2f} | {lag.correlation:.2f} "
-                f"| {near_eps(recording, betas[1]):.2%} |"
-            )
-        last = pd.concat(tables[-len(pairs) :])
-    head = (
-        "| step | betas | signal | drift: slope | if steady | if noise | rescaled: slope | if steady | if noise "
-        "| stable for 10 steps | L | E | R² | r² | near eps |\n|" + "---|" * 15
-    )
-    text = "\n".join([head, *lines]) + "\n"
-    response.out.mkdir(parents=True, exist_ok=True)
-    folder.write_text(response.out / "response.md", text)
-    folder.write_text(response.out / "response.csv", pd.concat(tables).to_csv(index=False, float_format="%.6g"))
-    for kind in CHANGES:
-        folder.write_text(response.out / f"{kind}.svg", figure(last, kind))
-    print(text)
-
-
-TICKS = {
-    "drift": {"-0.1": -1e-1, "-0.01": -1e-2, "-0.001": -1e-3, "0.001": 1e-3, "0.01": 1e-2, "0.1": 1e-1},
-    "rescaled": {"1/8": 1 / 8, "1/2": 1 / 2, "1": 1.0, "2": 2.0, "8": 8.0},
-}
-SHOWN = {0.25: "1/4", 0.5: "1/2", 1.0: "1", 2.0: "2", 4.0: "4"}
-
-
-def figure(rows: pd.DataFrame, kind: str) -> str:
-    """Size over change, one plot for each pair of betas, as SVG: measured, and what it would be for a steady gradient and for noise."""
-    rows = rows[(rows["layer"] == "all") & (rows["kind"] == kind)]
-    labels = list(rows["betas"].unique())
-    canvas, axes = plt.subplots(
-        1, len(labels), figsize=(3.2 * len(labels), 3.2), layout="constrained", sharey=True, squeeze=False
-    )
-    for place, label in zip(axes[0], labels, strict=True):
-        here = rows[rows["betas"] == label].sort_values("value")
-        place.plot(here["value"], here["steady"], label="steady gradient", linewidth=1.2)
-        place.plot(here["value"], here["noise"], label="noise", linewidth=1.2, linestyle="--")
-        place.plot(here["value"], here["size"], "o", label="measured", markersize=3.5, color="black")
-        place.set_title(f"({label})", fontsize=10)
-        place.set_yscale("log")
-        place.set_yticks(list(SHOWN), list(SHOWN.values()))
-        place.set_ylim(min(SHOWN), max(SHOWN))  # what shrinks faster than the averages forget leaves the plot
-        place.set_xscale("symlog", linthresh=1e-3) if kind == "drift" else place.set_xscale("log")
-        place.set_xticks(list(TICKS[kind].values()), list(TICKS[kind]), fontsize=8)
-        place.minorticks_off()
-        place.set_xlabel("drift rho per step" if kind == "drift" else "scale of the last gradient")
-        place.spines[["top", "right"]].set_visible(False)
-        place.grid(alpha=0.25)
-    axes[0][0].set_ylabel("size of the update")
-    axes[0][0].legend(frameon=False, fontsize=7)
-    return as_svg(canvas)
+from train.common.command_line import exit_code, parse
+from train.common.errors import require
+from train.probe.options import Response
+from train.sweep.arms import Arm
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: ``python -m train.response --help``; the exit code."""
 
     def program() -> None:
-        prepare_environment()
         response = parse(Response, sys.argv[1:] if arguments is None else arguments, "train.response", __doc__)
+
+        from train.distributed.launch import prepare_environment
+
+        prepare_environment()
+
+        from train.analysis.scale_response import STABLE, write
+        from train.probe.recordings import of_language, of_vision
+
         require(
             bool(response.at) and min(response.at) >= response.window > STABLE,
             f"at is {response.at} and window {response.window}; a window is longer than {STABLE} steps and ends at a step of at.",
@@ -322,15 +33,22 @@ def main(arguments: list[str] | None = None) -> int:
         require(response.elements >= 1, f"elements is {response.elements}; it must be at least 1.")
         require(bool(response.betas), "betas is empty; give at least one pair.")
         require(not response.out.exists() or response.out.is_dir(), f"out is {response.out}, which is not a folder.")
+        pairs: dict[str, tuple[float, float]] = {}
         for arm in map(Arm.parse, response.betas):
             require(
                 isinstance(arm.betas, tuple) and arm.state == "fp32",
                 f"betas has {str(arm)!r}; give one number, or beta1,beta2.",
             )
-        write(response, of_language(response) if response.task == "language" else of_vision(response))
+            pairs[str(arm)] = (float(arm.betas[0]), float(arm.betas[-1]))
+        found = of_language(response) if response.task == "language" else of_vision(response)
+        write(response.out, pairs, found)
 
     return exit_code(program)
 
 
 if __name__ == "__main__":
-    leave(main())
+    code = main()
+
+    from train.distributed.launch import exit_process
+
+    exit_process(code)

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from train.settings import REPOSITORY
+from train.common.files import REPOSITORY
 
 SUBNET = "10.99.0"
 NAMESPACES = ["--net", "--uts", "--mount", "--ipc", "--pid"]

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train import folder
-from train.checkpoints import only_known_classes
+from train.checkpoint.load import only_known_classes
+from train.run.metrics import read_metrics
 
 
 def losses(out: Path) -> list[float]:
     """One for each step; none may be there twice, and none be missing."""
-    lines = [line for line in folder.read_metrics(out) if "loss" in line]
+    lines = [line for line in read_metrics(out) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
 

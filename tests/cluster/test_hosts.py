@@ -11,8 +11,9 @@ import pytest
 
 from tests.cluster.hosts import Cluster, wait_until
 from tests.cluster.runs import events, same
-from train import folder
-from train.settings import REPOSITORY
+from train.common.files import REPOSITORY
+from train.run import run_dir
+from train.run.metrics import read_metrics
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -67,7 +68,7 @@ def test_twenty_steps_on_two_hosts_have_the_bits_of_one(
         (project / "two-hosts.yaml").write_text(cluster.nodes[0].check("env", f"--chdir={project}", *made))
         line = ["accelerate", "launch", "--config_file", "two-hosts.yaml", "--machine_rank", "{node}", "--module"]
         assert ends(on_both(cluster, project, *line, "train.pretrain", *run)) == [0, 0]
-    ended = folder.result(out)
+    ended = run_dir.result(out)
     assert ended and ended["world"] == 2 and ended["step"] == 20
     assert same(out, one_host / str(stage))
 
@@ -79,7 +80,7 @@ def test_a_cable_that_is_pulled_ends_the_run_with_the_name_of_who_is_cut_off(
     meet = ["--nnodes=2", "--nproc-per-node=1", "--node-rank={node}", "--master-addr=node1", "--master-port=29503"]
     line = ["torchrun", *meet, "-m", "train.pretrain", "--out", out, *options, "--steps", 100000, "--timeout", 20]
     launchers = on_both(cluster, project, *line)
-    wait_until(lambda: out.exists() and len(folder.read_metrics(out)) > 20, 600, "steps")
+    wait_until(lambda: out.exists() and len(read_metrics(out)) > 20, 600, "steps")
     cluster.cut(cluster.nodes[1])
     try:
         assert all(ends(launchers, 600))
@@ -112,7 +113,7 @@ right_time = time.time
 time.time = lambda: right_time() + 3600
 class Late:
     def find_spec(self, name, path=None, target=None):
-        if name == "train.checkpoints":
+        if name == "train.run.host_checks":
             import torch.distributed as dist
             right = dist.all_reduce
             def wrong(tensor, *arguments, **more):

@@ -10,7 +10,8 @@ import pytest
 
 from tests.cluster.hosts import Cluster, wait_until
 from tests.cluster.runs import events, losses, same
-from train import folder
+from train.run import run_dir
+from train.run.metrics import read_metrics
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -48,7 +49,7 @@ class Job:
         """Wait until a step beyond this one has been taken."""
 
         def far() -> bool:
-            lines = folder.read_metrics(self.out) if self.out.exists() else []
+            lines = read_metrics(self.out) if self.out.exists() else []
             return bool(lines) and lines[-1]["step"] > step
 
         wait_until(far, 90, f"step {step}")
@@ -147,12 +148,12 @@ def test_a_comparison_is_a_job_array_whose_tasks_are_requeued_one_by_one_and_a_r
     match = re.search(r"Submitted 2 runs as job array (\d+), at most 4 at once, and the report as job (\d+)", said)
     assert match
     first, second = out / "beta-0.9_lr-0.001_seed-0", out / "beta-0.9-0.99_lr-0.001_seed-0"
-    wait_until(lambda: first.exists() and len(folder.read_metrics(first)) > 20, 90, "the first run trains")
+    wait_until(lambda: first.exists() and len(read_metrics(first)) > 20, 90, "the first run trains")
     # What --signal=B:USR1@300 sends, to one task of the array.
     cluster.controller.check("scancel", "--batch", "-s", "USR1", f"{match[1]}_0")
     wait_until((out / "report.html").exists, 240, "the report")
     for run, times in ((first, 2), (second, 1)):
-        ended = folder.result(run)
+        ended = run_dir.result(run)
         assert ended and ended["status"] == "finished" and ended["world"] == 2
         kinds = [event["event"] for event in events(run)]
         assert kinds.count("begins") == times and kinds[-1] == "finished"

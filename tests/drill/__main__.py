@@ -32,9 +32,10 @@ from tests.corpus import write_corpus
 from tests.ranks import Program, Started
 from tests.ranks import environment as clean_environment
 from tests.ranks import start as start_program
-from train import checkpoints, folder
-from train.ranks import free_port
-from train.settings import REPOSITORY
+from train.checkpoint.manifest import newest_step
+from train.common.files import REPOSITORY
+from train.distributed.launch import free_port
+from train.run import run_dir
 
 VICTIM = "tests.drill.victim"
 # Where a rank is killed, or hangs: how often it may have been there before in this attempt, and whether rank 0 alone comes there.
@@ -221,7 +222,7 @@ def drill(settings: Drill, on: Machine) -> pd.DataFrame:
     options += ["--data-cache", str(out / "cache")]
     done: list[dict[str, Any]] = []
     attempts, watch = 0, Stopwatch(run)
-    while len(done) < settings.faults and folder.result(run) is None:
+    while len(done) < settings.faults and run_dir.result(run) is None:
         attempts += 1
         assert attempts <= 3 * settings.faults, "most attempts end before their fault"
         began = time.time()
@@ -278,10 +279,10 @@ def attempt(on: Machine, draw: random.Random, run: Path, options: list[str], wat
     codes = on.wait(600)
     watch.look()
     on.mend()
-    if 0 in codes and folder.result(run):
+    if 0 in codes and run_dir.result(run):
         return None
     assert all(codes), f"a launcher of a run that was killed ended with 0: {codes}"
-    step = checkpoints.newest_step(run / "checkpoints")
+    step = newest_step(run / "checkpoints")
     return {"fault": kind, "rank or host": rank, "at": at, "saved step": step}
 
 

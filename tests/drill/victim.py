@@ -15,23 +15,26 @@ from typing import Any
 
 import torch.distributed as dist
 
-from train import checkpoints, data, folder
-from train.pretrain import Trainer, main
-from train.ranks import leave, prepare_environment
+from train import pretrain
+from train.checkpoint import convert, load, manifest, resumable_run, save
+from train.data import token_files
+from train.distributed.launch import exit_process, prepare_environment
+from train.run.metrics import Metrics
+from train.run.trainer import Trainer
 
 MOMENTS: dict[str, tuple[Any, str]] = {
-    "tokenizing": (data, "_tokenize"),
-    "forward": (Trainer, "mine"),
+    "tokenizing": (token_files, "_tokenize"),
+    "forward": (Trainer, "local_batch"),
     "all-reduce": (dist, "all_reduce"),
-    "metrics": (folder.Metrics, "write"),
-    "saving": (checkpoints._Recorder, "save"),
-    "finishing": (checkpoints, "_finish"),
-    "rotation": (checkpoints, "_rotate"),
+    "metrics": (Metrics, "write"),
+    "saving": (save._Recorder, "save"),
+    "finishing": (manifest, "finish"),
+    "rotation": (save, "_rotate"),
     "removing": (shutil, "rmtree"),
-    "verifying": (checkpoints, "_verified"),
-    "conversion": (checkpoints, "_convert"),
-    "loading": (checkpoints, "load"),
-    "result": (folder, "write_json"),
+    "verifying": (load, "verified"),
+    "conversion": (convert, "_convert"),
+    "loading": (resumable_run, "restore_checkpoint"),
+    "result": (resumable_run, "write_json"),
 }
 """What a rank comes to before it does it. "step" and "backward" are the engine's, which come with DeepSpeed."""
 
@@ -93,4 +96,4 @@ if __name__ == "__main__":
     if told := os.environ.get("VICTIM"):
         rank, moment, count, what = told.split()
         arrange(int(rank), moment, int(count), what)
-    leave(main())
+    exit_process(pretrain.main())

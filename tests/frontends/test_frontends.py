@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import Program, environment, start
-from train.settings import REPOSITORY
+from train.common.files import REPOSITORY
 
 
 @pytest.mark.ranks
@@ -25,7 +25,7 @@ def test_two_ranks_train_with_it_under_zero_2(script: str, tmp_path: Path) -> No
     settings = environment(DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(REPOSITORY / "build" / "extensions"))
     program = Program(f"tests.frontends.{script}", arguments[script], settings, tmp_path / "log", world=2)
     started = start(program, fresh=script == "plain_deepspeed")  # as a user starts it
-    # A thread of gloo may abort a CPU process that has done everything, while Python is finalizing; see train.ranks.leave.
+    # A thread of gloo may abort a CPU process that has done everything, while Python is finalizing; see train.distributed.launch.exit_process.
     code, said = started.wait(), started.said()
     assert code == 0 or "terminate called without an active exception" in said, said[-3000:]
     assert said.count("USED ('BalancedAdam', 2, 2, 5)\n") == 2, said

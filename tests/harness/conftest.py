@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.corpus import write_corpus
-from train.ranks import prepare_environment
-from train.settings import Run, parse
+from train.common.command_line import parse
+from train.distributed.launch import prepare_environment
+from train.run.config import Run
 
 Make = Callable[..., Run]
 

@@ -9,7 +9,8 @@ from typing import Any
 from tests import session
 from tests.ranks import Program, Started, environment, popen
 from tests.ranks import start as start_program
-from train import compare, folder
+from train.run.metrics import read_metrics
+from train.sweep.launch import launch_command
 
 
 def out_of(options: list[str]) -> Path:
@@ -46,7 +47,7 @@ def start(
         return start_program(program)
     out = out_of(options)
     run = {"name": out.name, "arguments": [o for o in options if o not in ("--out", str(out))]}
-    line = compare.command({"launcher": launcher, "ranks": ranks or 1}, run, out.parent)
+    line = launch_command({"launcher": launcher, "ranks": ranks or 1}, run, out.parent)
     return popen([module if word == "train.pretrain" else word for word in line], program)
 
 
@@ -65,7 +66,7 @@ def finish(
 
 def losses(options: list[str]) -> list[float]:
     """The training losses, step by step."""
-    return [line["loss"] for line in folder.read_metrics(out_of(options)) if "loss" in line]
+    return [line["loss"] for line in read_metrics(out_of(options)) if "loss" in line]
 
 
 def change(options: list[str], **values: Any) -> list[str]:

@@ -12,10 +12,10 @@ import pytest
 from filelock import FileLock
 
 from tests.harness.conftest import Make
-from train import compare, report
-from train.folder import Metrics, read_metrics
-from train.pretrain import main, pretrain
-from train.settings import SettingsError
+from train import compare, pretrain, report
+from train.checkpoint import resumable_run
+from train.common.errors import ConfigError
+from train.run.metrics import Metrics, read_metrics
 
 # (options, what the sentence must say): found before there are ranks or data.
 EARLY = [
@@ -49,8 +49,8 @@ EARLY = [
 
 @pytest.mark.parametrize(("options", "sentence"), EARLY)
 def test_a_bad_setting_is_refused_in_one_sentence(make: Make, options: str, sentence: str) -> None:
-    with pytest.raises(SettingsError, match=sentence) as refused:
-        pretrain(make(*options.split()))
+    with pytest.raises(ConfigError, match=sentence) as refused:
+        resumable_run.pretrain(make(*options.split()))
     assert "\n" not in str(refused.value)
 
 
@@ -98,8 +98,8 @@ DS_CONFIGS = [
 def test_a_bad_ds_config_is_refused_in_one_sentence(make: Make, tmp_path: Path, content: str, sentence: str) -> None:
     file = tmp_path / "ds.json"
     file.write_text(content)
-    with pytest.raises(SettingsError, match=sentence) as refused:
-        pretrain(make("--ds-config", str(file)))
+    with pytest.raises(ConfigError, match=sentence) as refused:
+        resumable_run.pretrain(make("--ds-config", str(file)))
     assert "\n" not in str(refused.value)
 
 
@@ -109,8 +109,8 @@ def test_a_bad_ds_config_is_refused_in_one_sentence(make: Make, tmp_path: Path, 
 def test_a_ds_config_of_another_precision_than_the_flag_is_refused(make: Make, tmp_path: Path, content: str) -> None:
     file = tmp_path / "ds.json"
     file.write_text(content)
-    with pytest.raises(SettingsError, match=r"has bf16.enabled = .*, but precision is bf16; make them agree"):
-        pretrain(make("--ds-config", str(file), "--precision", "bf16"))
+    with pytest.raises(ConfigError, match=r"has bf16.enabled = .*, but precision is bf16; make them agree"):
+        resumable_run.pretrain(make("--ds-config", str(file), "--precision", "bf16"))
 
 
 LATE = [
@@ -159,8 +159,8 @@ def test_bad_data_models_and_folders_are_refused_in_one_sentence(
     LlamaConfig(vocab_size=100).save_pretrained(places["model"])
     arguments = options.format(**places, file=tmp_path / "file").split()
     run = make(*arguments)
-    with pytest.raises(SettingsError, match=sentence) as refused:
-        pretrain(run)
+    with pytest.raises(ConfigError, match=sentence) as refused:
+        resumable_run.pretrain(run)
     assert "\n" not in str(refused.value)
     assert (places["strangers"] / "letter.txt").read_text() == "dear"
     # A refused run has not taken its folder: the corrected one may have it.
@@ -169,15 +169,15 @@ def test_bad_data_models_and_folders_are_refused_in_one_sentence(
 
 def test_an_output_folder_belongs_to_one_configuration_and_one_run(make: Make) -> None:
     run = make()
-    pretrain(run)
+    resumable_run.pretrain(run)
     before = (run.out / "metrics.jsonl").read_bytes()
-    with pytest.raises(SettingsError, match=r"belongs to a run with lr = 0.001, not 0.1"):
-        pretrain(make("--lr", "0.1"))
-    with pytest.raises(SettingsError, match="holds this very run"):
-        pretrain(make("--no-resume"))
-    with FileLock(run.out / ".lock"), pytest.raises(SettingsError, match=r"another run is at work"):
-        pretrain(run)
-    pretrain(run)  # finished: nothing to do
+    with pytest.raises(ConfigError, match=r"belongs to a run with lr = 0.001, not 0.1"):
+        resumable_run.pretrain(make("--lr", "0.1"))
+    with pytest.raises(ConfigError, match="holds this very run"):
+        resumable_run.pretrain(make("--no-resume"))
+    with FileLock(run.out / ".lock"), pytest.raises(ConfigError, match=r"another run is at work"):
+        resumable_run.pretrain(run)
+    resumable_run.pretrain(run)  # finished: nothing to do
     assert (run.out / "metrics.jsonl").read_bytes() == before
 
 
@@ -185,11 +185,11 @@ def test_a_corpus_that_has_changed_since_the_run_began_is_refused(make: Make, co
     mine = tmp_path / "mine"
     shutil.copytree(corpus, mine)
     run = make("--data", str(mine))
-    pretrain(run)
+    resumable_run.pretrain(run)
     (run.out / "result.json").unlink()
     (mine / "new.txt").write_text("one more document")
-    with pytest.raises(SettingsError, match=r"data is .*mine/', which has changed since the run"):
-        pretrain(make("--data", f"{mine}/"))  # the slash makes no other run of it
+    with pytest.raises(ConfigError, match=r"data is .*mine/', which has changed since the run"):
+        resumable_run.pretrain(make("--data", f"{mine}/"))  # the slash makes no other run of it
 
 
 DAMAGED = ["", "{", "[]", "{}", "null"]
@@ -198,38 +198,38 @@ DAMAGED = ["", "{", "[]", "{}", "null"]
 @pytest.mark.parametrize("content", DAMAGED)
 def test_damaged_files_of_ours_are_named(make: Make, content: str) -> None:
     run = make()
-    pretrain(run)
+    resumable_run.pretrain(run)
     for name in ("result.json", "run.json"):
         whole = (run.out / name).read_text()
         (run.out / name).write_text(content)
-        with pytest.raises(SettingsError, match=rf"{name} can't be read: .*restore it, or remove it"):
-            pretrain(run)
+        with pytest.raises(ConfigError, match=rf"{name} can't be read: .*restore it, or remove it"):
+            resumable_run.pretrain(run)
         (run.out / name).write_text(whole)
     (run.out / "result.json").unlink()
     (run.out / "checkpoints" / "step-0000006" / "complete.json").write_text(content)
     with (run.out / "metrics.jsonl").open("a") as metrics:
         metrics.write(content + "\n")
-    pretrain(run)  # from step 3
+    resumable_run.pretrain(run)  # from step 3
     assert [line["step"] for line in read_metrics(run.out) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_others_have_put_beside_the_checkpoints_is_left_alone(make: Make) -> None:
     run = make("--keep", "1")
     kept = [run.out / "checkpoints" / name for name in ("step-good", "step-0000001-notes")]
-    pretrain(run)
+    resumable_run.pretrain(run)
     shutil.copytree(run.out / "checkpoints" / "step-0000006", kept[0])
     kept[1].mkdir()
     (run.out / "result.json").unlink()
     for line in (run.out / "checkpoints").glob("step-0000006"):
         shutil.rmtree(line)
-    pretrain(run)
+    resumable_run.pretrain(run)
     assert all(path.exists() for path in kept)
     assert len(read_metrics(run.out)) == 7  # six steps and a validation, from the start
 
 
 def test_a_disk_that_is_full_for_metrics_is_named(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, 0)
-    with files_at_most(100), pytest.raises(SettingsError, match=r"metrics.jsonl can't be written: File too large"):
+    with files_at_most(100), pytest.raises(ConfigError, match=r"metrics.jsonl can't be written: File too large"):
         for step in range(10):
             metrics.write(step=step, loss=1.0)
 
@@ -248,9 +248,7 @@ def files_at_most(size: int) -> Iterator[None]:
 def test_a_write_that_fails_while_saving_leaves_the_last_good_checkpoint(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train import checkpoints
-
-    run, save = make(), checkpoints.save
+    run, save = make(), resumable_run.save_checkpoint
 
     def save_on_a_full_disk(*arguments: object) -> None:
         if arguments[3] == 6:
@@ -259,20 +257,18 @@ def test_a_write_that_fails_while_saving_leaves_the_last_good_checkpoint(
         else:
             save(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(checkpoints, "save", save_on_a_full_disk)
-    with pytest.raises(
-        SettingsError, match=r"step-0000006 could not be written .*last good checkpoint is step-0000003"
-    ):
-        pretrain(run)
+    monkeypatch.setattr(resumable_run, "save_checkpoint", save_on_a_full_disk)
+    with pytest.raises(ConfigError, match=r"step-0000006 could not be written .*last good checkpoint is step-0000003"):
+        resumable_run.pretrain(run)
     monkeypatch.undo()
-    pretrain(run)  # goes on from step 3
+    resumable_run.pretrain(run)  # goes on from step 3
     assert json.loads((run.out / "result.json").read_text())["status"] == "finished"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(make: Make) -> None:
     run = make("--lr", "1e38", "--warmup", "4", "--steps", "20", "--clip", "0", "--save-every", "1")
-    with pytest.raises(SettingsError, match=r"the loss or the gradient was not finite for 3 steps in a row"):
-        pretrain(run)
+    with pytest.raises(ConfigError, match=r"the loss or the gradient was not finite for 3 steps in a row"):
+        resumable_run.pretrain(run)
     result = json.loads((run.out / "result.json").read_text())
     assert result["status"] == "diverged"
     assert not list((run.out / "checkpoints").glob(f"step-{result['step']:07d}"))
@@ -380,7 +376,7 @@ def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_command_line_says_it_once_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--out", "/tmp/x", "--lr", "-1"]) == 2
+    assert pretrain.main(["--out", "/tmp/x", "--lr", "-1"]) == 2
     assert capsys.readouterr().err == "error: lr is -1.0; it must be above 0.\n"
 
 
@@ -388,5 +384,5 @@ def test_another_rank_than_the_first_stays_silent(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert main(["--out", "/tmp/x", "--lr", "-1"]) == 2
+    assert pretrain.main(["--out", "/tmp/x", "--lr", "-1"]) == 2
     assert capsys.readouterr().err == ""

@@ -10,8 +10,8 @@ import torch
 
 from tests.harness.conftest import Make
 from train import choose_beta
-from train.choose_beta import Choice, Probes, estimate, summarize
-from train.probe import alone
+from train.probe.pilot import Choice, Probes, draw, estimate, report, summarize
+from train.probe.single_rank import single_rank_run
 
 
 def probes(
@@ -56,11 +56,11 @@ def test_the_horizon_is_where_noise_and_lag_cost_least_together() -> None:
 
 def test_without_drift_it_is_said_that_there_is_none_in_most_trials() -> None:
     plan = {"steps": 2000, "tokens_per_step": 1, "gap": 50}
-    told = [choose_beta.report(estimate(probes(4, 16, 50, 0.0, 1.0, seed=seed), 50), plan) for seed in range(40)]
+    told = [report(estimate(probes(4, 16, 50, 0.0, 1.0, seed=seed), 50), plan) for seed in range(40)]
     assert sum("can't be told from noise" in text for text in told) >= 34
     nothing = Choice(1.0, -1e-9, 2e-9)
     assert nothing.horizon == math.inf and math.isnan(nothing.beta)
-    assert "\nbeta = none (0.0000 to 0.9990" in choose_beta.report(Choice(1e-9, -1e-9, 2e-9), plan)
+    assert "\nbeta = none (0.0000 to 0.9990" in report(Choice(1e-9, -1e-9, 2e-9), plan)
 
 
 def test_a_fast_drift_needs_no_memory() -> None:
@@ -71,10 +71,10 @@ def test_gradients_are_drawn_from_different_batches_at_the_same_weights(make: Ma
     """Each is the mean of those of its sequences, whose loss is taken anew here; the weights are as before, and no gradient is left in them."""
     data = make().data
     options = f"--batch 4 --sequence-length 32 --validation-fraction 0.2 --data {data.data} --data-cache {data.data_cache} --warmup 1"
-    with alone("test", tmp_path, 30, tuple(options.split())) as trainer:
+    with single_rank_run("test", tmp_path, 30, tuple(options.split())) as trainer:
         module = trainer.engine.module
         before = [parameter.clone() for parameter in module.parameters()]
-        drawn = list(choose_beta.draw(trainer, 3))
+        drawn = list(draw(trainer, 3))
         assert all(parameter.grad is None for parameter in module.parameters())
         random = np.random.default_rng([trainer.run.seed, trainer.step])
         for gradient in drawn:

@@ -17,8 +17,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from train import corpus, data
-from train.settings import Data, SettingsError
+from train.common.errors import ConfigError
+from train.data import corpus as corpus_module
+from train.data import token_files
+from train.data.config import Data
+from train.data.corpus import TWICE, Corpus, find_corpus
+from train.data.readers import Read
+from train.data.token_files import _name_of_format_3
 
 TEXTS = [f"doc number {i} " * 5 for i in range(20)]
 MORE = [f"second number {i} " * 5 for i in range(20)]
@@ -38,8 +43,8 @@ def jsonl(path: Path, rows: list[Any], opener: Callable[..., Any] = open) -> Non
 def tokens_of(place: Path, cache: Path, **settings: Any) -> tuple[Path, list[str]]:
     """The folder of the tokens, and the documents in it: what lies between two ends."""
     wanted = Data(data=str(place), data_cache=cache, validation_fraction=0.1, **settings)
-    folder = data.prepare(wanted, data.load_tokenizer("byt5"))
-    ids = np.concatenate([part.tokens for part in data.open_blocks(folder, 2)])
+    folder = token_files.prepare(wanted, token_files.load_tokenizer("byt5"))
+    ids = np.concatenate([part.tokens for part in token_files.open_blocks(folder, 2)])
     assert ((ids == 1) | (ids >= 3)).all()
     documents = np.split(ids, np.flatnonzero(ids == 1) + 1)[:-1]
     return folder, [bytes((d[:-1] - 3).astype(np.uint8)).decode() for d in documents]
@@ -185,9 +190,9 @@ def special_tokens(place: Path) -> dict[str, int]:
 
 RIGHT = [plain, holes, blank_lines, line_ends_of_windows, an_array, other_columns_elsewhere, utf_16, json_with_a_mark, compressed, compressed_text, upper_case, a_linked_folder, the_same_twice, hidden, of_other_kinds, empty_row_groups, special_tokens, over_several_lines, line_ends_in_text, a_link_upwards]  # fmt: skip
 LEFT_OUT = {
-    "the_same_twice": {corpus.TWICE: ["b.jsonl"]},
-    "a_link_upwards": {corpus.TWICE: ["up/"]},
-    "a_linked_folder": {corpus.TWICE: ["part2/round/"]},
+    "the_same_twice": {TWICE: ["b.jsonl"]},
+    "a_link_upwards": {TWICE: ["up/"]},
+    "a_linked_folder": {TWICE: ["part2/round/"]},
     "hidden": {"hidden": [".cache/", ".ipynb_checkpoints/", ".b.jsonl"]},
     "of_other_kinds": {"of another kind": ["_SUCCESS", "part.tar.gz", "picture.png", "words.zip"]},
 }
@@ -209,11 +214,11 @@ def test_each_text_is_one_document_and_the_rest_is_said(tmp_path: Path, case: Ca
             t.replace("doc number", "third number") + "\u2028" for t in TEXTS
         ]
     assert sorted(documents) == sorted(expected)
-    about = data.read_about(folder)
+    about = token_files.read_about(folder)
     assert about.dropped == dropped
     left_out = {reason: sorted(names) for reason, names in about.left_out.items()}
     assert left_out == {reason: sorted(names) for reason, names in LEFT_OUT.get(case.__name__, {}).items()}
-    said = data.told(folder, Data(data=str(place), data_cache=tmp_path / "cache"))
+    said = token_files.summary(folder, Data(data=str(place), data_cache=tmp_path / "cache"))
     assert f"{len(set(expected))} documents" in said and f"({sum(len(t.encode()) for t in expected)} bytes)" in said
     for reason, count in dropped.items():
         assert f"{count} {reason} (such as {place}" in said
@@ -233,7 +238,7 @@ def test_what_looks_like_the_end_of_a_document_is_text_for_fast_tokenizers_too(t
     texts = [f"{text}<eos> and on" for text in TEXTS]
     jsonl(tmp_path / "one" / "a.jsonl", texts)
     settings = Data(data=str(tmp_path / "one"), data_cache=tmp_path / "cache", validation_fraction=0.1)
-    ids = np.concatenate([part.tokens for part in data.open_blocks(data.prepare(settings, tokenizer), 1)])
+    ids = np.concatenate([part.tokens for part in token_files.open_blocks(token_files.prepare(settings, tokenizer), 1)])
     documents = np.split(ids, np.flatnonzero(ids == tokenizer.eos_token_id))[:-1]
     assert len(documents) == 20
     found = [tokenizer.decode(d[d != tokenizer.eos_token_id], clean_up_tokenization_spaces=False) for d in documents]
@@ -243,21 +248,21 @@ def test_what_looks_like_the_end_of_a_document_is_text_for_fast_tokenizers_too(t
 @pytest.mark.parametrize("name", [".", "cache", "a/b"])
 def test_a_cache_within_the_corpus_would_become_a_part_of_it(tmp_path: Path, name: str) -> None:
     jsonl(tmp_path / "one" / "a.jsonl", TEXTS)
-    with pytest.raises(SettingsError, match="within data, of which its files would become a part"):
+    with pytest.raises(ConfigError, match="within data, of which its files would become a part"):
         tokens_of(tmp_path / "one", tmp_path / "one" / name)
     tokens_of(tmp_path / "one", tmp_path / "one" / ".cache")
 
 
 def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl(tmp_path / "one" / "a.jsonl", TEXTS)
-    original = corpus.Corpus.documents
+    original = Corpus.documents
 
-    def documents(self: corpus.Corpus, settings: Data, read: corpus.Read) -> Any:
+    def documents(self: Corpus, settings: Data, read: Read) -> Any:
         yield from original(self, settings, read)
         jsonl(tmp_path / "one" / "a.jsonl", [*TEXTS[:-1], "doc NUMBER 19 " * 5])
 
-    monkeypatch.setattr(corpus.Corpus, "documents", documents)
-    with pytest.raises(SettingsError, match="which has changed while it was read"):
+    monkeypatch.setattr(Corpus, "documents", documents)
+    with pytest.raises(ConfigError, match="which has changed while it was read"):
         tokens_of(tmp_path / "one", tmp_path / "cache")
 
 
@@ -316,7 +321,7 @@ def test_a_file_that_cannot_be_read_is_refused_by_name_and_row(tmp_path: Path, c
     if case in ("Latin-1", "no mark"):
         (place / "a.jsonl").rename(place / "a.txt")
     make(place)
-    with pytest.raises(SettingsError) as refused:
+    with pytest.raises(ConfigError) as refused:
         tokens_of(place, tmp_path / "cache")
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
     assert not list((tmp_path / "cache").glob("tokens-*[!k]"))  # but for its lock
@@ -344,7 +349,7 @@ def test_whatever_a_file_is_called_it_alone_is_read(tmp_path: Path, seed: int) -
         only = sorted(file for file in place.rglob("*.jsonl"))[0]
         wanted = [json.loads(line)["text"] for line in only.read_text().splitlines()]
         settings = Data(data=str(only), data_cache=tmp_path / "cache", validation_fraction=0.3)
-        read = list(corpus.find(settings).documents(settings, corpus.Read()))
+        read = list(find_corpus(settings).documents(settings, Read()))
         assert read == wanted, (seed, number, only)
 
 
@@ -361,8 +366,8 @@ def test_a_corpus_is_known_by_its_content_and_read_once(tmp_path: Path, monkeypa
         read.append(path)
         return original(path)
 
-    original = corpus.checksum
-    monkeypatch.setattr(corpus, "checksum", checksum)
+    original = corpus_module.checksum
+    monkeypatch.setattr(corpus_module, "checksum", checksum)
     assert tokens_of(tmp_path / "one", tmp_path / "cache")[0] == first
     assert not read  # neither text nor tokens
     shutil.copytree(tmp_path / "one", tmp_path / "two", copy_function=shutil.copyfile)
@@ -385,11 +390,11 @@ def test_a_name_stands_for_several_files_where_hosts_have_their_own(
 ) -> None:
     jsonl(tmp_path / "one" / "a.jsonl", TEXTS)
     read: list[Path] = []
-    original = corpus.checksum
-    monkeypatch.setattr(corpus, "checksum", lambda path: (read.append(path), original(path))[1])
+    original = corpus_module.checksum
+    monkeypatch.setattr(corpus_module, "checksum", lambda path: (read.append(path), original(path))[1])
     for time in (10**9, 10**9 + 7, 10**9, 10**9 + 7):  # of two hosts in turn
         os.utime(tmp_path / "one" / "a.jsonl", (time, time))
-        corpus.find(Data(data=str(tmp_path / "one"), data_cache=tmp_path / "cache"))
+        find_corpus(Data(data=str(tmp_path / "one"), data_cache=tmp_path / "cache"))
     assert len(read) == 2
 
 
@@ -410,7 +415,7 @@ def test_names_that_are_no_utf_8_are_read_and_written(tmp_path: Path) -> None:
     for _ in range(2):
         folder, documents = tokens_of(place, tmp_path / "cache")
     assert sorted(documents) == sorted(TEXTS)
-    said = data.told(folder, Data(data=str(place), data_cache=tmp_path / "cache"))
+    said = token_files.summary(folder, Data(data=str(place), data_cache=tmp_path / "cache"))
     assert "1 null (such as" in said and "left\\xe9.csv" in said and said.encode()
 
 
@@ -436,7 +441,7 @@ def test_tokens_that_have_changed_are_not_trained_on(tmp_path: Path, part: str, 
     file.unlink()
     if how != "gone":
         file.write_bytes(content if how == "flip" else content[:-2])
-    with pytest.raises(SettingsError, match=rf"{part}.bin has changed since it was written"):
+    with pytest.raises(ConfigError, match=rf"{part}.bin has changed since it was written"):
         tokens_of(tmp_path / "one", tmp_path / "cache")
 
 
@@ -465,7 +470,7 @@ def test_a_changed_about_json_is_found(tmp_path: Path, change: str, guarded: boo
     ABOUT[change](about)
     (folder / "about.json").write_text(json.dumps(about))
     if guarded or change not in ("fewer documents", "nothing dropped"):
-        with pytest.raises(SettingsError, match=r"which is damaged|has changed since"):
+        with pytest.raises(ConfigError, match=r"which is damaged|has changed since"):
             tokens_of(tmp_path / "one", tmp_path / "cache")
     else:  # what only the sum would tell
         tokens_of(tmp_path / "one", tmp_path / "cache")
@@ -480,7 +485,7 @@ def test_the_standard_library_has_the_name_that_it_had(tmp_path: Path) -> None:
     root = Path(sysconfig.get_path("stdlib"))
     none_of = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
     files = [f for f in sorted(root.rglob("*.py")) if not none_of & set(f.relative_to(root).parts)]
-    tokenizer = data.load_tokenizer("byt5")
+    tokenizer = token_files.load_tokenizer("byt5")
     wanted = {
         "format": 3,
         "source": ["stdlib", sys.version, [[str(f.relative_to(root)), f.stat().st_size] for f in files]],
@@ -489,7 +494,7 @@ def test_the_standard_library_has_the_name_that_it_had(tmp_path: Path) -> None:
         "validation_fraction": 0.05,
     }
     expected = blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
-    assert data.fingerprint(Data(data_cache=tmp_path), tokenizer) == expected
+    assert token_files.fingerprint(Data(data_cache=tmp_path), tokenizer) == expected
 
 
 def test_the_standard_library_is_read_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,11 +504,11 @@ def test_the_standard_library_is_read_as_it_was(tmp_path: Path, monkeypatch: pyt
         (tmp_path / "lib").mkdir(exist_ok=True)
         (tmp_path / "lib" / f"{i:02}.py").write_bytes(text)
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path / "lib"))
-    folder = data.prepare(Data(data_cache=tmp_path / "cache"), data.load_tokenizer("byt5"))
-    joined = "".join(map(chr, np.concatenate([part.tokens for part in data.open_blocks(folder, 2)]).tolist()))
+    folder = token_files.prepare(Data(data_cache=tmp_path / "cache"), token_files.load_tokenizer("byt5"))
+    joined = "".join(map(chr, np.concatenate([part.tokens for part in token_files.open_blocks(folder, 2)]).tolist()))
     for text in texts:
         plain_text = text.decode("utf-8", "replace").replace("\r\n", "\n")
-        ids = data.load_tokenizer("byt5")([plain_text], add_special_tokens=False)["input_ids"][0]
+        ids = token_files.load_tokenizer("byt5")([plain_text], add_special_tokens=False)["input_ids"][0]
         assert "".join(map(chr, [*ids, 1])) in joined
     assert ids
 
@@ -511,14 +516,19 @@ def test_the_standard_library_is_read_as_it_was(tmp_path: Path, monkeypatch: pyt
 def test_a_run_that_began_on_the_tokens_of_an_earlier_version_goes_on_with_them(tmp_path: Path) -> None:
     place, cache = tmp_path / "one", tmp_path / "cache"
     jsonl(place / "a.jsonl", TEXTS)
-    tokenizer, settings = data.load_tokenizer("byt5"), Data(data=str(place), data_cache=cache, validation_fraction=0.1)
-    now = data.prepare(settings, tokenizer)
-    old = cache / data._name_of_format_3(settings, tokenizer)
+    tokenizer, settings = (
+        token_files.load_tokenizer("byt5"),
+        Data(data=str(place), data_cache=cache, validation_fraction=0.1),
+    )
+    now = token_files.prepare(settings, tokenizer)
+    old = cache / _name_of_format_3(settings, tokenizer)
     shutil.copytree(now, old)
-    assert data.prepare(settings, tokenizer, old.name) == old
-    assert data.prepare(settings, tokenizer, "tokens-0123456789abcdef") == now  # of other text: the run refuses it
+    assert token_files.prepare(settings, tokenizer, old.name) == old
+    assert (
+        token_files.prepare(settings, tokenizer, "tokens-0123456789abcdef") == now
+    )  # of other text: the run refuses it
     shutil.rmtree(old)
-    with pytest.raises(SettingsError, match="an earlier version made and which are gone"):
-        data.prepare(settings, tokenizer, old.name)
+    with pytest.raises(ConfigError, match="an earlier version made and which are gone"):
+        token_files.prepare(settings, tokenizer, old.name)
     os.utime(place / "a.jsonl")
-    assert data.prepare(settings, tokenizer, old.name) == now
+    assert token_files.prepare(settings, tokenizer, old.name) == now

@@ -7,24 +7,26 @@ import numpy as np
 import pytest
 
 from tests.harness.conftest import Make
-from train import corpus, data
-from train.settings import Data
+from train.data import token_files
+from train.data.blocks import batch_indices
+from train.data.config import Data
+from train.data.corpus import find_corpus
 
 
 def test_an_epoch_visits_every_block_once_and_the_next_one_in_another_order() -> None:
-    batches = [data.batch_indices(step, 4, 10, seed=3) for step in range(5)]  # 20 = two epochs of 10
+    batches = [batch_indices(step, 4, 10, seed=3) for step in range(5)]  # 20 = two epochs of 10
     order = np.concatenate(batches)
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
     assert list(order[:10]) != list(order[10:])
 
 
 def test_the_batch_is_a_function_of_seed_and_step_alone() -> None:
-    forward = [data.batch_indices(step, 8, 100, 0).tolist() for step in range(30)]
-    backward = [data.batch_indices(step, 8, 100, 0).tolist() for step in reversed(range(30))]
+    forward = [batch_indices(step, 8, 100, 0).tolist() for step in range(30)]
+    backward = [batch_indices(step, 8, 100, 0).tolist() for step in reversed(range(30))]
     assert forward == backward[::-1]
-    assert forward[0] != data.batch_indices(0, 8, 100, 1).tolist()
+    assert forward[0] != batch_indices(0, 8, 100, 1).tolist()
     # twice the batch is the same sequence, so that a run's data doesn't depend on how it is cut
-    assert data.batch_indices(3, 16, 100, 0).tolist() == forward[6] + forward[7]
+    assert batch_indices(3, 16, 100, 0).tolist() == forward[6] + forward[7]
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "json.gz", "parquet"])
@@ -42,10 +44,13 @@ def test_every_kind_of_file_gives_the_same_tokens_and_no_document_is_in_both_par
     else:
         pd.DataFrame({"text": texts}).to_json(folder / f"all.{kind}", orient="records", lines=True)
     settings = Data(data=str(folder), data_cache=tmp_path / "cache", validation_fraction=0.25)
-    tokens = data.prepare(settings, data.load_tokenizer("byt5"))
-    assert data.prepare(settings, data.load_tokenizer("byt5")) == tokens  # not made twice
+    tokens = token_files.prepare(settings, token_files.load_tokenizer("byt5"))
+    assert token_files.prepare(settings, token_files.load_tokenizer("byt5")) == tokens  # not made twice
     assert len(list((tmp_path / "cache").glob("tokens-*/about.json"))) == 1
-    parts = [bytes((t - 3).astype(np.uint8)[t != 1].tobytes()) for t in (b.tokens for b in data.open_blocks(tokens, 8))]
+    parts = [
+        bytes((t - 3).astype(np.uint8)[t != 1].tobytes())
+        for t in (b.tokens for b in token_files.open_blocks(tokens, 8))
+    ]
     about = json.loads((tokens / "about.json").read_text())
     assert about["documents"] == {"train": 15, "validation": 5}
     assert sorted(parts[0].count(t.encode()) + parts[1].count(t.encode()) for t in set(texts)) == [1] * 19 + [2]
@@ -54,17 +59,17 @@ def test_every_kind_of_file_gives_the_same_tokens_and_no_document_is_in_both_par
 
 def test_a_change_in_the_corpus_makes_new_tokens(make: Make, corpus: Path, tmp_path: Path) -> None:
     settings = Data(data=str(corpus), data_cache=tmp_path, validation_fraction=0.2)
-    first = data.prepare(settings, data.load_tokenizer("byt5"))
+    first = token_files.prepare(settings, token_files.load_tokenizer("byt5"))
     extra = corpus / "extra.txt"
     extra.write_text("one more")
     try:
-        assert data.prepare(settings, data.load_tokenizer("byt5")) != first
+        assert token_files.prepare(settings, token_files.load_tokenizer("byt5")) != first
     finally:
         extra.unlink()
 
 
 def test_the_default_corpus_is_the_standard_library(tmp_path: Path) -> None:
-    source = corpus.find(Data(data_cache=tmp_path))
+    source = find_corpus(Data(data_cache=tmp_path))
     assert any(file.name == "argparse.py" for file in source.files)
     assert not any("site-packages" in file.parts for file in source.files)
 
@@ -80,5 +85,5 @@ def test_tokenizers_that_differ_in_anything_do_not_share_tokens(make: Make) -> N
         backend.normalizer = normalizer
         for end in ("</s>", "word"):
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, unk_token="<unk>")
-            folders.add(data.prepare(make().data, tokenizer))
+            folders.add(token_files.prepare(make().data, tokenizer))
     assert len(folders) == 4

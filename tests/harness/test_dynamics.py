@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from train import dynamics
+from train.analysis import training_dynamics
 
 
 def test_omega_is_the_mean_move_of_the_average_after_the_first_tenth() -> None:
@@ -17,10 +17,10 @@ def test_omega_is_the_mean_move_of_the_average_after_the_first_tenth() -> None:
         before, average = average, average + 2 / 11 * (size - average)
         moves.append(abs(average - before))
     lines = pd.DataFrame({"step": range(1, 41), "update_rms": sizes})
-    assert dynamics.omega(lines, 9, 10) == pytest.approx(np.mean(moves), rel=1e-12)
+    assert training_dynamics.omega(lines, 9, 10) == pytest.approx(np.mean(moves), rel=1e-12)
     validations = pd.DataFrame({"step": [10, 20], "update_rms": [math.nan] * 2})  # lines of another kind are no steps
-    assert dynamics.omega(pd.concat([lines, validations]), 9, 10) == pytest.approx(np.mean(moves), rel=1e-12)
-    assert math.isnan(dynamics.omega(lines[:1], 9, 10))
+    assert training_dynamics.omega(pd.concat([lines, validations]), 9, 10) == pytest.approx(np.mean(moves), rel=1e-12)
+    assert math.isnan(training_dynamics.omega(lines[:1], 9, 10))
 
 
 def test_tied_runs_are_counted_where_they_are_the_evenest_of_their_row() -> None:
@@ -29,7 +29,7 @@ def test_tied_runs_are_counted_where_they_are_the_evenest_of_their_row() -> None
         {"beta1": b1, "beta2": b2, "lr": 1e-3, "seed": seed, "omega_10": 1.0 if b1 == b2 and seed < 3 else 2.0 + b2}
         for b1, b2, seed in product(betas, betas, range(4))
     ]
-    found = dynamics.selection(pd.DataFrame(rows), 10)
+    found = training_dynamics.selection(pd.DataFrame(rows), 10)
     # In the fourth seed the smallest beta2 is the evenest, which for beta1 = 0.8 is the tied one.
     assert found[:5] == (10, 10, 12, 3, 3)
     assert found.p == pytest.approx(1 / 27, rel=1e-9)  # three votes of one in three each
@@ -41,11 +41,11 @@ def test_a_cell_that_has_always_diverged_takes_no_others_vote() -> None:
         {"beta1": b1, "beta2": b2, "lr": 1e-3, "seed": 0, "omega_10": math.nan if b2 == 0.8 else 1.0 + (b1 != b2)}
         for b1, b2 in product(betas[1:], betas)
     ]
-    found = dynamics.selection(pd.DataFrame(rows), 10)
+    found = training_dynamics.selection(pd.DataFrame(rows), 10)
     assert found[:5] == (10, 2, 2, 2, 2) and found.p == pytest.approx(1 / 4)
 
 
 def test_without_a_tied_run_and_another_there_is_nothing_to_count() -> None:
     table = pd.DataFrame({"beta1": [0.9, 0.8], "beta2": [0.95, 0.8], "lr": 1e-3, "seed": 0, "omega_10": 1.0})
-    found = dynamics.selection(table, 10)
+    found = training_dynamics.selection(table, 10)
     assert found.rows == 0 and math.isnan(found.p)

@@ -24,11 +24,16 @@ from tests.harness.conftest import Make
 from tests.harness.runs import change, finish, out_of, start
 from tests.harness.test_guard import poison
 from tests.ranks import LIMIT
-from train import checkpoints, folder
-from train.pretrain import pretrain
-from train.ranks import Ranks, free_port
-from train.settings import REPOSITORY, SettingsError
-from train.watch import AGAIN, Watch
+from train.checkpoint.load import find_checkpoint
+from train.checkpoint.manifest import newest_step
+from train.checkpoint.resumable_run import pretrain
+from train.common.errors import EXIT_RETRY, ConfigError
+from train.common.files import REPOSITORY
+from train.distributed.launch import free_port
+from train.distributed.ranks import Ranks
+from train.distributed.watchdog import Watchdog
+from train.run import run_dir
+from train.run.metrics import read_metrics
 
 VICTIM = "tests.drill.victim"
 
@@ -59,7 +64,7 @@ def test_wherever_a_checkpoint_is_truncated_or_changed_it_is_named_and_the_one_b
     pretrain(run)
     last, draw = newest(run), random.Random(0)
     files = [last / name for name in json.loads((last / "complete.json").read_text())["files"]]
-    alone = Ranks(0, 0, 1, torch.device("cpu"), Watch(0, 1, 60.0))
+    alone = Ranks(0, 0, 1, torch.device("cpu"), Watchdog(0, 1, 60.0))
     sizes = [file.stat().st_size for file in files]
     for number in range(20):
         file = draw.choices([*files, last / "complete.json"], [*sizes, max(sizes)])[0]
@@ -69,14 +74,14 @@ def test_wherever_a_checkpoint_is_truncated_or_changed_it_is_named_and_the_one_b
             file.write_bytes(whole[:place])
         else:
             file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        found = checkpoints.find(alone, last.parent)
+        found = find_checkpoint(alone, last.parent)
         said = capsys.readouterr().out
         assert found and found.step == 3, f"{file.name} at {place}"
         assert re.search(rf"{last} is (not whole|damaged) \(.+\); passed over", said)
         file.write_bytes(whole)
         if (last / "damaged.json").exists():
             (last / "damaged.json").rename(last / "complete.json")
-    found = checkpoints.find(alone, last.parent)
+    found = find_checkpoint(alone, last.parent)
     assert found and found.step == 6
 
 
@@ -88,11 +93,11 @@ def test_where_no_checkpoint_is_whole_it_does_not_begin_from_nothing(make: Make)
     file.write_bytes(bytes(file.stat().st_size))
     for _ in range(2):
         with pytest.raises(
-            SettingsError, match=r"holds checkpoints, and none of them is whole; restore one, or remove them"
+            ConfigError, match=r"holds checkpoints, and none of them is whole; restore one, or remove them"
         ):
             pretrain(run)
-    assert checkpoints.newest_step(run.out / "checkpoints") == 0
-    assert len(folder.read_metrics(run.out)) > 5  # untouched
+    assert newest_step(run.out / "checkpoints") == 0
+    assert len(read_metrics(run.out)) > 5  # untouched
 
 
 def test_a_checkpoint_runs_nothing_when_it_is_loaded(
@@ -105,7 +110,7 @@ def test_a_checkpoint_runs_nothing_when_it_is_loaded(
     poison(newest(run), file.name, tmp_path / "evil-was-here")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        SettingsError, match=r"step-0000006 can't be loaded on rank 0 .*remove it to go on from an older one"
+        ConfigError, match=r"step-0000006 can't be loaded on rank 0 .*remove it to go on from an older one"
     ):
         pretrain(run)
     assert not (tmp_path / "evil-was-here").exists()
@@ -125,8 +130,8 @@ def test_ranks_meet_at_a_port_that_nobody_has_and_no_outgoing_connection_gets() 
 def test_a_machine_without_a_free_port_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("", 10000))
-        monkeypatch.setattr("train.ranks._first_of_connections", lambda: 10001)
-        with pytest.raises(SettingsError, match=r"^none of a thousand TCP ports from 10000 to 10000 is free on "):
+        monkeypatch.setattr("train.distributed.launch._first_of_connections", lambda: 10001)
+        with pytest.raises(ConfigError, match=r"^none of a thousand TCP ports from 10000 to 10000 is free on "):
             free_port()
 
 
@@ -137,7 +142,7 @@ def test_a_token_file_that_has_changed_is_refused(make: Make, tmp_path: Path) ->
     file = next((tmp_path / "cache").glob("tokens-*/train.bin"))
     whole = file.read_bytes()
     file.write_bytes(whole[:100] + b"\0\0" + whole[102:])
-    with pytest.raises(SettingsError, match=r"train.bin has changed since it was written; remove that folder"):
+    with pytest.raises(ConfigError, match=r"train.bin has changed since it was written; remove that folder"):
         pretrain(run)
     shutil.rmtree(file.parent)
     pretrain(run)
@@ -254,12 +259,12 @@ def test_ranks_whose_launcher_is_killed_save_and_end(small_run: list[str], strai
     options = change(small_run, steps=60, save_every=100)
     process = start(options)
     out = out_of(options)
-    until(lambda: len(folder.read_metrics(out)) >= 5)
+    until(lambda: len(read_metrics(out)) >= 5)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) == 2
     process.kill()
     assert not psutil.wait_procs(family, timeout=LIMIT)[1]
-    step = checkpoints.newest_step(out / "checkpoints")
+    step = newest_step(out / "checkpoints")
     assert step > 0 and step % 100, "saved when it was asked, not when it was due"
     assert finish(options)[0] == 0
     assert same(out, undisturbed(options, straight))
@@ -272,16 +277,16 @@ def test_stopped_by_a_file_or_a_signal_it_saves_and_says_so_by_its_exit_code(
     options = change(small_run, steps=100000, save_every=0, keep=1)
     out = out_of(options)
     for number, how in enumerate(("file", "SIGTERM", "SIGUSR1")):
-        process, before = start(options, None), len(folder.read_metrics(out))
-        until(lambda: len(folder.read_metrics(out)) >= before + 3)  # noqa: B023
+        process, before = start(options, None), len(read_metrics(out))
+        until(lambda: len(read_metrics(out)) >= before + 3)  # noqa: B023
         if how == "file":
             (out / "STOP").touch()
         else:
             process.send_signal(getattr(signal, how))
-        assert process.wait() == AGAIN, process.said()
+        assert process.wait() == EXIT_RETRY, process.said()
         assert re.search(r"Stopped at step (\d+) and saved up to step \1, as asked", process.said())
         assert [event["event"] for event in events(out)] == ["begins", "stopped"] * (number + 1)
-        assert checkpoints.newest_step(out / "checkpoints") == len(losses(out))
+        assert newest_step(out / "checkpoints") == len(losses(out))
 
 
 @pytest.mark.ranks
@@ -290,7 +295,7 @@ def test_a_second_job_in_the_same_folder_waits_and_then_refuses(
 ) -> None:
     options = change(small_run, steps=100000, save_every=0)
     first = start(options, None)
-    until(lambda: len(folder.read_metrics(out_of(options))) >= 3)
+    until(lambda: len(read_metrics(out_of(options))) >= 3)
     code, said = finish(options, None)
     first.end()
     assert code == 2 and "waiting 15 s for it to end" in said
@@ -306,7 +311,7 @@ def test_a_nan_in_one_ranks_gradient_is_skipped_on_all_and_counted(small_run: li
     options = change(small_run, steps=8, ds_config=REPOSITORY / "ds_configs" / f"zero{stage}.json")
     code, said = finish(options, module=VICTIM, VICTIM="1 - 4 nan")
     assert code == 0, said
-    lines = [line for line in folder.read_metrics(out_of(options)) if "loss" in line]
+    lines = [line for line in read_metrics(out_of(options)) if "loss" in line]
     assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 1, 1, 1, 1, 1]
     assert all(line["loss"] is not None for line in lines) and lines[-1]["loss"] < lines[0]["loss"]
     assert lines[3]["grad_norm"] is None and lines[4]["grad_norm"] is not None
@@ -318,7 +323,7 @@ def test_nan_again_and_again_stops_the_run_with_the_last_good_checkpoint_kept(sm
     code, said = finish(options, module=VICTIM, VICTIM="1 - -6 nan")
     assert code != 0 and "the loss or the gradient was not finite for 3 steps in a row, up to step 8" in said
     out = out_of(options)
-    assert folder.result(out) and checkpoints.newest_step(out / "checkpoints") == 4
+    assert run_dir.result(out) and newest_step(out / "checkpoints") == 4
 
 
 # ---- Disks (a mount of our own, so root)
@@ -345,7 +350,7 @@ def test_a_disk_that_fails_while_saving_is_named_and_nothing_older_is_lost(
     options = change(small_run, steps=100000, save_every=20, out=disk / "run", keep=1)
     process = start(options)
     out = disk / "run"
-    until(lambda: checkpoints.newest_step(out / "checkpoints") >= 20)
+    until(lambda: newest_step(out / "checkpoints") >= 20)
     if how == "full":
         with (disk / "filler").open("wb") as filler, pytest.raises(OSError, match="No space"):
             while True:
@@ -369,11 +374,11 @@ def test_a_disk_that_fails_while_saving_is_named_and_nothing_older_is_lost(
         (disk / "filler").unlink()
     else:
         subprocess.run(["umount", out / "checkpoints"], check=True)
-    before = checkpoints.newest_step(out / "checkpoints")
+    before = newest_step(out / "checkpoints")
     assert before >= 20
     again = start(options)
-    until(lambda: len(events(out)) >= 4 or checkpoints.newest_step(out / "checkpoints") > before)
+    until(lambda: len(events(out)) >= 4 or newest_step(out / "checkpoints") > before)
     again.send_signal(signal.SIGTERM)
     again.wait()
-    assert checkpoints.newest_step(out / "checkpoints") > before
+    assert newest_step(out / "checkpoints") > before
     losses(out)  # every step once

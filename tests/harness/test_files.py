@@ -17,11 +17,17 @@ import torch
 
 from tests import session
 from tests.corpus import write_corpus
-from train import checkpoints, folder
-from train.pretrain import main, pretrain
-from train.ranks import Ranks, start
-from train.schemas import guard
-from train.settings import Run, SettingsError, TryAgain, parse
+from train import pretrain
+from train.checkpoint import load, manifest, resumable_run
+from train.checkpoint.load import find_checkpoint
+from train.checkpoint.save import _rotate
+from train.common.command_line import parse
+from train.common.errors import ConfigError, RetryError
+from train.common.schemas import guard
+from train.distributed.launch import join
+from train.distributed.ranks import Ranks
+from train.run.config import Run
+from train.run.metrics import Metrics, _tell_once, read_metrics
 
 JUNK: list[Any] = [None, True, -1, 0, 1.5, 2**63, "", "x", "\0", [], {}, [[]], {"a": None}, ["x"], [-1, "x"], "../x"]
 
@@ -45,7 +51,7 @@ def trained(seed: int = 0) -> Path:
     out = session.folder() / "files" / f"run-{seed}"
     run = settings(out, "--seed", str(seed))
     write_corpus(Path(run.data.data))
-    pretrain(run)
+    resumable_run.pretrain(run)
     return out
 
 
@@ -60,7 +66,7 @@ def run(tmp_path: Path) -> Run:
 @pytest.fixture
 def alone() -> Ranks:
     """The only rank."""
-    return start(60.0)
+    return join(60.0)
 
 
 def last(run: Run) -> Path:
@@ -116,12 +122,12 @@ def test_whatever_stands_in_complete_json_the_checkpoint_before_is_used_and_one_
     assert len(texts) > 40
     for text in texts:
         file.write_bytes(text)
-        found = checkpoints.find(alone, file.parent.parent, run.identity())
+        found = find_checkpoint(alone, file.parent.parent, run.identity())
         said = capsys.readouterr().out
         assert found and found.step == 3, text[:200]
         assert said.count("passed over") == 1 and said.count("\n") == 1, (text[:200], said)
     file.write_text(json.dumps(whole))
-    found = checkpoints.find(alone, file.parent.parent, run.identity())
+    found = find_checkpoint(alone, file.parent.parent, run.identity())
     assert found and found.step == 6
 
 
@@ -136,7 +142,7 @@ def test_what_is_no_file_is_not_waited_for(run: Run, alone: Ranks, what: str, na
         file.mkdir()
     else:
         file.symlink_to("/dev/zero" if what == "device" else "/nowhere")
-    found = checkpoints.find(alone, file.parent.parent)
+    found = find_checkpoint(alone, file.parent.parent)
     assert found and found.step == 3
 
 
@@ -145,10 +151,10 @@ def test_a_checkpoint_with_a_file_that_has_no_sum_is_not_whole(run: Run, alone: 
     whole = {key: value for key, value in json.loads(file.read_text()).items() if key != "sum"}
     for name in whole["files"]:
         file.write_text(json.dumps(changed(whole, ("files", name), KeyError)))
-        found = checkpoints.find(alone, file.parent.parent)
+        found = find_checkpoint(alone, file.parent.parent)
         assert found and found.step == 3, name
         (last(run) / name).rename(last(run) / "elsewhere")  # nor one that lacks the file too
-        found = checkpoints.find(alone, file.parent.parent)
+        found = find_checkpoint(alone, file.parent.parent)
         assert found and found.step == 3, name
         (last(run) / "elsewhere").rename(last(run) / name)
 
@@ -158,30 +164,34 @@ def test_a_checkpoint_with_a_file_that_has_no_sum_is_not_whole(run: Run, alone: 
 
 def test_a_checkpoint_of_another_run_is_refused_and_stays(run: Run, alone: Ranks) -> None:
     shutil.copytree(trained(1) / "checkpoints" / last(run).name, last(run), dirs_exist_ok=True)
-    with pytest.raises(SettingsError, match=r"step-0000006 is a checkpoint of a run with seed = 1, not 0; move it"):
-        pretrain(run)
+    with pytest.raises(ConfigError, match=r"step-0000006 is a checkpoint of a run with seed = 1, not 0; move it"):
+        resumable_run.pretrain(run)
     assert last(run).name == "step-0000006"
     shutil.rmtree(last(run))
-    pretrain(run)
+    resumable_run.pretrain(run)
     assert bits(run.out) == bits(trained())
 
 
 def test_a_checkpoint_of_a_run_on_other_text_is_refused(run: Run) -> None:
     file = last(run) / "complete.json"
     file.write_text(json.dumps(guard({**json.loads(file.read_text()), "tokens": "tokens-0123456789abcdef"})))
-    with pytest.raises(SettingsError, match=r"is a checkpoint of a run on other text \(tokens-0123456789abcdef, not"):
-        pretrain(run)
+    with pytest.raises(ConfigError, match=r"is a checkpoint of a run on other text \(tokens-0123456789abcdef, not"):
+        resumable_run.pretrain(run)
 
 
 def test_the_same_bytes_in_another_place_and_of_another_time_resume(run: Run, tmp_path: Path) -> None:
     shutil.rmtree(last(run))
     shutil.copytree(run.data.data, tmp_path / "staged anew", copy_function=shutil.copyfile)
-    pretrain(settings(run.out, "--data", str(tmp_path / "staged anew"), "--data-cache", str(tmp_path / "cache")))
+    resumable_run.pretrain(
+        settings(run.out, "--data", str(tmp_path / "staged anew"), "--data-cache", str(tmp_path / "cache"))
+    )
     assert bits(run.out) == bits(trained())
     (run.out / "result.json").unlink()
     (tmp_path / "staged anew" / "00.txt").write_text("other words " * 200)
-    with pytest.raises(SettingsError, match=r"data is .*, which has changed since the run"):
-        pretrain(settings(run.out, "--data", str(tmp_path / "staged anew"), "--data-cache", str(tmp_path / "cache")))
+    with pytest.raises(ConfigError, match=r"data is .*, which has changed since the run"):
+        resumable_run.pretrain(
+            settings(run.out, "--data", str(tmp_path / "staged anew"), "--data-cache", str(tmp_path / "cache"))
+        )
 
 
 def test_a_checkpoint_that_does_not_say_which_run_it_is_of_still_loads(run: Run) -> None:
@@ -190,7 +200,7 @@ def test_a_checkpoint_that_does_not_say_which_run_it_is_of_still_loads(run: Run)
     file = last(run) / "complete.json"
     about = json.loads(file.read_text())
     file.write_text(json.dumps({key: value for key, value in about.items() if key not in ("run", "tokens", "sum")}))
-    pretrain(run)
+    resumable_run.pretrain(run)
     assert bits(run.out) == bits(trained())
 
 
@@ -200,7 +210,7 @@ def bits(out: Path) -> dict[str, Any]:
     weights = torch.load(max((out / "checkpoints").glob("step-*")) / "mp_rank_00_model_states.pt", weights_only=False)[
         "module"
     ]
-    lines = [(line["step"], line["loss"]) for line in folder.read_metrics(out) if "loss" in line]
+    lines = [(line["step"], line["loss"]) for line in read_metrics(out) if "loss" in line]
     return {
         "files": sorted(files),
         "losses": lines,
@@ -228,26 +238,28 @@ def failing(times: int, number: int) -> Callable[[Callable[..., Any]], Callable[
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT, errno.EMFILE])
-@pytest.mark.parametrize("reader", ["checksum", "_manifest", "_size"])
+@pytest.mark.parametrize("reader", ["checksum", "_manifest", pytest.param("size_of", id="_size")])
 @pytest.mark.parametrize("times", [1, 99])
 def test_what_cannot_be_read_now_is_neither_damaged_nor_passed_over(
     run: Run, alone: Ranks, monkeypatch: pytest.MonkeyPatch, number: int, reader: str, times: int
 ) -> None:
-    monkeypatch.setattr(checkpoints.time, "sleep", lambda _: None)
+    monkeypatch.setattr(load.time, "sleep", lambda _: None)
     before = sorted(path.name for path in last(run).iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, reader, failing(times, number)(getattr(checkpoints, reader)))
+        failing_reader = failing(times, number)(getattr(manifest, reader))
+        for module in (load, manifest):
+            patch.setattr(module, reader, failing_reader, raising=False)
         if times == 1 and reader == "checksum":  # tried again
-            found = checkpoints.find(alone, run.out / "checkpoints")
+            found = find_checkpoint(alone, run.out / "checkpoints")
         else:
-            with pytest.raises(TryAgain, match=rf"can't be read now \({os.strerror(number)}\); nothing was changed"):
-                checkpoints.find(alone, run.out / "checkpoints")
+            with pytest.raises(RetryError, match=rf"can't be read now \({os.strerror(number)}\); nothing was changed"):
+                find_checkpoint(alone, run.out / "checkpoints")
             found = None
         # Nor is it removed, or an older one kept in its place, when a newer one is saved.
         if times > 1 and reader != "checksum":
-            checkpoints._rotate(run.out / "checkpoints", 7, 1)
+            _rotate(run.out / "checkpoints", 7, 1)
     assert sorted(path.name for path in last(run).iterdir()) == before
-    found = found or checkpoints.find(alone, run.out / "checkpoints")
+    found = found or find_checkpoint(alone, run.out / "checkpoints")
     assert found and found.step == 6
 
 
@@ -265,7 +277,7 @@ def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_an_empty_one(
         return original(path)
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
-    assert main(options(run.out)) == 75
+    assert pretrain.main(options(run.out)) == 75
     assert "can't be read now" in capsys.readouterr().err
     assert (run.out / "metrics.jsonl").read_bytes() == metrics
 
@@ -273,8 +285,8 @@ def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_an_empty_one(
 def test_checkpoints_on_a_disk_that_is_not_mounted_are_not_none(run: Run) -> None:
     (run.out / "checkpoints").rename(run.out.with_name("elsewhere"))
     (run.out / "checkpoints").symlink_to("/nowhere/checkpoints")
-    with pytest.raises(TryAgain, match="can't be read now"):
-        pretrain(run)
+    with pytest.raises(RetryError, match="can't be read now"):
+        resumable_run.pretrain(run)
 
 
 # ---- metrics.jsonl
@@ -303,15 +315,15 @@ def test_a_damaged_line_of_metrics_is_told_and_kept_and_the_run_goes_on(
     at = {"first": 0, "inside": 3}.get(place, len(lines))
     end = b"" if place == "cut at the end" else b"\n"
     file.write_bytes(b"".join([*lines[:at], DAMAGE[damage] + end, *lines[at:]]))
-    folder._tell_once.cache_clear()
-    kept = folder.read_metrics(run.out)
+    _tell_once.cache_clear()
+    kept = read_metrics(run.out)
     assert kept == [json.loads(line) for line in lines]
     said = capsys.readouterr().err
     told = place != "cut at the end"
     assert said.count("\n") == told and (f"metrics.jsonl line {at + 1} is damaged" in said) == told
-    metrics = folder.Metrics(run.out, 6)
+    metrics = Metrics(run.out, 6)
     metrics.write(step=7, loss=1.0, step_seconds=None)
-    assert [line["step"] for line in folder.read_metrics(run.out)] == [line["step"] for line in kept] + [7]
+    assert [line["step"] for line in read_metrics(run.out)] == [line["step"] for line in kept] + [7]
     aside = run.out / "metrics.damaged.jsonl"
     assert (aside.read_bytes() if aside.exists() else b"") == (DAMAGE[damage] + b"\n" if told else b"")
 
@@ -321,7 +333,7 @@ def test_a_run_with_damaged_metrics_resumes(run: Run) -> None:
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join([lines[0], b"\xff\n", b'{"step": "x"}\n', *lines[1:]]))
     shutil.rmtree(last(run))
-    pretrain(run)
+    resumable_run.pretrain(run)
     assert bits(run.out) == bits(trained())
 
 
@@ -337,7 +349,7 @@ def test_a_damaged_file_of_a_run_is_named_and_nothing_changes(run: Run, name: st
     before = {
         path: path.read_bytes() for path in run.out.rglob("*") if path.is_file() and path.name != "attempts.jsonl"
     }
-    with pytest.raises(SettingsError, match=rf"{name} can't be read: .*; restore it, or remove it") as refused:
-        pretrain(run)
+    with pytest.raises(ConfigError, match=rf"{name} can't be read: .*; restore it, or remove it") as refused:
+        resumable_run.pretrain(run)
     assert "\n" not in str(refused.value)
     assert all(path.read_bytes() == content for path, content in before.items())

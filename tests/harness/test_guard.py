@@ -20,8 +20,8 @@ from tests import session
 from tests.corpus import write_corpus
 from tests.harness.runs import change, finish, out_of
 from tests.ranks import Program, environment, start
-from train.schemas import guard
-from train.settings import REPOSITORY
+from train.common.files import REPOSITORY
+from train.common.schemas import guard
 
 READERS = {"load_checkpoint", "get_fp32_state_dict_from_zero_checkpoint", "ds_to_universal.main", "torch.load"}
 """Calls that read a checkpoint's files, DeepSpeed's as they are used here."""
@@ -52,7 +52,8 @@ def unguarded(source: str) -> Iterator[str]:
 
 
 def test_whatever_reads_a_checkpoint_does_it_guarded() -> None:
-    found = {file.name: list(unguarded(file.read_text())) for file in sorted((REPOSITORY / "train").rglob("*.py"))}
+    found = {str(file): list(unguarded(file.read_text())) for file in sorted((REPOSITORY / "train").rglob("*.py"))}
+    assert len(found) > 50
     assert {name: calls for name, calls in found.items() if calls} == {}
 
 
@@ -123,9 +124,11 @@ def respond(options: list[str], out: Path) -> tuple[int, str]:
 
 
 def convert(options: list[str], out: Path) -> tuple[int, str]:
-    """As train.checkpoints does for another number of ranks."""
+    """As train.checkpoint does for another number of ranks."""
     arguments = [str(out_of(options) / "checkpoints" / "step-0000006"), str(out)]
-    program = Program("train.universal", arguments, environment(DS_ACCELERATOR="cpu"), out.with_suffix(".log"), None)
+    program = Program(
+        "train.checkpoint.universal", arguments, environment(DS_ACCELERATOR="cpu"), out.with_suffix(".log"), None
+    )
     started = start(program)
     return started.wait(), started.said()
 

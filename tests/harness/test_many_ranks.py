@@ -12,11 +12,16 @@ import torch.distributed as dist
 
 from tests.corpus import write_corpus
 from tests.ranks import spawn
-from train import checkpoints, deepspeed_config, folder
-from train.pretrain import initialize
-from train.progress import Progress
-from train.ranks import Ranks, start
-from train.settings import Run, parse
+from train.checkpoint.load import find_checkpoint
+from train.checkpoint.resumable_run import saver
+from train.common.command_line import parse
+from train.common.progress import Progress
+from train.distributed.launch import join
+from train.distributed.ranks import Ranks
+from train.run import deepspeed_config
+from train.run.config import Run
+from train.run.engine import initialize
+from train.run.metrics import Metrics
 
 STEPS = 4
 
@@ -42,13 +47,13 @@ def job(place: str) -> Cost:
     text = f"--steps {STEPS} --warmup 1 --batch {world} --sequence-length 32 --validation-fraction 0.2 --save-every 0"
     options = [*text.split(), "--data", f"{place}/corpus", "--data-cache", f"{place}/cache", "--model", str(config)]
     run = parse(Run, [*options, "--out", f"{place}/run", "--validate-every", "0"], "train.pretrain", None)
-    ranks = start(run.timeout)
+    ranks = join(run.timeout)
     ds_config = deepspeed_config.resolve(run, world, False)
-    assert checkpoints.find(ranks, run.out / "checkpoints") is None
+    assert find_checkpoint(ranks, run.out / "checkpoints") is None
     trainer = initialize(run, ranks, ds_config)
-    if ranks.first:
+    if ranks.is_main:
         run.out.mkdir()
-    metrics = folder.Metrics(run.out, 0) if ranks.first else None
+    metrics = Metrics(run.out, 0) if ranks.is_main else None
     calls: Counter[str] = Counter()
     numbers = [0]
 
@@ -64,7 +69,7 @@ def job(place: str) -> Cost:
 
     for _ in range(2):
         trainer.train_step()
-    names = ("sum_and_max", "gather", "from_first")
+    names = ("sum_and_max", "gather", "broadcast")
     originals = {name: getattr(Ranks, name) for name in names}
     before = {str(path) for path in Path(place).rglob("*")}
     for name in names:
@@ -77,8 +82,8 @@ def job(place: str) -> Cost:
     dist.barrier()
     files = {str(path) for path in Path(place).rglob("*")} - before
     with Progress(STEPS, 3, "run", enabled=False) as progress:
-        assert trainer.fit(metrics, progress)["status"] == "finished"
-    ranks.watch.end()
+        assert trainer.fit(metrics, progress, saver(trainer))["status"] == "finished"
+    ranks.watchdog.end()
     return Cost(calls, numbers[0], files)
 
 

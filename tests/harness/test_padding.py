@@ -9,9 +9,12 @@ import pytest
 
 from tests.harness.conftest import Make
 from tests.harness.runs import change, finish, out_of
-from train import checkpoints, folder
-from train.pretrain import Trainer, pretrain
-from train.settings import REPOSITORY, SettingsError
+from train.checkpoint.manifest import complete_checkpoints, newest_step
+from train.checkpoint.resumable_run import pretrain
+from train.common.errors import ConfigError
+from train.common.files import REPOSITORY
+from train.run.metrics import read_metrics
+from train.run.trainer import Trainer
 
 pytestmark = pytest.mark.ranks
 
@@ -43,13 +46,13 @@ def test_a_run_with_nan_in_all_unwritten_memory_is_that_of_one_rank(
     file = REPOSITORY / "ds_configs" / f"{config}.json"
     code, said = finish(change(options, ds_config=file), ranks, "tests.harness.uninitialised")
     assert code == 0, said
-    assert [path.name for path in checkpoints._whole(out_of(options) / "checkpoints")] == [
+    assert [path.name for path in complete_checkpoints(out_of(options) / "checkpoints")] == [
         "step-0000002",
         "step-0000004",
     ]
     # Packed moments are rounded by the bits of the gradient, whose sums differ by an ulp.
     close, near = (1e-4, 1e-2) if state == "fp32" else (1e-3, 1e-1)
-    ours, theirs = (folder.read_metrics(out_of(each)) for each in (options, alone))
+    ours, theirs = (read_metrics(out_of(each)) for each in (options, alone))
     assert len(ours) == len(theirs) == 5  # four steps and a validation
     for line, right in zip(ours, theirs, strict=True):
         assert line.keys() == right.keys()
@@ -78,13 +81,13 @@ def test_a_weight_that_is_not_finite_is_named_and_a_run_that_ends_with_one_has_d
 
     monkeypatch.setattr(Trainer, "train_step", spoiling)
     with pytest.raises(
-        SettingsError, match=r"has diverged: its weight transformer.wpe.weight is not finite at the end, at step 6"
+        ConfigError, match=r"has diverged: its weight transformer.wpe.weight is not finite at the end, at step 6"
     ):
         pretrain(run)
     assert "No checkpoint is written at step 6: weight transformer.wpe.weight is not finite." in capsys.readouterr().out
     assert json.loads((run.out / "result.json").read_text())["status"] == "diverged"
-    assert checkpoints.newest_step(run.out / "checkpoints") == 3
-    with pytest.raises(SettingsError, match="has already diverged"):
+    assert newest_step(run.out / "checkpoints") == 3
+    with pytest.raises(ConfigError, match="has already diverged"):
         pretrain(run)
 
 
@@ -98,4 +101,4 @@ def test_a_last_step_that_was_skipped_does_not_make_a_run_diverged(make: Make, m
     monkeypatch.setattr(Trainer, "train_step", skipped)
     pretrain(run)
     assert json.loads((run.out / "result.json").read_text())["status"] == "finished"
-    assert checkpoints.newest_step(run.out / "checkpoints") == 6
+    assert newest_step(run.out / "checkpoints") == 6

@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from train import plane, report
+from train.analysis import beta_grid
 
 BETAS = (0.8, 0.9, 0.95)
 
@@ -40,42 +41,42 @@ def best_of(table: pd.DataFrame) -> pd.DataFrame:
 
 def test_pairs_are_read_from_arms_and_packed_ones_and_rules_left_out() -> None:
     table = pd.DataFrame({"arm": ["0.9", "0.9,0.999", "0.9:packed8", "refresh:100", "1e-05", "1e", "e,5"]})
-    found = plane.of(table)
+    found = beta_grid.cells_of(table)
     assert found[["beta1", "beta2"]].values.tolist() == [[0.9, 0.9], [0.9, 0.999], [1e-5, 1e-5]]
 
 
 def test_a_few_arms_are_no_plane() -> None:
     table = best_of(plane_of(2, 0.1, 0.1))
-    assert plane.is_plane(table)
-    assert not plane.is_plane(table[table["arm"].isin(["0.8", "0.9", "0.9,0.95"])])
+    assert beta_grid.is_grid(table)
+    assert not beta_grid.is_grid(table[table["arm"].isin(["0.8", "0.9", "0.9,0.95"])])
 
 
 def test_the_noise_of_a_run_and_of_a_pair_are_told_apart() -> None:
-    found = plane.noise(plane.of(best_of(plane_of(400, of_a_seed=0.05, of_a_run=0.01))))
+    found = beta_grid.noise(beta_grid.cells_of(best_of(plane_of(400, of_a_seed=0.05, of_a_run=0.01))))
     assert found.of_a_run == pytest.approx(math.hypot(0.05, 0.01), rel=0.1)
     assert found.of_a_pair == pytest.approx(0.01 * math.sqrt(2), rel=0.05)
     wild = plane_of(40, of_a_seed=0.05, of_a_run=0.01)
     wild["validation_loss"] += (wild["arm"] == "0.95,0.8") * np.random.default_rng(2).normal(0.0, 1.0, len(wild))
-    assert plane.noise(plane.of(best_of(wild))).of_a_pair == pytest.approx(0.01 * math.sqrt(2), rel=0.2)
+    assert beta_grid.noise(beta_grid.cells_of(best_of(wild))).of_a_pair == pytest.approx(0.01 * math.sqrt(2), rel=0.2)
 
 
 def test_so_many_seeds_show_a_tenth_of_a_per_cent_in_four_of_five_trials() -> None:
-    seeds = plane.seeds_for(0.002, 0.002 * math.sqrt(2))
+    seeds = beta_grid.seeds_for(0.002, 0.002 * math.sqrt(2))
     assert seeds is not None
     random = np.random.default_rng(1)
     for count, enough in ((seeds, True), (seeds - 1, False)):
         differences = random.normal(0.002, 0.002 * math.sqrt(2), (20_000, count))
         assert (np.mean(stats.ttest_1samp(differences, 0.0, axis=1).pvalue < 0.05) >= 0.795) == enough
     assert (
-        plane.seeds_for(0.05, 1e-4) == 2
-        and plane.seeds_for(1e-6, 1.0) is None
-        and plane.seeds_for(0.1, math.nan) is None
+        beta_grid.seeds_for(0.05, 1e-4) == 2
+        and beta_grid.seeds_for(1e-6, 1.0) is None
+        and beta_grid.seeds_for(0.1, math.nan) is None
     )
 
 
 def test_contrasts_are_paired_tests_and_holms_over_all_of_them() -> None:
-    cells = plane.of(best_of(plane_of(5, 0.05, 0.002, tie=0.05)))
-    found = plane.contrasts(cells)
+    cells = beta_grid.cells_of(best_of(plane_of(5, 0.05, 0.002, tie=0.05)))
+    found = beta_grid.contrasts(cells)
     (best,) = (c for c in found if c.why == "best tied against best untied")
     assert best.ours == (0.8, 0.8) and best.theirs in ((0.8, 0.9), (0.8, 0.95))
     usual = [c.ours for c in found if c.why == "tied against the usual pair"]
@@ -98,13 +99,15 @@ def test_contrasts_are_paired_tests_and_holms_over_all_of_them() -> None:
 def test_more_seeds_on_the_diagonal_decide_nothing_by_their_own_luck() -> None:
     table = best_of(plane_of(5, of_a_seed=0.5, of_a_run=1e-4))
     design = table[(table["seed"] < 3) | ~table["arm"].str.contains(",")]
-    cells = plane.of(design)
-    assert plane.means(cells).idxmin()[0] == 0.8 and plane.means(cells).notna().all()
-    assert plane.noise(cells).of_a_pair == pytest.approx(1e-4 * math.sqrt(2), rel=0.3)
-    assert {c.pairs for c in plane.contrasts(cells)} == {3}
+    cells = beta_grid.cells_of(design)
+    assert beta_grid.means(cells).idxmin()[0] == 0.8 and beta_grid.means(cells).notna().all()
+    assert beta_grid.noise(cells).of_a_pair == pytest.approx(1e-4 * math.sqrt(2), rel=0.3)
+    assert {c.pairs for c in beta_grid.contrasts(cells)} == {3}
     alone = design.copy()  # at a seed that the untied cells don't have
     alone.loc[(alone["arm"] == "0.8") & (alone["seed"] == 4), "validation_loss"] = math.nan
-    assert math.isnan(plane.means(plane.of(alone))[0.8, 0.8]) and plane.contrasts(plane.of(alone))[0].ours == (0.9, 0.9)
+    assert math.isnan(beta_grid.means(beta_grid.cells_of(alone))[0.8, 0.8]) and beta_grid.contrasts(
+        beta_grid.cells_of(alone)
+    )[0].ours == (0.9, 0.9)
 
 
 def table_of_a_sign(cost: float) -> pd.DataFrame:
@@ -115,8 +118,8 @@ def table_of_a_sign(cost: float) -> pd.DataFrame:
 
 
 def test_the_comparisons_say_how_many_they_are_and_which_optimum_is_at_an_edge() -> None:
-    text = plane.markdown(plane_of(3, 0.01, 0.001), best_of(plane_of(3, 0.01, 0.001)))
-    count = len(plane.contrasts(plane.of(best_of(plane_of(3, 0.01, 0.001)))))
+    text = beta_grid.markdown(plane_of(3, 0.01, 0.001), best_of(plane_of(3, 0.01, 0.001)))
+    count = len(beta_grid.contrasts(beta_grid.cells_of(best_of(plane_of(3, 0.01, 0.001)))))
     t = stats.t.isf(0.025 / count, 2)
     assert (
         f"corrected for {count} comparisons" in text
@@ -127,12 +130,12 @@ def test_the_comparisons_say_how_many_they_are_and_which_optimum_is_at_an_edge()
         and "of 6 untied cells more so than of 3" in text
     )
     alone = table_of_a_sign(0.5)  # a beta on the diagonal alone makes no row and no column
-    text = plane.markdown(alone, best_of(alone))
+    text = beta_grid.markdown(alone, best_of(alone))
     assert "The best tied beta is" not in text and "The best beta1 is 0.8, at the edge" in text
     least = table_of_a_sign(-0.5)
-    assert "The best tied beta is" not in plane.markdown(least, best_of(least))  # below 0 there is nothing
+    assert "The best tied beta is" not in beta_grid.markdown(least, best_of(least))  # below 0 there is nothing
     inner = plane_of(3, 0.0, 0.0).assign(validation_loss=lambda t: t["validation_loss"] - 0.5 * (t["arm"] == "0.9"))
-    assert "The best tied beta is" not in plane.markdown(inner, best_of(inner))
+    assert "The best tied beta is" not in beta_grid.markdown(inner, best_of(inner))
 
 
 @pytest.mark.parametrize("spoiled", ["one seed", "first runs", "all tied diverged", "all diverged"])
@@ -145,21 +148,23 @@ def test_whatever_is_there_can_be_reported(spoiled: str) -> None:
     else:
         chosen = table["arm"].str.contains(",") if spoiled == "all tied diverged" else table["arm"] == ""
         table["validation_loss"] = table["validation_loss"].where(chosen)
-    text = plane.markdown(table, best_of(table))
+    text = beta_grid.markdown(table, best_of(table))
     assert text.startswith("| | cell |")
-    plane.heat_map(plane.of(best_of(table)), set())
+    beta_grid.heat_map(beta_grid.cells_of(best_of(table)), set())
 
 
 def test_a_diverged_run_leaves_its_cell_out_of_the_best_and_is_told_in_the_map() -> None:
     table = plane_of(3, 0.01, 0.001)
     spoiled = (table["arm"] == "0.8") & (table["seed"] == 1)
     table.loc[spoiled, "validation_loss"] = math.nan
-    cells = plane.of(best_of(table))
-    best = plane.contrasts(cells)[0]
+    cells = beta_grid.cells_of(best_of(table))
+    best = beta_grid.contrasts(cells)[0]
     assert best.why == "best tied against best untied" and best.ours == (0.9, 0.9)
-    assert "- (0.8, 0.8) has diverged in 1 of 3 runs, and is in no comparison." in plane.markdown(table, best_of(table))
-    assert math.isfinite(plane.noise(cells).of_a_pair)
-    texts = [text.get_text() for text in plane.heat_map(cells, set()).axes[0].texts]
+    assert "- (0.8, 0.8) has diverged in 1 of 3 runs, and is in no comparison." in beta_grid.markdown(
+        table, best_of(table)
+    )
+    assert math.isfinite(beta_grid.noise(cells).of_a_pair)
+    texts = [text.get_text() for text in beta_grid.heat_map(cells, set()).axes[0].texts]
     assert texts.count("1 diverged") == 1 and len(texts) == 9
 
 
@@ -167,16 +172,16 @@ def test_cells_at_the_edge_of_their_learning_rates_are_named_and_the_map_has_eve
     table = plane_of(2, 0.01, 0.001)
     middle = table[table["lr"] == 1e-3].assign(lr=5e-4, validation_loss=3.0)
     wider = pd.concat([table, middle[middle["arm"] != "0.9"]])
-    cells = plane.of(best_of(wider))
-    assert plane.edges(wider) == {(0.9, 0.9)}
+    cells = beta_grid.cells_of(best_of(wider))
+    assert beta_grid.edges(wider) == {(0.9, 0.9)}
     at_one_lr = pd.concat([wider[wider["arm"] != "0.8"], best_of(wider[wider["arm"] == "0.8"])])
-    assert plane.edges(at_one_lr) == {(0.9, 0.9), (0.8, 0.8)}
-    assert plane.edges(best_of(wider)) == set()
-    figure = plane.heat_map(cells, {(0.9, 0.9)})
+    assert beta_grid.edges(at_one_lr) == {(0.9, 0.9), (0.8, 0.8)}
+    assert beta_grid.edges(best_of(wider)) == set()
+    figure = beta_grid.heat_map(cells, {(0.9, 0.9)})
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert len(texts) == 9 and sum(text.endswith("*") for text in texts) == 1
     assert len(figure.axes[0].patches) == 3
-    text = plane.markdown(wider, best_of(wider))
+    text = beta_grid.markdown(wider, best_of(wider))
     assert "not to be trusted: (0.9, 0.9)." in text and "| (0.9, 0.9)* |" in text and "| (0.8, 0.8) |" in text
 
 
@@ -235,7 +240,7 @@ def test_kept_tables_are_put_together_and_give_the_same_report(
     for seed, file in enumerate(files):
         table[table["seed"] == seed].to_csv(file, index=False)
     assert plane.main([*map(str, files), "--out", str(tmp_path / "plane.svg")]) == 0
-    assert plane.markdown(table, best_of(table)).strip() in capsys.readouterr().out
+    assert beta_grid.markdown(table, best_of(table)).strip() in capsys.readouterr().out
     assert (tmp_path / "plane.svg").read_text().count("validation loss") == 1
 
 

@@ -11,12 +11,16 @@ import pytest
 import torch
 
 from tests.harness.conftest import Make
-from train import model, ranks
-from train.compare import RANK_VARIABLES
-from train.folder import read_metrics
-from train.pretrain import learning_rate, peak_flops, pretrain
-from train.probe import alone
-from train.settings import Model, Run, Schedule, SettingsError
+from train.checkpoint.resumable_run import pretrain
+from train.common.errors import ConfigError
+from train.distributed.launch import prepare_environment
+from train.probe.single_rank import single_rank_run
+from train.run import model
+from train.run.config import Model, Run, Schedule
+from train.run.engine import learning_rate
+from train.run.metrics import read_metrics
+from train.run.trainer import peak_flops
+from train.sweep.launch import RANK_VARIABLES
 
 Course = Callable[[int], float]
 
@@ -145,14 +149,14 @@ def test_srun_tells_a_process_its_rank(under_srun: pytest.MonkeyPatch) -> None:
 
     under_srun.setenv("MASTER_ADDR", "node1")
     under_srun.setenv("MASTER_PORT", "29500")
-    ranks.prepare_environment()
+    prepare_environment()
     told = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")}
     assert told == {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
 
 
 def test_srun_without_a_meeting_point_is_refused(under_srun: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match="srun started 5 ranks, but MASTER_ADDR and MASTER_PORT are not set"):
-        ranks.prepare_environment()
+    with pytest.raises(ConfigError, match="srun started 5 ranks, but MASTER_ADDR and MASTER_PORT are not set"):
+        prepare_environment()
 
 
 def test_plain_python_in_a_batch_script_is_alone(under_srun: pytest.MonkeyPatch) -> None:
@@ -160,14 +164,14 @@ def test_plain_python_in_a_batch_script_is_alone(under_srun: pytest.MonkeyPatch)
 
     under_srun.delenv("SLURM_STEP_NUM_TASKS")
     under_srun.setenv("SLURM_NTASKS", "5")
-    ranks.prepare_environment()
+    prepare_environment()
     assert os.environ["WORLD_SIZE"] == "1"
 
 
 def test_a_launcher_that_tells_only_half_is_refused(under_srun: pytest.MonkeyPatch) -> None:
     under_srun.setenv("RANK", "0")
-    with pytest.raises(SettingsError, match="RANK is 0 in the environment, but LOCAL_RANK, WORLD_SIZE"):
-        ranks.prepare_environment()
+    with pytest.raises(ConfigError, match="RANK is 0 in the environment, but LOCAL_RANK, WORLD_SIZE"):
+        prepare_environment()
 
 
 @pytest.mark.parametrize(
@@ -182,7 +186,7 @@ def test_the_peak_of_a_gpu_is_found_by_whole_words(name: str, peak: float | None
 def test_held_out_text_is_sampled_from_its_beginning_to_its_end(batches: int, make: Make, tmp_path: Path) -> None:
     data = make().data
     options = f"--batch 4 --sequence-length 32 --validation-fraction 0.2 --data {data.data} --data-cache {data.data_cache} --warmup 1"
-    with alone("test", tmp_path, 30, (*options.split(), "--validation-batches", str(batches))) as trainer:
+    with single_rank_run("test", tmp_path, 30, (*options.split(), "--validation-batches", str(batches))) as trainer:
         count = len(trainer.validation)
         sampled = 8 if batches else count // 4 * 4
         chosen = np.linspace(0, count, sampled, endpoint=False).astype(int)

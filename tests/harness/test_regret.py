@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 
 from train import regret
-from train.settings import SettingsError
+from train.analysis import beta_rules
+from train.common.errors import ConfigError
 
 BETAS = (0.8, 0.9, 0.95, 0.975)
 RUNS = {"steps": 400, "tokens_per_step": 1024, "parameters": 50}
@@ -28,7 +29,7 @@ def losses(noise: float = 0.0, seeds: int = 5) -> pd.DataFrame:
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_a_beta_that_was_run_costs_what_its_runs_say(beta: float) -> None:
-    found, noisy = regret.cost(losses(noise=0.01), beta), losses(noise=0.01)
+    found, noisy = beta_rules.cost(losses(noise=0.01), beta), losses(noise=0.01)
     difference = noisy[beta] - noisy[0.9]
     assert found.percent == pytest.approx(difference.mean() / noisy[0.9].mean() * 100) and not found.beyond
     if beta != 0.9:
@@ -38,39 +39,39 @@ def test_a_beta_that_was_run_costs_what_its_runs_say(beta: float) -> None:
 
 def test_between_two_betas_the_loss_is_a_straight_line_over_the_logarithm_of_the_horizon() -> None:
     middle = 1 - 0.1 / math.sqrt(2)  # half way from a horizon of 10 to one of 20
-    assert regret.at(losses(), middle).tolist() == pytest.approx(((losses()[0.9] + losses()[0.95]) / 2).tolist())
+    assert beta_rules.at(losses(), middle).tolist() == pytest.approx(((losses()[0.9] + losses()[0.95]) / 2).tolist())
 
 
 @pytest.mark.parametrize(("beta", "nearest"), [(0.5, 0.8), (0.0, 0.8), (0.999, 0.975)])
 def test_beyond_what_was_run_the_nearest_loss_counts_and_this_is_said(beta: float, nearest: float) -> None:
-    found = regret.cost(losses(noise=0.01), beta)
+    found = beta_rules.cost(losses(noise=0.01), beta)
     assert found.beyond and "(beyond what was run)" in str(found)
-    assert found.percent == regret.cost(losses(noise=0.01), nearest).percent
+    assert found.percent == beta_rules.cost(losses(noise=0.01), nearest).percent
 
 
 def test_a_diverged_run_spoils_its_own_beta_alone() -> None:
     holed = losses(noise=0.01)
     holed.loc[2, 0.8] = math.nan
-    assert regret.best(holed) == 0.9
-    assert regret.at(holed, 0.9).notna().all() and regret.at(holed, 0.85).isna().sum() == 1
+    assert beta_rules.best(holed) == 0.9
+    assert beta_rules.at(holed, 0.9).notna().all() and beta_rules.at(holed, 0.85).isna().sum() == 1
 
 
 def test_a_rule_that_comes_to_no_beta_has_none(tmp_path: Path) -> None:
     file = tmp_path / "pilot.json"
-    assert str(regret.cost(losses(), regret.chosen("refresh:1000", file, RUNS))) == "none"
-    assert regret.chosen("refresh:40", file, RUNS) == pytest.approx(0.9)
-    assert math.isnan(regret.chosen("pilot", file, RUNS))
+    assert str(beta_rules.cost(losses(), beta_rules.chosen("refresh:1000", file, RUNS))) == "none"
+    assert beta_rules.chosen("refresh:40", file, RUNS) == pytest.approx(0.9)
+    assert math.isnan(beta_rules.chosen("pilot", file, RUNS))
     file.write_text(json.dumps({"beta": 0.9, **RUNS}))
-    assert str(regret.cost(losses(), regret.chosen("pilot", file, RUNS))) == "0.9: +0.00"
+    assert str(beta_rules.cost(losses(), beta_rules.chosen("pilot", file, RUNS))) == "0.9: +0.00"
     file.write_text(json.dumps({"beta": None, **RUNS}))
-    assert math.isnan(regret.chosen("pilot", file, RUNS))
+    assert math.isnan(beta_rules.chosen("pilot", file, RUNS))
 
 
 @pytest.mark.parametrize("other", RUNS)
 def test_a_pilot_for_other_runs_is_refused(other: str, tmp_path: Path) -> None:
     (tmp_path / "pilot.json").write_text(json.dumps({"beta": 0.9, **RUNS, other: 7}))
-    with pytest.raises(SettingsError, match=f"pilot.json is for runs with {other} = 7, and these have {RUNS[other]}."):
-        regret.chosen("pilot", tmp_path / "pilot.json", RUNS)
+    with pytest.raises(ConfigError, match=f"pilot.json is for runs with {other} = 7, and these have {RUNS[other]}."):
+        beta_rules.chosen("pilot", tmp_path / "pilot.json", RUNS)
 
 
 @pytest.mark.parametrize("rule", ["0.95x", "refresh:many", "1.0", "half_life_tokens:-1", "from:0.9:to:0.99"])
@@ -86,7 +87,7 @@ def test_the_diagonal_is_taken_at_each_betas_best_learning_rate() -> None:
         for lr in (1e-3, 2e-3)
         for seed in (0, 1)
     ]
-    found = regret.diagonal(pd.DataFrame(rows))
+    found = beta_rules.diagonal(pd.DataFrame(rows))
     assert found.columns.tolist() == [0.8, 0.9, 0.95] and found.loc[1].tolist() == [2.1, 2.1, 2.1]
 
 
@@ -107,22 +108,20 @@ def table(seeds: dict[str, int]) -> pd.DataFrame:
 
 def test_a_seed_that_has_not_ended_everywhere_counts_for_no_beta_and_a_diverged_one_for_all() -> None:
     unfinished = table({"0.8": 3, "0.9": 2, "0.95": 3})
-    found = regret.diagonal(unfinished)
-    assert found.index.tolist() == [0, 1] and found.notna().all(axis=None) and regret.best(found) == 0.9
+    found = beta_rules.diagonal(unfinished)
+    assert found.index.tolist() == [0, 1] and found.notna().all(axis=None) and beta_rules.best(found) == 0.9
     diverged = table({"0.8": 3, "0.9": 3, "0.95": 3})
     diverged.loc[(diverged["arm"] == "0.9") & (diverged["seed"] == 2), "validation_loss"] = math.nan
-    found = regret.diagonal(diverged)
-    assert found.index.tolist() == [0, 1, 2] and regret.best(found) == 0.8
-    assert str(regret.cost(found, 0.9)) == "0.9: diverged (1 runs)" and str(regret.cost(found, 0.85)).endswith(
+    found = beta_rules.diagonal(diverged)
+    assert found.index.tolist() == [0, 1, 2] and beta_rules.best(found) == 0.8
+    assert str(beta_rules.cost(found, 0.9)) == "0.9: diverged (1 runs)" and str(beta_rules.cost(found, 0.85)).endswith(
         "(1 runs)"
     )
     always = table({"0.8": 3, "0.9": 3, "0.95": 3, "0.99": 3})
     always["validation_loss"] = always["validation_loss"].where(always["arm"] != "0.99")
-    assert str(regret.cost(regret.diagonal(always), 0.99)) == "0.99: diverged (3 runs)"
-    with pytest.raises(
-        SettingsError, match="there are 0 tied betas with a finished run at a seed that all of them have"
-    ):
-        regret.diagonal(table({"0.8": 1, "0.9": 1, "0.95": 1}).assign(seed=[0, 1, 2]))
+    assert str(beta_rules.cost(beta_rules.diagonal(always), 0.99)) == "0.99: diverged (3 runs)"
+    with pytest.raises(ConfigError, match="there are 0 tied betas with a finished run at a seed that all of them have"):
+        beta_rules.diagonal(table({"0.8": 1, "0.9": 1, "0.95": 1}).assign(seed=[0, 1, 2]))
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from train import report, tuning
+from train.analysis.lr_selection import at_edge, best_lr
+from train.analysis.report_page import paired_differences
+from train.analysis.results import caveats, summarize
 
 
 def runs(losses: dict[str, list[float]], lr: float = 1e-3) -> pd.DataFrame:
@@ -23,7 +25,7 @@ def test_intervals_are_those_of_scipys_paired_t_test_and_p_values_are_holms() ->
     random = np.random.default_rng(0)
     base = random.normal(2.0, 0.1, 5)
     arms = {"0.95": base, "a": base + random.normal(0.05, 0.01, 5), "b": base + random.normal(0.01, 0.02, 5)}
-    summary = report.summarize(runs({k: list(v) for k, v in arms.items()}), "0.95").set_index("arm")
+    summary = summarize(runs({k: list(v) for k, v in arms.items()}), "0.95").set_index("arm")
     raw = {}
     for arm in ("a", "b"):
         test = stats.ttest_rel(arms[arm], arms["0.95"])
@@ -38,19 +40,19 @@ def test_intervals_are_those_of_scipys_paired_t_test_and_p_values_are_holms() ->
 
 def test_a_clear_gain_is_better_noise_is_not_distinguishable_and_one_seed_proves_nothing() -> None:
     table = runs({"0.95": [2.0, 2.1, 2.2], "gain": [1.9, 2.0, 2.101], "noise": [2.1, 2.0, 2.2]})
-    verdicts = report.summarize(table, "0.95").set_index("arm")["verdict"]
+    verdicts = summarize(table, "0.95").set_index("arm")["verdict"]
     assert "better" in verdicts["gain"] and "not distinguishable from (0.95) at n = 3" in verdicts["noise"]
     one = runs({"0.95": [2.0], "x": [1.0]})
-    assert "one seed proves nothing" in report.summarize(one, "0.95")["verdict"][1]
-    assert any("one seed proves nothing" in note for note in report.caveats(one))
+    assert "one seed proves nothing" in summarize(one, "0.95")["verdict"][1]
+    assert any("one seed proves nothing" in note for note in caveats(one))
 
 
 def test_a_divergence_is_counted_and_its_seed_has_no_pair() -> None:
-    summary = report.summarize(runs({"0.95": [2.0, 2.1, 2.2], "x": [2.5, math.nan, 2.6]}), "0.95").set_index("arm")
+    summary = summarize(runs({"0.95": [2.0, 2.1, 2.2], "x": [2.5, math.nan, 2.6]}), "0.95").set_index("arm")
     assert summary.loc["x", "diverged"] == 1 and summary.loc["x", "pairs"] == 2 and summary.loc["x", "runs"] == 3
-    better = report.summarize(runs({"0.95": [2.0, 2.1, 2.2], "x": [1.5, math.nan, 1.701]}), "0.95")["verdict"][1]
+    better = summarize(runs({"0.95": [2.0, 2.1, 2.2], "x": [1.5, math.nan, 1.701]}), "0.95")["verdict"][1]
     assert better.endswith("at n = 2. This leaves out what has diverged: 1 of 3 runs of (x).")
-    worse = report.summarize(runs({"0.95": [1.5, math.nan, 1.701], "x": [2.0, 2.1, 2.2]}), "0.95")["verdict"][1]
+    worse = summarize(runs({"0.95": [1.5, math.nan, 1.701], "x": [2.0, 2.1, 2.2]}), "0.95")["verdict"][1]
     assert worse.endswith("at n = 2. This leaves out what has diverged: 1 of 3 runs of (0.95).")
 
 
@@ -58,33 +60,33 @@ def test_each_arm_is_shown_at_its_best_learning_rate_and_an_edge_is_flagged() ->
     table = pd.concat(
         [runs({"0.95": [2.0, 2.0], "x": [3.0, 3.0]}, 1e-3), runs({"0.95": [2.5, 2.5], "x": [1.0, math.nan]}, 2e-3)]
     )
-    best = tuning.best_lr(table).groupby("arm")["lr"].first()
+    best = best_lr(table).groupby("arm")["lr"].first()
     assert best.to_dict() == {"0.95": 1e-3, "x": 1e-3}  # a divergence loses to any loss
-    assert sum("at the edge" in note for note in report.caveats(table)) == 2
+    assert sum("at the edge" in note for note in caveats(table)) == 2
 
 
 def test_an_arm_that_has_always_diverged_is_not_at_an_edge() -> None:
     table = pd.concat([runs({"0.95": [2.0], "x": [math.nan]}, lr) for lr in (1e-3, 2e-3)])
-    assert tuning.at_edge(table) == ["0.95"]
+    assert at_edge(table) == ["0.95"]
 
 
 def test_a_run_that_has_not_ended_is_not_counted_as_diverged() -> None:
     table = runs({"0.95": [2.0, 2.1, 2.2], "x": [2.5, math.nan, 2.6]})
-    summary = report.summarize(table[table["name"] != "x-2"], "0.95").set_index("arm")
+    summary = summarize(table[table["name"] != "x-2"], "0.95").set_index("arm")
     assert summary.loc["x", ["runs", "diverged", "pairs"]].tolist() == [2, 1, 1]
 
 
 def test_differences_over_steps_are_rolling_means_with_students_interval_over_seeds() -> None:
     generator = np.random.default_rng(0)
     ours, theirs = generator.normal(size=(2, 3, 60))  # (arm, seed, step): means over three steps
-    found = report.paired_differences([pd.Series(x) for x in ours], [pd.Series(x) for x in theirs])
+    found = paired_differences([pd.Series(x) for x in ours], [pd.Series(x) for x in theirs])
     assert found["middle"].isna().tolist() == [True] * 2 + [False] * 58
     for step in (2, 30, 59):
         means = (ours - theirs)[:, step - 2 : step + 1].mean(axis=1)
         expected = stats.ttest_1samp(means, 0.0)
         interval = expected.confidence_interval(0.95)
         np.testing.assert_allclose(found.loc[step], [means.mean(), interval.low, interval.high], rtol=1e-12)
-    alone = report.paired_differences([pd.Series(ours[0])], [pd.Series(theirs[0])])
+    alone = paired_differences([pd.Series(ours[0])], [pd.Series(theirs[0])])
     assert alone["middle"].notna().sum() == 58 and alone["low"].isna().all()
-    cut = report.paired_differences([pd.Series(x) for x in (*ours[:2], ours[2][:30])], [pd.Series(x) for x in theirs])
+    cut = paired_differences([pd.Series(x) for x in (*ours[:2], ours[2][:30])], [pd.Series(x) for x in theirs])
     pd.testing.assert_frame_equal(cut, found[:30])  # where one of them diverged, nothing is shown

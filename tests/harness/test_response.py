@@ -12,10 +12,23 @@ import torch
 from balanced_adam import gradient_scale, rule
 from tests.harness.conftest import Make
 from train import response
-from train.folder import read_metrics
-from train.pretrain import pretrain
-from train.probe import alone
-from train.response import Recorder, Recording, changed, magnitude_lag, measure, of_noise, of_steady, slopes, update_of
+from train.analysis.scale_response import (
+    STABLE,
+    Recording,
+    changed,
+    magnitude_lag,
+    measure,
+    near_eps,
+    of_noise,
+    of_steady,
+    signal_share,
+    slopes,
+    update_of,
+)
+from train.checkpoint.resumable_run import pretrain
+from train.probe.grad_recorder import Recorder
+from train.probe.single_rank import single_rank_run
+from train.run.metrics import read_metrics
 
 PAIRS = [(0.9, 0.9), (0.9, 0.95), (0.9, 0.81), (0.0, 0.5)]
 
@@ -72,11 +85,11 @@ def test_noise_responds_as_theory_says_and_equal_betas_do_not_help(betas: tuple[
     expected = gradient_scale.lag(betas[1]) - gradient_scale.lag(betas[0] ** 2)
     assert found["noise"] == pytest.approx(expected, abs=0.02)
     assert found["size"] == pytest.approx(expected, abs=0.15 * gradient_scale.lag(max(betas)))
-    assert response.signal_share(recording(noise)) == pytest.approx(0.0, abs=2e-3)
+    assert signal_share(recording(noise)) == pytest.approx(0.0, abs=2e-3)
 
 
 def test_a_gradient_that_keeps_its_value_is_all_signal() -> None:
-    assert response.signal_share(recording(torch.ones(20, 4))) == 1.0
+    assert signal_share(recording(torch.ones(20, 4))) == 1.0
 
 
 def test_the_lag_of_a_stable_gradient_explains_its_update_to_first_order() -> None:
@@ -94,7 +107,7 @@ def test_where_sizes_scatter_the_lag_explains_less_with_its_own_factor_than_with
     """Against numpy, over the steps of the whole window; the early signs change, and a gradient that was 0 is left out."""
     random = np.random.default_rng(0)
     sizes, signs = np.exp(random.normal(size=(60, 200))), np.sign(random.normal(size=(60, 200)))
-    signs[-response.STABLE :] = signs[-1]
+    signs[-STABLE:] = signs[-1]
     gradients = sizes * signs
     gradients[20, 0] = 0.0
     found = magnitude_lag(recording(torch.from_numpy(gradients)), (0.9, 0.99))
@@ -109,7 +122,7 @@ def test_where_sizes_scatter_the_lag_explains_less_with_its_own_factor_than_with
 
 
 def test_the_share_near_eps_is_that_of_the_smallest_gradients() -> None:
-    assert response.near_eps(recording(torch.tensor([0.0, 9e-7, 1.1e-6, 1.0]).expand(20, 4)), 0.9) == 0.5
+    assert near_eps(recording(torch.tensor([0.0, 9e-7, 1.1e-6, 1.0]).expand(20, 4)), 0.9) == 0.5
 
 
 def test_the_recorder_keeps_the_last_gradients_of_elements_of_every_tensor() -> None:
@@ -142,7 +155,7 @@ def test_a_language_run_is_measured_from_its_start_and_from_a_checkpoint(
     pretrain(run)
     for step in (20, 30):
         shutil.rmtree(run.out / "checkpoints" / f"step-{step:07d}")
-    with alone("test", tmp_path, 30, tuple(line.split(" -- ")[1].split()), run.out) as trainer:
+    with single_rank_run("test", tmp_path, 30, tuple(line.split(" -- ")[1].split()), run.out) as trainer:
         lines = [trainer.train_step() for _ in range(2)]
     before = [entry for entry in read_metrics(run.out) if "loss" in entry][10:12]
     # The weights, the batches and the learning rate are those of the run; the moments are not.

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,8 +15,12 @@ import pytest
 
 from tests.harness.runs import change, finish, losses, out_of, start
 from tests.ranks import LIMIT, Forking
-from train import compare, folder, report
-from train.settings import REPOSITORY
+from train import compare, report
+from train.common.files import REPOSITORY, read_lines, write_json
+from train.run import run_dir
+from train.run.metrics import read_metrics
+from train.sweep import launch
+from train.sweep.launch import launch_command
 
 CONFIGS = sorted((REPOSITORY / "ds_configs").glob("zero*.json"))
 
@@ -26,7 +31,7 @@ def test_twenty_steps_under_each_launcher(small_run: list[str], launcher: str, r
     options = change(small_run, steps=20, save_every=0)
     code, said = finish(options, ranks, launcher=launcher)
     assert code == 0, said
-    result = folder.result(out_of(options))
+    result = run_dir.result(out_of(options))
     assert result and result["status"] == "finished" and result["world"] == ranks and result["step"] == 20
     assert len(losses(options)) == 20 and losses(options)[-1] < losses(options)[0]
     forked = change(options, out=out_of(options).with_name("forked"))
@@ -87,7 +92,7 @@ def test_a_dry_run_estimates_memory_and_writes_nothing(small_run: list[str]) -> 
 def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_what_was_cut_and_reports(
     small_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare.subprocess, "Popen", Forking)
+    monkeypatch.setattr(launch.subprocess, "Popen", Forking)
     out = tmp_path / "comparison"
     kept = small_run[small_run.index("--data") : small_run.index("--data") + 4]
     text = "--seeds 0 1 --steps 4 --batch 4 --sequence-length 32 --ranks 1 --launcher python"
@@ -107,7 +112,7 @@ def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_wh
     plan = json.loads((out / "manifest.json").read_text())
     assert [run["arm"] for run in plan["runs"]] == ["0.9", "0.9,0.99"] * 2 and plan["packages"]["torch"]
     for run in plan["runs"]:
-        events = [line["event"] for line in folder.read_lines(out / run["name"] / "attempts.jsonl")]
+        events = [line["event"] for line in read_lines(out / run["name"] / "attempts.jsonl")]
         assert events == ["begins", "finished"]  # by one worker
     first = {run["name"]: losses(["--out", str(out / run["name"])])[0] for run in plan["runs"]}
     assert len(set(first.values())) == 2  # arms of a seed start alike
@@ -134,7 +139,7 @@ def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_wh
     # A plan that was made with other learning rates, or from elsewhere, is not taken for one that was tuned here.
     compare.main(["--arms", "0.9", "--lr", "0.5", "--out", str(tuned), "--plan-only", *rest])
     elsewhere = json.loads((tuned / "manifest.json").read_text())
-    folder.write_json(tuned / "manifest.json", {**elsewhere, "lr_from": ["somewhere"]})
+    write_json(tuned / "manifest.json", {**elsewhere, "lr_from": ["somewhere"]})
     compare.main(["--arms", "0.9", "--lr-from", str(out), "--out", str(tuned), "--plan-only", *rest])
     assert {run["lr"] for run in json.loads((tuned / "manifest.json").read_text())["runs"]} == {0.002}
     compare.main(["--grid", "0.9", "0.8", "--out", str(tuned), "--plan-only", *rest])
@@ -146,9 +151,7 @@ def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_wh
     for run in ("beta-0.9_lr-0.002_seed-0", "beta-0.9-0.99_lr-0.002_seed-0"):  # as if the arms were two comparisons
         half = tmp_path / run
         shutil.copytree(out / run, half / run)
-        folder.write_json(
-            half / "manifest.json", {**plan, "runs": [each for each in plan["runs"] if each["name"] == run]}
-        )
+        write_json(half / "manifest.json", {**plan, "runs": [each for each in plan["runs"] if each["name"] == run]})
     halves = sorted(tmp_path.glob("beta-*"), reverse=True)
     report.main(list(map(str, halves)))
     assert "| 0.9 | 0.002 | 1 |" in (said := capsys.readouterr().out) and "| 0.9,0.99 | 0.002 | 1 |" in said
@@ -160,18 +163,29 @@ def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_wh
 @pytest.mark.parametrize("name", [".worker", ".lock"])
 def test_a_run_that_a_worker_or_its_ranks_are_at_is_nobody_elses(tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
-    with folder.sole_worker(run) as mine:
+    with run_dir.sole_worker(run) as mine:
         assert mine
     hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(run / name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout and other.stdout.readline() == "held\n"
-        with folder.sole_worker(run) as mine:
+        with run_dir.sole_worker(run) as mine:
             assert not mine
         other.kill()  # nothing is left of its claim
-    with folder.sole_worker(run) as mine:
+    with run_dir.sole_worker(run) as mine:
         assert mine
+
+
+def is_asked_to_end(pid: int) -> bool:
+    """Whether a suspended process has a SIGTERM waiting for it, or has been killed."""
+    file = Path(f"/proc/{pid}/status")
+    try:
+        status = file.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    pending = [int(mask, 16) for mask in re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)", status, re.MULTILINE)]
+    return any(mask >> (signal.SIGTERM - 1) & 1 for mask in pending)
 
 
 @pytest.mark.ranks
@@ -199,21 +213,31 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
         time.sleep(0.02)
     ranks = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks) >= 3  # the launcher and two ranks
+    # On a fast machine the run would be over before its launcher has passed the signal on.
+    training = [rank for rank in ranks if not rank.children()]
+    for rank in training:
+        rank.suspend()
+    assert run_dir.result(run) is None
     process.send_signal(signal.SIGINT)
+    for rank in training:
+        while not is_asked_to_end(rank.pid) and time.monotonic() < until:
+            time.sleep(0.02)
+        with suppress(psutil.NoSuchProcess):
+            rank.resume()
     _, said = process.communicate(timeout=LIMIT)
     assert process.returncode == 130 and "The same command goes on from here" in said
     assert not psutil.wait_procs(ranks, timeout=60)[1]
-    assert folder.result(run) is None
+    assert run_dir.result(run) is None
     code, said = finish(line[line.index("train.compare") + 1 :], None, "train.compare")
     assert code == 0, said
-    assert re.search(r"Going on from .*step-0000(100|200|300)", (run / "log.txt").read_text())
-    steps = [entry["step"] for entry in folder.read_metrics(run) if "loss" in entry]
+    assert re.search(r"Going on from .*step-0000[1-3]\d\d", (run / "log.txt").read_text())
+    steps = [entry["step"] for entry in read_metrics(run) if "loss" in entry]
     assert steps == list(range(1, 401)) and (out / "report.html").exists()
     assert "400/400" in said  # the progress line
 
 
 def test_python_that_runs_the_tests_is_the_one_that_runs_the_harness() -> None:
     assert (
-        compare.command({"launcher": "torchrun", "ranks": 2}, {"name": "x", "arguments": []}, Path("y"))[0]
+        launch_command({"launcher": "torchrun", "ranks": 2}, {"name": "x", "arguments": []}, Path("y"))[0]
         == sys.executable
     )

@@ -2,10 +2,10 @@
 
 import torch
 
-from train.pretrain import main
-from train.ranks import leave
+from train import pretrain
+from train.distributed.launch import exit_process
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns
     assert torch.empty(3).isnan().all()
-    leave(main())
+    exit_process(pretrain.main())

@@ -18,7 +18,7 @@ import balanced_adam.kernels
 from balanced_adam.kernels.cuda import STATE_TYPES
 from balanced_adam.kernels.table import Variant
 from tests import session
-from train.settings import REPOSITORY
+from train.common.files import REPOSITORY
 
 SOURCES = Path(balanced_adam.kernels.__file__).parent
 HERE = Path(__file__).parent

@@ -32,7 +32,7 @@ from tests.kernels.bits import (
     update,
 )
 from tests.kernels.build import cpu_library, needs_compiler
-from train.settings import REPOSITORY
+from train.common.files import REPOSITORY
 
 pytestmark = needs_compiler
 

@@ -15,7 +15,7 @@ from torch import nn
 from balanced_adam import BalancedAdam, kernels
 from balanced_adam.packed import FORMATS
 from tests.kernels.bits import SIZES, VARIANTS, Setting, State, expected, first, same, update
-from train.settings import REPOSITORY
+from train.common.files import REPOSITORY
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 

@@ -14,7 +14,7 @@ import pytest
 from balanced_adam.kernels import cuda
 from balanced_adam.kernels.table import Variant
 from tests.kernels.build import HERE, SHARED, compiled, definitions, needs_compiler
-from train.settings import REPOSITORY
+from train.common.files import REPOSITORY
 
 pytestmark = [
     needs_compiler,

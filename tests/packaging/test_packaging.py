@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernels.build import COMPILER
-from train.settings import REPOSITORY
+from train.common.files import REPOSITORY
 
 WITHOUT_DEEPSPEED = """
 import sys

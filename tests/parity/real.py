@@ -15,7 +15,7 @@ from tests.parity.control import TENSORS, State
 from tests.parity.mutants import wrong
 from tests.ranks import spawn
 from tests.session import shared
-from train.settings import REPOSITORY
+from train.common.files import REPOSITORY
 
 STEPS, WARMUP, PEAK = 20, 4, 4e-3
 MICRO, SEQUENCES, LENGTH = 2, 12, 32  # micro-batches a step, sequences in each (of all ranks), tokens in each

@@ -21,9 +21,12 @@ from tests.parity.control import State, train
 from tests.parity.model import SHAPES
 from tests.ranks import device, spawn
 from tests.session import shared
-from train import checkpoints
-from train.ranks import Ranks
-from train.watch import Watch
+from train.checkpoint.convert import convert_layout
+from train.checkpoint.load import find_checkpoint, load_checkpoint
+from train.checkpoint.save import save_checkpoint
+from train.distributed.ranks import Ranks
+from train.distributed.watchdog import Watchdog
+from train.run import deepspeed_config
 
 pytestmark = pytest.mark.ranks
 
@@ -79,26 +82,26 @@ class Leg(NamedTuple):
 def go_on(leg: Leg) -> dict[str, tuple[State, State]]:
     """Job: resume each chain where the last world left it, go on, save; the state at the beginning and at the end."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    ranks = Ranks(rank, int(os.environ["LOCAL_RANK"]), world, torch.device(device(world)), Watch(rank, world, 600.0))
+    ranks = Ranks(rank, int(os.environ["LOCAL_RANK"]), world, torch.device(device(world)), Watchdog(rank, world, 600.0))
     found_states = {}
     for name, cases in CHAINS.items():
         case, folder = cases[leg.number], Path(leg.folder) / name
-        if ranks.first:
+        if ranks.is_main:
             folder.mkdir(exist_ok=True)
-        layout = checkpoints.layout(case.config(world), world)
-        found = checkpoints.find(ranks, folder)
+        layout = deepspeed_config.layout(case.config(world), world)
+        found = find_checkpoint(ranks, folder)
         if found:
-            found = checkpoints.fit(ranks, found, layout)
+            found = convert_layout(ranks, found, layout)
         engine = start(case, checkpoint={"load_universal": bool(found and found.universal)})
         if found:
-            assert checkpoints.load(engine, ranks, found) == CUTS[leg.number]
+            assert load_checkpoint(engine, ranks, found) == CUTS[leg.number]
         begin = read(engine) if found else {}
         advance(engine, CUTS[leg.number], CUTS[leg.number + 1])
         parameters = sum(math.prod(shape) for shape in SHAPES.values())
-        checkpoints.save(engine, ranks, folder, CUTS[leg.number + 1], 2, parameters, layout)
+        save_checkpoint(engine, ranks, folder, CUTS[leg.number + 1], 2, parameters, layout)
         found_states[name] = begin, read(engine)
         engine.destroy()
-    ranks.watch.end()
+    ranks.watchdog.end()
     return found_states
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from balanced_adam.packed import FORMATS
 from tests.perf.measure import WARM_UP, machine, ratio
 from tests.ranks import spawn
-from train.figures import table
+from train.analysis.plots import markdown_table
 
 WORLD, ROUNDS = 2, 9
 TENSORS, SIZE = 40, 1_000_000
@@ -163,7 +163,7 @@ def report(stage: int, contenders: list[Contender]) -> str:
         }
         for name, r in runs.items()
     ]
-    return table(rows)
+    return markdown_table(rows)
 
 
 def main() -> None:

@@ -18,11 +18,13 @@ from balanced_adam import packed, rule
 from balanced_adam.packed import FORMATS, Format
 from tests.perf.measure import machine
 from tests.ranks import spawn
-from train import deepspeed_config
-from train.figures import table
-from train.pretrain import initialize
-from train.ranks import start
-from train.settings import REPOSITORY, Run, parse
+from train.analysis.plots import markdown_table
+from train.common.command_line import parse
+from train.common.files import REPOSITORY
+from train.distributed.launch import join
+from train.run import deepspeed_config
+from train.run.config import Run
+from train.run.engine import initialize
 
 STEPS, EACH, SKIPPED = 400, 256, 100
 LR, EPS = 1e-3, 1e-8
@@ -43,7 +45,7 @@ def record(place: str) -> Recording:
     config = str(REPOSITORY / "ds_configs" / "zero0.json")
     arguments = ["--out", place, "--ds-config", config, "--steps", str(STEPS), "--lr", str(LR), "--batch", "16"]
     settings = parse(Run, arguments, "train.pretrain", None)
-    ranks = start(settings.timeout)
+    ranks = join(settings.timeout)
     trainer = initialize(settings, ranks, deepspeed_config.resolve(settings, ranks.world, False))
     optimizer = trainer.engine.basic_optimizer
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +60,7 @@ def record(place: str) -> Recording:
     optimizer.register_step_pre_hook(see)
     for _ in range(STEPS):
         trainer.train_step()
-    ranks.watch.end()
+    ranks.watchdog.end()
     return Recording(weights.clone(), torch.stack(seen))
 
 
@@ -252,7 +254,7 @@ def main() -> None:
     with TemporaryDirectory() as place:
         (Path(place) / "run").mkdir()
         (found,) = spawn(record, 1, f"{place}/run", seconds=600, fresh=True)
-    print(table(splits(found)) + "\n", flush=True)
-    print(table(nearest(found)) + "\n", flush=True)
-    print(table(hardships(found)) + "\n", flush=True)
-    print(table(sensitivity(found)) + "\n")
+    print(markdown_table(splits(found)) + "\n", flush=True)
+    print(markdown_table(nearest(found)) + "\n", flush=True)
+    print(markdown_table(hardships(found)) + "\n", flush=True)
+    print(markdown_table(sensitivity(found)) + "\n")

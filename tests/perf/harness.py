@@ -12,11 +12,13 @@ import torch
 
 from tests.perf.measure import WARM_UP, machine, ratio
 from tests.ranks import spawn
-from train import deepspeed_config, folder
-from train.figures import table
-from train.pretrain import initialize
-from train.ranks import start
-from train.settings import Run, parse
+from train.analysis.plots import markdown_table
+from train.common.command_line import parse
+from train.distributed.launch import join
+from train.run import deepspeed_config
+from train.run.config import Run
+from train.run.engine import initialize
+from train.run.metrics import Metrics
 
 WORLD = 2
 SHAPES = [
@@ -31,11 +33,11 @@ def run(job: tuple[str, str, int, str]) -> dict[str, list[float]]:
     """One rank: the two loops in turn, each with one step a round. Metrics are written, progress is not shown."""
     model, options, rounds, place = job
     settings = parse(Run, ["--out", place, "--model", model, *options.split()], "train.pretrain", None)
-    ranks = start(settings.timeout)
+    ranks = join(settings.timeout)
     trainer = initialize(settings, ranks, deepspeed_config.resolve(settings, ranks.world, False))
-    metrics = folder.Metrics(settings.out, 0) if ranks.first else None
+    metrics = Metrics(settings.out, 0) if ranks.is_main else None
     seconds: dict[str, list[float]] = {"bare loop on the same engine": [], "train.pretrain": []}
-    ranks.watch.begin()
+    ranks.watchdog.begin()
     for number in range(WARM_UP + rounds):
         for name, times in seconds.items():
             torch.distributed.barrier()
@@ -49,7 +51,7 @@ def run(job: tuple[str, str, int, str]) -> dict[str, list[float]]:
             torch.distributed.barrier()
             if number >= WARM_UP:
                 times.append(time.perf_counter() - began)
-    ranks.watch.end()
+    ranks.watchdog.end()
     return seconds
 
 
@@ -80,4 +82,4 @@ def main() -> None:
             }
             for name, times in found.items()
         ]
-        print(table(rows) + "\n", flush=True)
+        print(markdown_table(rows) + "\n", flush=True)

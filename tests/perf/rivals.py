@@ -22,9 +22,13 @@ from torch import Tensor
 
 from balanced_adam import UpdateSize, packed, rule
 from tests.perf import formats
-from train import compare, folder, report
-from train.plan import Comparison, manifest
-from train.settings import REPOSITORY, SettingsError, parse, require
+from train import pretrain
+from train.analysis.report_page import write_report
+from train.common.command_line import parse
+from train.common.errors import ConfigError, require
+from train.common.files import REPOSITORY, environment_facts, write_json
+from train.sweep import execute
+from train.sweep.plan import Comparison, manifest
 
 Groups = list[dict[str, Any]]
 
@@ -168,8 +172,6 @@ def train(rival: str, arguments: list[str]) -> int:
     """train.pretrain, whose engine's optimizer has the rival take its steps."""
     import deepspeed
 
-    from train import pretrain
-
     initialize = deepspeed.initialize
 
     def with_rival(*positional: Any, **named: Any) -> Any:
@@ -207,17 +209,17 @@ def main(arguments: list[str]) -> None:
             place = ["--out", str(out / run["name"])]
             return [sys.executable, "-m", "tests.perf.rivals", run["rival"], *place, *run["arguments"]]
 
-        compare.command = command
+        execute.launch_command = command  # type: ignore[assignment]
         file = settings.out / "manifest.json"
         require(
             not file.exists() or json.loads(file.read_text())["runs"] == json.loads(json.dumps(chosen["runs"])),
             f"out is {settings.out}, which holds another comparison; give another folder.",
         )
         settings.out.mkdir(parents=True, exist_ok=True)
-        folder.write_json(file, {**chosen, **folder.environment()})
-        compare.execute(chosen, settings.out.resolve())
-        report.write(settings.out)
-    except SettingsError as error:
+        write_json(file, {**chosen, **environment_facts()})
+        execute.execute(chosen, settings.out.resolve())
+        write_report(settings.out)
+    except ConfigError as error:
         sys.exit(f"error: {error}")
 
 

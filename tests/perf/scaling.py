@@ -16,7 +16,7 @@ import torch
 from tests.perf.engine import MEGABYTE, ONE_PASS, SIZE, TENSORS, balanced, start, status
 from tests.perf.measure import machine
 from tests.ranks import spawn
-from train.figures import table
+from train.analysis.plots import markdown_table
 
 MODELS = {"1.3B": (1.3e9, 0.5e9, 8), "7B": (7e9, 0.55e9, 64), "70B": (70e9, 2e9, 512)}
 """Name: weights, weights of the largest layer, GPUs."""
@@ -124,7 +124,7 @@ def main() -> None:
                     "checkpoint": f"{found['checkpoint'] / weights:.2f}",
                 }
             )
-    print(table(rows) + "\n", flush=True)
+    print(markdown_table(rows) + "\n", flush=True)
     rows = []
     for name, (weights, largest, gpus) in MODELS.items():
         for stage in (1, 2, 3):
@@ -142,7 +142,7 @@ def main() -> None:
                     "DeepSpeed's estimate": deepspeeds,
                 }
             )
-    print(table(rows) + "\n")
+    print(markdown_table(rows) + "\n")
     rows = []
     for name, (weights, _, gpus) in MODELS.items():
         size = 14 * weights
@@ -159,4 +159,4 @@ def main() -> None:
                     "lost at every 3 h": f"{lost(10800, seconds, gpus):.2%}",
                 }
             )
-    print(table(rows))
+    print(markdown_table(rows))

@@ -13,7 +13,7 @@ from balanced_adam import BalancedAdam
 from balanced_adam.kernels.cpu import ISA, load
 from balanced_adam.packed import FORMATS
 from tests.perf.measure import interleaved, machine, ratio
-from train.figures import table
+from train.analysis.plots import markdown_table
 
 SETTINGS: dict[str, Any] = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.1}
 BETAS = (0.95, 0.95)
@@ -95,7 +95,7 @@ def report(title: str, found: dict[str, Callable[[], object]], rounds: int) -> s
     times = interleaved(found, rounds)
     ours = times["BalancedAdam"].seconds
     rows = [{"step": name, "ms": str(t), "ratio to BalancedAdam": ratio(t.seconds, ours)} for name, t in times.items()]
-    return f"{title}, median of {rounds} [min .. max]:\n\n{table(rows)}\n"
+    return f"{title}, median of {rounds} [min .. max]:\n\n{markdown_table(rows)}\n"
 
 
 def main(rounds: int = 11) -> None:

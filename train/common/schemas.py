@@ -23,8 +23,11 @@ from pydantic import (
     model_validator,
 )
 
+PILOT_FILE = "pilot.json"
 SHA256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Part = Literal["train", "validation"]
+SizeAndSum = Annotated[tuple[NonNegativeInt, SHA256], Field(strict=False)]  # in JSON a list
+Stamped = Annotated[tuple[NonNegativeInt, int, SHA256], Field(strict=False)]  # size, time of change in ns, sum
 
 
 class Schema(BaseModel):
@@ -85,9 +88,6 @@ class Layout(Schema):
     stage: Annotated[int, Field(ge=0, le=3)]
     dtype: Literal["fp32", "bf16", "fp16"]
     accumulation: str | None
-
-
-SizeAndSum = Annotated[tuple[NonNegativeInt, SHA256], Field(strict=False)]  # in JSON a list
 
 
 class CheckpointFile(Guarded):
@@ -179,9 +179,6 @@ class PilotFile(Schema):
     steps: PositiveInt
     tokens_per_step: PositiveInt
     parameters: PositiveInt
-
-
-Stamped = Annotated[tuple[NonNegativeInt, int, SHA256], Field(strict=False)]  # size, time of change in ns, sum
 
 
 class SumsFile(Guarded):

@@ -1,64 +1,27 @@
-"""While a run trains: who has asked it to stop, and which rank is stuck or gone, so that no allocation burns in silence."""
+"""Ends a run that can't go on: which rank is stuck or gone, so that no allocation burns in silence."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from threading import Event, Thread
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from train.settings import RankError, first_line
+from train.common.errors import EXIT_RETRY, first_line
 
-AGAIN = 75
-"""Exit code (EX_TEMPFAIL of sysexits.h) of a run that has not finished, through no fault of its input: start it again."""
 POLL_SECONDS = 2.0
 ANSWER_SECONDS = 3 * POLL_SECONDS  # to show that one is there
 LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "timed out", "Broken pipe")
 
 
-class Lost(RankError):
-    """Another rank can't be reached. The process ends with AGAIN."""
-
-
-class StopRequest:
-    """Asked to stop by SIGTERM or SIGUSR1, or by a file that somebody has made. The ranks have to agree on it at a step."""
-
-    def __init__(self, file: Path | None) -> None:
-        """From now on the signals only ask. ``file``: the one to look for, on one rank alone."""
-        self.file, self.signal = file, 0
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._heard)
-
-    def _heard(self, number: int, _: object) -> None:
-        self.signal = number
-
-    def __bool__(self) -> bool:
-        return bool(self.signal) or (self.file is not None and self.file.exists())
-
-
-def end_with_parent() -> None:
-    """Let the kernel send this process SIGTERM when its launcher dies: an orphan would keep the run's folder to itself.
-
-    (Linux only; the flag is PR_SET_PDEATHSIG of prctl(2).)
-    """
-    parent = os.getppid()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if os.getppid() != parent:  # it died meanwhile
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-class Watch:
+class Watchdog:
     """Ends this process when its run can't go on, with one sentence that names the rank at fault.
 
     Every rank says that it moves (:meth:`beat`). One that hasn't for a while, or whose collective has failed, puts a note
@@ -139,7 +102,7 @@ class Watch:
                 f"{what} on rank {self.rank} on {socket.gethostname()}, and {os.environ['MASTER_ADDR']}, where the ranks meet, "
                 "can't be reached: that host or its launcher is gone, or the network is cut."
             )
-        os._exit(AGAIN)
+        os._exit(EXIT_RETRY)
 
     def _answer(self) -> None:
         """Say that we are here; the first rank that does names those who don't. Ends this process."""
@@ -166,7 +129,7 @@ class Watch:
         else:
             time.sleep(POLL_SECONDS)  # a launcher ends all of its ranks when the first has ended: let that one speak
         time.sleep(POLL_SECONDS)  # the store may be ours, and the others have to see that we were first
-        os._exit(AGAIN)
+        os._exit(EXIT_RETRY)
 
     def _names(self, ranks: list[int]) -> str:
         named = [f"{rank} on {self._store.get(f'host/{rank}').decode()}" for rank in ranks[:8]]

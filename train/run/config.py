@@ -1,67 +1,27 @@
 """Every setting of a run, one dataclass per concern, each with its checks; the command line is made from them.
 
-A check raises :class:`SettingsError` with one sentence: the field, its value, and what would be right.
+A check raises :class:`ConfigError` with one sentence: the field, its value, and what would be right.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import math
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import tyro
+from train.common.errors import ConfigError, require
+from train.common.files import REPOSITORY
+from train.data.config import Data
 
-from balanced_adam import BalancedAdam, horizon
-
-Settings = TypeVar("Settings")
 ARM = (
     "lr",
     "betas",
     "state",
     "allow_unbalanced",
 )  # the settings of the optimizer that the arms of a comparison may differ in
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-class SettingsError(ValueError):
-    """A bad input, in one sentence for the person who gave it. The process ends with exit code 2."""
-
-
-class TryAgain(SettingsError):
-    """What may be over when the same command is started again. The process ends with AGAIN."""
-
-
-class RankError(SettingsError):
-    """One that this rank alone has met, and has to say itself."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise :class:`SettingsError` unless ``condition`` holds."""
-    if not condition:
-        raise SettingsError(message)
-
-
-def exit_code(program: Callable[[], None]) -> int:
-    """Run it: 0; or 2 where the input is bad, with the sentence for who gave it on stderr."""
-    try:
-        program()
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says first, or failing that its name."""
-    return (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,36 +32,6 @@ class Model:
     """A preset (tiny, small, 124m, 350m, 1.3b), or the path or hub name of any causal language model's configuration."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """What it is trained on."""
-
-    data: str = "stdlib"
-    """"stdlib" (the sources of Python's standard library), a file or folder of .txt/.md/.py, .jsonl/.json or .parquet (the former also as .gz,
-    .bz2 or .xz), or "hub:NAME" or "hub:NAME:CONFIGURATION" for a data set of the Hugging Face hub (its train split)."""
-    text_field: str = "text"
-    """The column that holds the text, in json, parquet and hub data."""
-    tokenizer: str = "byt5"
-    """"byt5" (UTF-8 bytes, nothing to download), or the path or hub name of any tokenizer of transformers."""
-    sequence_length: int = 128
-    """Tokens in one training sequence."""
-    validation_fraction: float = 0.05
-    """The share of documents that is held out for validation and never trained on."""
-    data_cache: Path = Path("~/.cache/balanced_adam")
-    """Where tokenized data is kept; shared by all runs that read the same data."""
-    verify_data: bool = False
-    """Read all files of the corpus and all tokens again, and see whether they are what they were; otherwise only what has another size or time
-    of change than when it was last read."""
-
-    def check(self) -> None:
-        """Raise :class:`SettingsError` on a value out of range."""
-        require(self.sequence_length >= 2, f"sequence_length is {self.sequence_length}; it must be at least 2.")
-        require(
-            0.0 < self.validation_fraction < 1.0,
-            f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +55,7 @@ class Optimizer:
     """Greatest norm of the gradient; 0 for no clipping."""
 
     def check(self) -> None:
-        """Raise :class:`SettingsError` on a value out of range, but for betas (:meth:`Run.parameters`)."""
+        """Raise :class:`ConfigError` on a value out of range, but for betas (:meth:`Run.parameters`)."""
         require(self.lr > 0.0, f"lr is {self.lr}; it must be above 0.")
         require(self.clip >= 0.0, f"clip is {self.clip}; it must be at least 0.")
 
@@ -144,7 +74,7 @@ class Schedule:
     """The learning rate at the end, as a fraction of the peak."""
 
     def check(self) -> None:
-        """Raise :class:`SettingsError` on a value out of range."""
+        """Raise :class:`ConfigError` on a value out of range."""
         require(self.steps >= 1, f"steps is {self.steps}; it must be at least 1.")
         require(
             0 <= self.warmup < self.steps,
@@ -168,7 +98,7 @@ class Parallelism:
     where that too says "auto", bf16 on GPUs and fp32 on CPU."""
 
     def check(self) -> None:
-        """Raise :class:`SettingsError` on a value out of range."""
+        """Raise :class:`ConfigError` on a value out of range."""
         require(self.batch >= 1, f"batch is {self.batch}; it must be at least 1.")
         require(
             self.micro_batch is None or self.micro_batch >= 1,
@@ -179,7 +109,7 @@ class Parallelism:
         """The micro-batch on ``world`` ranks.
 
         Raises:
-            SettingsError: if the batch doesn't divide.
+            ConfigError: if the batch doesn't divide.
         """
         micro = self.micro_batch or max(self.batch // world, 1)
         require(
@@ -201,7 +131,7 @@ class Checkpoints:
     """Go on from the newest whole checkpoint in the output folder, if there is one."""
 
     def check(self) -> None:
-        """Raise :class:`SettingsError` on a value out of range."""
+        """Raise :class:`ConfigError` on a value out of range."""
         require(self.save_every >= 0, f"save_every is {self.save_every}; it must be at least 0.")
         require(self.keep >= 1, f"keep is {self.keep}; it must be at least 1, or there is nothing to resume from.")
 
@@ -222,7 +152,7 @@ class Logging:
     """Also log to this Weights & Biases project, through DeepSpeed's monitor."""
 
     def check(self) -> None:
-        """Raise :class:`SettingsError` on a value out of range."""
+        """Raise :class:`ConfigError` on a value out of range."""
         require(self.validate_every >= 0, f"validate_every is {self.validate_every}; it must be at least 0.")
         require(
             self.validation_batches >= 0, f"validation_batches is {self.validation_batches}; it must be at least 0."
@@ -260,7 +190,7 @@ class Run:
     logging: Logging = field(default_factory=Logging)
 
     def check(self) -> None:
-        """Check everything that needs neither ranks nor data; raise :class:`SettingsError`."""
+        """Check everything that needs neither ranks nor data; raise :class:`ConfigError`."""
         require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must be at least 0 and below 2^63.")
         require(
             self.stop_after_nonfinite >= 1,
@@ -278,9 +208,11 @@ class Run:
         """``optimizer.params`` of the ds_config, betas being two numbers.
 
         Raises:
-            SettingsError: if BalancedAdam would refuse them, or betas is a rule that comes to no number here.
+            ConfigError: if BalancedAdam would refuse them, or betas is a rule that comes to no number here.
         """
         import torch
+
+        from balanced_adam import BalancedAdam
 
         params = {name: value for name, value in dataclasses.asdict(self.optimizer).items() if name != "clip"}
         try:
@@ -290,7 +222,7 @@ class Run:
                 params["betas"] = (params["betas"],) * 2
             BalancedAdam([torch.zeros(1)], **params)
         except ValueError as error:
-            raise SettingsError(str(error).replace("allow_unbalanced=True", "--allow-unbalanced")) from None
+            raise ConfigError(str(error).replace("allow_unbalanced=True", "--allow-unbalanced")) from None
         return {**params, "betas": list(params["betas"])}
 
     def moving_beta(self) -> Callable[[float], float] | None:
@@ -301,6 +233,8 @@ class Run:
         """
         if not isinstance(self.optimizer.betas, str):
             return None
+        from balanced_adam import horizon
+
         return horizon.course(self.optimizer.betas, steps=self.schedule.steps, tokens_per_step=self.tokens_per_step)
 
     @property
@@ -326,32 +260,9 @@ class Run:
         return kept
 
 
-def parse(settings: type[Settings], arguments: list[str], module: str, description: str | None) -> Settings:
-    """Settings from command-line arguments of ``python -m MODULE`` (``--help`` prints and exits, as usual).
+@dataclass(frozen=True, kw_only=True)
+class Preflight(Run):
+    """What train.pretrain will get, and on how many ranks."""
 
-    Raises:
-        SettingsError: for unknown options and for values of the wrong type.
-    """
-    arguments = [a for a in arguments if not a.startswith("--local_rank")]  # the deepspeed launcher adds it
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                settings,
-                prog=f"python -m {module}",
-                args=arguments,
-                description=description,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise SettingsError(f"{_one_sentence(complaint.getvalue())}; see python -m {module} --help.") from None
-
-
-def _one_sentence(box: str) -> str:
-    """The first paragraph in tyro's error box, below its title, as one line."""
-    lines = [re.sub(r"[╭╮╰╯│─]+|-{5,}", " ", line).strip() for line in box.splitlines() if not line.startswith("╭")]
-    paragraphs = [" ".join(group) for filled, group in groupby(lines, bool) if filled]
-    title = "╭" not in box  # without Unicode the title is a paragraph of its own
-    return paragraphs[min(int(title), len(paragraphs) - 1)].rstrip(".")
+    ranks: int | None = None
+    """Check settings, data and model alone, for a run on so many ranks."""

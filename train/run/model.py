@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from train.settings import Model, SettingsError, first_line, require
+from train.common.errors import ConfigError, first_line, require
+from train.run.config import Model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+CHECKPOINT_BYTES = 16
+"""Of each parameter: float32 weights, two moments, and the model's own weights."""
 # Llama shapes: width, layers, heads, feed-forward width, positions, tied embeddings.
 PRESETS = {
     "tiny": (128, 2, 4, 352, 1024, True),  # 0.45 M parameters with the byte tokenizer
@@ -32,7 +35,7 @@ def configuration(settings: Model, vocabulary: int, sequence_length: int) -> Pre
         sequence_length: tokens in one training sequence.
 
     Raises:
-        SettingsError: if there is no such model, or it is too small for the vocabulary or the sequence.
+        ConfigError: if there is no such model, or it is too small for the vocabulary or the sequence.
     """
     from transformers import AutoConfig, LlamaConfig
 
@@ -54,7 +57,7 @@ def configuration(settings: Model, vocabulary: int, sequence_length: int) -> Pre
         try:
             config = AutoConfig.from_pretrained(settings.model)
         except Exception as error:  # whatever a configuration's files run into
-            raise SettingsError(
+            raise ConfigError(
                 f"model is {settings.model!r}, which is no preset ({', '.join(PRESETS)}) and can't be loaded: {first_line(error)}"
             ) from None
     config.use_cache = False
@@ -93,7 +96,7 @@ def build(config: PretrainedConfig, settings: Model, seed: int, ds_config: dict[
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     except Exception as error:  # whatever a configuration that makes no sense runs into
-        raise SettingsError(
+        raise ConfigError(
             f"model is {settings.model!r}, which transformers can't build as a causal language model: {first_line(error)}"
         ) from None
     finally:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any
 
 import torch
-import tyro
 
-from balanced_adam import horizon
-from balanced_adam.state import FORMATS
-from train import folder, report
-from train.schemas import PlanFile, read_schema
-from train.settings import ARM, Optimizer, Run, SettingsError, first_line, parse, require
-from train.tuning import best_lr
+from train.analysis.lr_selection import best_lr
+from train.analysis.results import caveats, load_results
+from train.common.command_line import parse
+from train.common.errors import ConfigError, first_line, require
+from train.common.files import load_file
+from train.common.schemas import PlanFile, read_schema
+from train.run.config import ARM, Run
+from train.sweep.arms import Arm
+from train.sweep.options import Comparison
 
 # What a comparison decides for each of its runs.
 COMPARED = {
@@ -42,109 +42,14 @@ MODULES = {
     "python": "torch",
     "slurm": "torch",
 }
-
-
 ARMS_LR, GRID_LR = (1e-3,), (5e-4, 1e-3, 2e-3)  # a cell at one learning rate alone would say little of its betas
-
-
-class Arm(NamedTuple):
-    """What the runs of a comparison differ in, but for lr and seed."""
-
-    betas: tuple[float, ...] | str
-    """One number where both are equal; or the rule that chooses it."""
-    state: str
-
-    @property
-    def words(self) -> list[str]:
-        """The betas, for a command line."""
-        return [self.betas] if isinstance(self.betas, str) else list(map(repr, self.betas))
-
-    def __str__(self) -> str:
-        return ",".join(self.words) + (f":{self.state}" if self.state != "fp32" else "")
-
-    @staticmethod
-    def of(optimizer: Optimizer) -> Arm:
-        """That of a run."""
-        betas = (optimizer.betas,) if isinstance(optimizer.betas, float) else optimizer.betas
-        return Arm.shortened(betas, optimizer.state)
-
-    @staticmethod
-    def shortened(betas: tuple[float, ...] | str, state: str) -> Arm:
-        """With one beta where both are equal."""
-        return Arm(betas[:1] if isinstance(betas, tuple) and betas[0] == betas[-1] else betas, state)
-
-    @staticmethod
-    def parse(text: str) -> Arm:
-        """From the command line; raises :class:`SettingsError`."""
-        said, _, state = text.rpartition(":")
-        if state not in FORMATS:
-            said, state = text, "fp32"
-        if horizon.is_rule(said):
-            with suppress(ValueError):  # what is no number is refused with the run's settings
-                name, _, number = said.rpartition(":")
-                said = f"{name}:{repr(float(number)).removesuffix('.0')}"
-            return Arm(said, state)
-        try:
-            betas = tuple(float(part) for part in said.split(","))
-            if len(betas) not in (1, 2) or not all(0.0 <= beta < 1.0 for beta in betas):
-                raise ValueError
-        except ValueError:
-            raise SettingsError(
-                f"arms has {text!r}; an arm is one beta or beta1,beta2, each in [0, 1), or a rule such as refresh:1000; and then, after a "
-                f"colon, one of {', '.join(FORMATS)}."
-            ) from None
-        return Arm.shortened(betas, state)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What is compared, and how it is run."""
-
-    out: Path = Path("runs/compare")
-    """The folder of the comparison: manifest.json, one folder for each run, and the report."""
-    arms: tuple[str, ...] = ("0.95", "0.9,0.95", "0.9,0.999")
-    """Beta settings: one number, beta1,beta2, or a rule as --betas of train.pretrain takes it; and, after a colon, how the optimizer's
-    state is stored, as in 0.95:packed16 or refresh:1000:packed16.
-    The first one is what the others are compared with."""
-    grid: tuple[float, ...] = ()
-    """Instead of arms: every pair of these betas, the tied ones first."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds; every arm starts from the same weights and sees the same batches for the same seed."""
-    lr: tuple[float, ...] | None = None
-    """Peak learning rates; every arm is run with each. Default: 1e-3, and 5e-4, 1e-3 and 2e-3 for a grid."""
-    lr_from: tuple[Path, ...] = ()
-    """Instead of lr: folders of comparisons in which these arms were tuned; each is run at its best learning rate there."""
-    steps: int = 200
-    """Optimizer steps of one run."""
-    tokens: int | None = None
-    """Instead of steps: training tokens of one run (a multiple of batch x sequence_length is taken)."""
-    batch: int = 16
-    """Sequences in one optimizer step."""
-    sequence_length: int = 128
-    """Tokens in one sequence."""
-    ranks: int = field(default_factory=lambda: min(2, torch.cuda.device_count() or 2))
-    """Processes of one run. Default: 2, but 1 where there is a single GPU."""
-    launcher: Literal["deepspeed", "torchrun", "accelerate", "python", "slurm"] = "deepspeed"
-    """What starts the ranks. "slurm" is for slurm/compare.sbatch, which makes a job of each run."""
-    max_runs: int | None = None
-    """Begin no more than so many runs now; the same command goes on."""
-    max_hours: float | None = None
-    """Begin no run that would end later than so many hours from now, if it takes as long as those before it."""
-    discard_checkpoints: bool = False
-    """Remove the checkpoints of a run that has finished; a sweep of many runs would fill the disk."""
-    plan_only: bool = False
-    """Write the manifest and stop."""
-    manifest: Path | None = None
-    """Run the plan in this file instead, whatever the settings above say but for out: one that --plan-only has written, edited."""
-    rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """After "--": further options for every run, as train.pretrain takes them, such as -- --model small."""
 
 
 def manifest(comparison: Comparison) -> dict[str, Any]:
     """The plan as plain data: every run's name, arm, lr, seed, and arguments for train.pretrain.
 
     Raises:
-        SettingsError: if an arm is no pair of betas, an arm or a seed is given twice, an option after "--" is one of those
+        ConfigError: if an arm is no pair of betas, an arm or a seed is given twice, an option after "--" is one of those
             that are compared, an arm was not tuned, or train.pretrain would refuse a run's settings.
     """
     wanted = comparison.arms
@@ -160,7 +65,8 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
         different = arms if name == "arms" else set(values)
         require(bool(values), f"{name} is empty; give at least one.")
         require(len(different) == len(values), f"{name} is {' '.join(map(str, values))}; give each only once.")
-    ranks, launcher = comparison.ranks, comparison.launcher
+    launcher = comparison.launcher
+    ranks = min(2, torch.cuda.device_count() or 2) if comparison.ranks is None else comparison.ranks
     _check_launch(launcher, ranks)
     options = {option.split("=")[0].replace("_", "-") for option in comparison.rest}
     require(
@@ -196,12 +102,12 @@ def _tuned(comparison: Comparison, arms: Iterable[str]) -> dict[str, tuple[float
     """Of each arm, its best learning rate in the comparisons in ``lr_from``, or what a plan in ``out`` has taken for it before."""
     planned = comparison.out / "manifest.json"
     if planned.exists():
-        before = folder.read(PlanFile, planned).model_dump(exclude_unset=True)
+        before = load_file(PlanFile, planned).model_dump(exclude_unset=True)
         taken = {run["arm"]: float(run["lr"]) for run in before["runs"]}
         if before.get("lr_from") == list(map(str, comparison.lr_from)) and all(arm in taken for arm in arms):
             return {arm: (taken[arm],) for arm in arms}
     folders = " ".join(map(str, comparison.lr_from))
-    table = report.load(*comparison.lr_from)[1]
+    table = load_results(*comparison.lr_from)[1]
     best = best_lr(table)
     for arm in arms:
         there = best.loc[best["arm"] == arm, "validation_loss"]
@@ -213,7 +119,7 @@ def _tuned(comparison: Comparison, arms: Iterable[str]) -> dict[str, tuple[float
             there.notna().any(),
             f"lr_from is {folders}, where every run of the arm {arm} has diverged; give it other lrs.",
         )
-    for sentence in report.caveats(table[table["arm"].isin(list(arms))]):
+    for sentence in caveats(table[table["arm"].isin(list(arms))]):
         print(f"lr_from: {sentence}", file=sys.stderr)
     return {arm: (float(best.loc[best["arm"] == arm, "lr"].iloc[0]),) for arm in arms}
 
@@ -222,13 +128,13 @@ def read_manifest(file: Path) -> dict[str, Any]:
     """A plan from a file, as :func:`manifest` makes it and somebody may have edited it.
 
     Raises:
-        SettingsError: if it is no plan, or train.pretrain would refuse a run's settings.
+        ConfigError: if it is no plan, or train.pretrain would refuse a run's settings.
     """
     require(file.is_file(), f"manifest is {file}, which is not a file; --plan-only writes one.")
     try:
         plan = read_schema(PlanFile, file).model_dump(exclude_unset=True)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"manifest is {file}, which is no plan: {first_line(error)}.") from None
+        raise ConfigError(f"manifest is {file}, which is no plan: {first_line(error)}.") from None
     missing = [name for name in ("steps", "ranks", "launcher") if plan.get(name) is None]
     require(not missing, f"manifest is {file}, which is no plan: it has no {', '.join(missing)}.")
     _check_launch(plan["launcher"], plan["ranks"])

@@ -1,4 +1,4 @@
-"""The ranks of a run: who this process is, and how all of them fail together, in one sentence."""
+"""From what a launcher has set in the environment to a process group, and out of it again."""
 
 from __future__ import annotations
 
@@ -9,121 +9,20 @@ import platform
 import random
 import socket
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from threading import Thread
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from train.settings import SettingsError, TryAgain, first_line, require
-from train.watch import Lost, Watch, end_with_parent, is_lost
-
-Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among the ranks of the run."""
-
-    rank: int
-    local_rank: int
-    world: int
-    device: torch.device
-    watch: Watch
-
-    @property
-    def first(self) -> bool:
-        """Whether this is rank 0, which writes the files and speaks to the user."""
-        return self.rank == 0
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Run a block that may fail on some ranks only; then no rank goes on.
-
-        Raises:
-            SettingsError: on every rank, if an error came up on any; the first one's sentence, with the rank and host
-                where it isn't everybody's; TryAgain if it is one. An error that is neither SettingsError nor OSError is a fault of this program,
-                and goes on as it is where it came up.
-        """
-        mine, again = "", False
-        fault: Exception | None = None
-        try:
-            yield
-        except SettingsError as error:
-            mine, again = str(error), isinstance(error, TryAgain)
-        except OSError as error:
-            mine = f"{error.filename or 'a file'}: {error.strerror or error}."
-        except Exception as error:
-            if is_lost(error):
-                raise
-            mine, fault = f"{type(error).__name__}: {first_line(error)}", error
-        everybody = self.gather((socket.gethostname(), mine, again))
-        if fault is not None:
-            raise fault
-        for rank, (host, sentence, again) in enumerate(everybody):
-            if sentence:
-                kind = TryAgain if again else SettingsError
-                raise kind(sentence if rank == 0 else f"rank {rank} on {host}: {sentence}")
-
-    def wait_for(self, work: Callable[[], Any] | None) -> None:
-        """Run what may take long on the ranks that have it, while nobody's collectives time out.
-
-        Raises:
-            SettingsError: on every rank, if it failed on any.
-        """
-        errors: list[Exception] = []
-
-        def job() -> None:
-            try:
-                if work:
-                    work()
-            except Exception as error:
-                errors.append(error)
-
-        thread = Thread(target=job, daemon=True)  # so that a Ctrl-C need not wait for it
-        thread.start()
-        while self.sum([float(thread.is_alive())])[0]:
-            self.alive()
-            time.sleep(0.2)
-        with self.together():
-            if errors:
-                raise errors[0]
-
-    def alive(self, step: bool = False) -> None:
-        """This rank makes progress; see :meth:`Watch.beat`."""
-        self.watch.beat(step)
-
-    def gather(self, value: Value) -> list[Value]:
-        """What each rank has, on all of them."""
-        everybody: list[Any] = [None] * self.world
-        dist.all_gather_object(everybody, value)
-        return everybody
-
-    def from_first(self, value: Value) -> Value:
-        """What rank 0 has."""
-        box = [value]
-        dist.broadcast_object_list(box, device=self.device)
-        return box[0]
-
-    def sum(self, values: list[float]) -> list[float]:
-        """The sums of some numbers over all ranks, in float64."""
-        return self.sum_and_max(values, [])[0]
-
-    def sum_and_max(self, sums: list[float], largest: list[float]) -> tuple[list[float], list[float]]:
-        """The sums of some numbers over all ranks, and the largest of others, in float64; both are under way at once."""
-        both = [torch.tensor(values, dtype=torch.float64, device=self.device) for values in (sums, largest)]
-        ops = (dist.ReduceOp.SUM, dist.ReduceOp.MAX)
-        works = [dist.all_reduce(t, op, async_op=True) for t, op in zip(both, ops, strict=True) if t.numel()]
-        for work in works:
-            work.wait()
-        return both[0].tolist(), both[1].tolist()
+from train.common.errors import ConfigError, PeerLostError, require
+from train.distributed.preemption import end_with_parent
+from train.distributed.ranks import Ranks
+from train.distributed.watchdog import Watchdog
 
 
 def prepare_environment() -> None:
@@ -132,7 +31,7 @@ def prepare_environment() -> None:
     Plain ``python`` is a world of one; ``srun`` describes its ranks in SLURM_* variables.
 
     Raises:
-        SettingsError: if srun started several ranks and nobody said where they meet, or a launcher told only half.
+        ConfigError: if srun started several ranks and nobody said where they meet, or a launcher told only half.
     """
     env = os.environ
     if not torch.cuda.is_available():
@@ -185,7 +84,7 @@ def free_port() -> int:
     and are drawn at random, so that jobs that begin together on one node get different ones.
 
     Raises:
-        SettingsError: if none can be found.
+        ConfigError: if none can be found.
     """
     draw = random.SystemRandom()  # of the operating system, so that no seed makes two runs choose alike
     end = _first_of_connections()
@@ -194,9 +93,7 @@ def free_port() -> int:
             port = draw.randrange(10000, end)
             probe.bind(("", port))
             return port
-    raise SettingsError(
-        f"none of a thousand TCP ports from 10000 to {end - 1} is free on {platform.node()}; free some."
-    )
+    raise ConfigError(f"none of a thousand TCP ports from 10000 to {end - 1} is free on {platform.node()}; free some.")
 
 
 def _first_of_connections() -> int:
@@ -207,14 +104,14 @@ def _first_of_connections() -> int:
         return 32768
 
 
-def start(timeout: float) -> Ranks:
+def join(timeout: float) -> Ranks:
     """Join the process group (NCCL on GPUs, gloo on CPU) and say who we are.
 
     Args:
         timeout: seconds without progress after which the run is given up.
 
     Raises:
-        Lost: if the ranks don't meet within that time.
+        PeerLostError: if the ranks don't meet within that time.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -233,20 +130,20 @@ def start(timeout: float) -> Ranks:
             accelerator.communication_backend_name(),
             auto_mpi_discovery=False,
             verbose=False,
-            timeout=timedelta(seconds=timeout + 60),  # so that the Watch speaks first
+            timeout=timedelta(seconds=timeout + 60),  # so that the Watchdog speaks first
         )
     except dist.DistError:
         env = os.environ
-        raise Lost(
+        raise PeerLostError(
             f"rank {env['RANK']} on {socket.gethostname()} did not meet the others at {env['MASTER_ADDR']}:{env['MASTER_PORT']} within "
             f"{timeout:.0f} s; another host is gone or can't be reached, or GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is to be set."
         ) from None
     device = torch.device(accelerator.device_name(index))
     rank, world = dist.get_rank(), dist.get_world_size()
-    return Ranks(rank, local_rank, world, device, Watch(rank, world, timeout))
+    return Ranks(rank, local_rank, world, device, Watchdog(rank, world, timeout))
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Leave the process group and end this process with ``code``, without the finalization of Python.
 
     A thread of gloo may still hold the last reference to a tensor of a finished collective. If it drops it while Python is

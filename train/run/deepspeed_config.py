@@ -8,23 +8,36 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from train.settings import Run, SettingsError, first_line, require
+from train.common.errors import ConfigError, first_line, require
+from train.run.config import Run
 
 OPTIMIZER = "BalancedAdam"
 PATHS = {"fused", "fused_zero"}  # parameters of the optimizer that choose how the step is computed, not what it gives
+
+
+def layout(ds_config: dict[str, Any], world: int) -> dict[str, Any]:
+    """What has to be equal for DeepSpeed to load a checkpoint as it is."""
+    accumulation = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    dtype = next((name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")), "fp32")
+    return {
+        "world": world,
+        "stage": ds_config["zero_optimization"]["stage"],
+        "dtype": dtype,
+        "accumulation": accumulation,
+    }
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a ds_config file.
 
     Raises:
-        SettingsError: if there is no such file, it isn't a JSON object, or an object holds a key twice.
+        ConfigError: if there is no such file, it isn't a JSON object, or an object holds a key twice.
     """
     require(path.is_file(), f"ds_config is {path}, which is not a file; give one of ds_configs/*.json or your own.")
     try:
         config = json.loads(path.read_text("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"ds_config {path} is not JSON: {error}.") from None
+        raise ConfigError(f"ds_config {path} is not JSON: {error}.") from None
     require(isinstance(config, dict), f"ds_config {path} is a JSON {type(config).__name__}; it must be an object.")
     return config
 
@@ -45,7 +58,7 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
         gpus: whether the ranks run on GPUs, which decides bf16 where nobody else does.
 
     Raises:
-        SettingsError: where the file and the settings contradict each other, or DeepSpeed refuses the outcome.
+        ConfigError: where the file and the settings contradict each other, or DeepSpeed refuses the outcome.
     """
     path = run.parallelism.ds_config
     config = load(path)
@@ -201,9 +214,9 @@ def _validate(config: dict[str, Any], path: Path) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "a section"
-        raise SettingsError(f"ds_config {path} has {where} = {first['input']!r}: {first['msg']}.") from None
+        raise ConfigError(f"ds_config {path} has {where} = {first['input']!r}: {first['msg']}.") from None
     except Exception as error:  # DeepSpeed raises whatever a wrong value runs into
-        raise SettingsError(f"ds_config {path} is refused by DeepSpeed: {first_line(error)}") from None
+        raise ConfigError(f"ds_config {path} is refused by DeepSpeed: {first_line(error)}") from None
     unknown = min((key for key in set(config) - config.asked if not key.startswith("_")), default="")  # _comment is one
     close = difflib.get_close_matches(unknown, config.asked, 1)
     require(

@@ -30,7 +30,7 @@ def as_url(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def markdown_table(rows: list[dict[str, str]]) -> str:
     """Markdown; the keys of the first row are the head."""
     lines = [" | ".join(row.values()) for row in rows]
     return "\n".join(f"| {line} |" for line in [" | ".join(rows[0]), "|".join(["---"] * len(rows[0])), *lines])

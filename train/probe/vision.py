@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from balanced_adam import BalancedAdam
-from train.settings import SettingsError
+from train.common.errors import ConfigError
 
 BATCH, CLASSES, LR = 64, 10, 1e-3
 
@@ -21,14 +21,14 @@ class Classifier:
         seed: decides the weights and the order of the data.
 
     Raises:
-        SettingsError: if scikit-learn isn't installed.
+        ConfigError: if scikit-learn isn't installed.
     """
 
     def __init__(self, name: str, seed: int = 0) -> None:
         try:
             from sklearn.datasets import load_digits
         except ImportError:
-            raise SettingsError(
+            raise ConfigError(
                 f"task is {name!r}, but the package scikit-learn is missing: pip install scikit-learn."
             ) from None
         images, labels = load_digits(return_X_y=True)

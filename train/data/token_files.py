@@ -1,28 +1,24 @@
-"""A corpus as fixed blocks of tokens: read, tokenized once, memory-mapped, and served by index arithmetic.
-
-The batch at step t is a pure function of (seed, t): it depends neither on the number of ranks nor on how the batch is
-split into micro-batches, so that a resumed run needs no loader state and runs with other betas see the same batches.
-"""
+"""A corpus as token files: read and tokenized once, kept in a cache, memory-mapped."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from train import corpus
-from train.folder import checksum, write_json
-from train.schemas import About, guard, read_schema
-from train.settings import Data, SettingsError, TryAgain, first_line, require
+from train.common.errors import ConfigError, RetryError, first_line, require
+from train.common.files import checksum, expanded, write_json
+from train.common.schemas import About, guard, read_schema
+from train.data.blocks import Blocks
+from train.data.config import Data
+from train.data.corpus import Corpus, find_corpus, known_sums, waiting_for
+from train.data.readers import Read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,45 +28,11 @@ FORMAT_OF_STDLIB = 3  # whose tokens stay what they are, since results are publi
 ABOUT = "about.json"
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Consecutive blocks of ``length`` tokens in one long array (a rest that fills no block is left out)."""
-
-    tokens: np.ndarray
-    length: int
-
-    def __len__(self) -> int:
-        return len(self.tokens) // self.length
-
-    def take(self, indices: np.ndarray) -> torch.Tensor:
-        """Tokens of the blocks with these numbers: int64, shape [len(indices), length]."""
-        blocks = self.tokens[: len(self) * self.length].reshape(-1, self.length)
-        return torch.from_numpy(blocks[indices].astype(np.int64))
-
-
-def batch_indices(step: int, batch: int, blocks: int, seed: int) -> np.ndarray:
-    """Which blocks make the global batch of step ``step`` (counted from 0): shape [batch].
-
-    Every epoch is a fresh permutation (random reshuffling), a function of (seed, epoch) alone; a batch may span two.
-    """
-    where = np.arange(step * batch, (step + 1) * batch)
-    result = np.empty(batch, dtype=np.int64)
-    for epoch in np.unique(where // blocks):
-        here = where // blocks == epoch
-        result[here] = _order(seed, int(epoch), blocks)[where[here] % blocks]
-    return result
-
-
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, blocks: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(blocks)
-
-
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """ "byt5" (bytes, no download) or any tokenizer of transformers.
 
     Raises:
-        SettingsError: if there is none of that name.
+        ConfigError: if there is none of that name.
     """
     from transformers import AutoTokenizer, ByT5Tokenizer
 
@@ -79,7 +41,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever a tokenizer's files run into
-        raise SettingsError(f"tokenizer is {name!r}, which transformers can't load: {first_line(error)}") from None
+        raise ConfigError(f"tokenizer is {name!r}, which transformers can't load: {first_line(error)}") from None
 
 
 def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = "") -> Path:
@@ -93,10 +55,10 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = 
         begun_on: the folder's name, where a run began that goes on; it may have been made by an earlier version.
 
     Raises:
-        SettingsError: if the data can't be read or gives no training or no validation text, or the folder is damaged.
-        TryAgain: if the tokens can't be read now.
+        ConfigError: if the data can't be read or gives no training or no validation text, or the folder is damaged.
+        RetryError: if the tokens can't be read now.
     """
-    cache = corpus.expanded(settings.data_cache, "data_cache")
+    cache = expanded(settings.data_cache, "data_cache")
     if begun_on and settings.data != "stdlib" and begun_on == _name_of_format_3(settings, tokenizer):
         require(
             (cache / begun_on).exists(),
@@ -105,12 +67,12 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = 
         )
         _verify(cache / begun_on, settings.verify_data, "restore that folder")
         return cache / begun_on
-    source = corpus.find(settings, fresh=settings.verify_data)
+    source = find_corpus(settings, fresh=settings.verify_data)
     name = _folder_name(source, settings, tokenizer)
     folder = cache / name
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with corpus.waiting_for(cache / f"{name}.lock", "the tokens"):
+        with waiting_for(cache / f"{name}.lock", "the tokens"):
             if not folder.exists():
                 aside = cache / f".{name}"
                 shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed; the lock is ours
@@ -124,23 +86,23 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = 
 
 def folder_of(settings: Data, name: str) -> Path:
     """Where the tokens of this name are."""
-    return corpus.expanded(settings.data_cache, "data_cache") / name
+    return expanded(settings.data_cache, "data_cache") / name
 
 
 def fingerprint(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
     """Changes with whatever decides the tokens: the text, the tokenizer, what is held out.
 
     Raises:
-        SettingsError: if there is no such data.
+        ConfigError: if there is no such data.
     """
-    return _fingerprint_of(corpus.find(settings), settings, tokenizer)
+    return _fingerprint_of(find_corpus(settings), settings, tokenizer)
 
 
-def _folder_name(source: corpus.Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
+def _folder_name(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
     return f"tokens-{_fingerprint_of(source, settings, tokenizer)}"
 
 
-def _fingerprint_of(source: corpus.Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
+def _fingerprint_of(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
     format = FORMAT_OF_STDLIB if source.kind == "stdlib" else FORMAT
     return _digest(format, source.description, settings, tokenizer)
 
@@ -160,7 +122,7 @@ def _name_of_format_3(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str
     """As earlier versions named the tokens of this corpus: by the paths, sizes and times of its files."""
     if settings.data.startswith("hub:"):
         return f"tokens-{_digest(3, [settings.data], settings, tokenizer)}"
-    root = corpus.expanded(Path(settings.data), "data")
+    root = expanded(Path(settings.data), "data")
     kinds = (".txt", ".md", ".py", ".jsonl", ".json", ".gz", ".parquet")
     files = [root] if root.is_file() else [f for f in sorted(root.rglob("*")) if f.suffix in kinds and f.is_file()]
     stamps = [(f, f.stat()) for f in files]
@@ -172,40 +134,40 @@ def read_about(folder: Path) -> About:
     """What is known of the tokens in a folder.
 
     Raises:
-        SettingsError: if about.json is damaged.
+        ConfigError: if about.json is damaged.
     """
     try:
         return read_schema(About, folder / ABOUT)
     except ValueError as error:
-        raise SettingsError(_damaged(folder, error)) from None
+        raise ConfigError(_damaged(folder, error)) from None
 
 
 def _verify(folder: Path, fresh: bool, advice: str) -> None:
     """See whether the token files are as they were written: those that have been touched since they were last summed, or, ``fresh``, all.
 
     Raises:
-        SettingsError: if one isn't.
-        TryAgain: if one can't be read now.
+        ConfigError: if one isn't.
+        RetryError: if one can't be read now.
     """
     for part, expected in read_about(folder).sha256.items():
         file, found = folder / f"{part}.bin", ""
         try:
             if file.exists():
-                (found,) = corpus.known_sums([file], folder.parent / f"sums-{folder.name}-{part}.json", fresh)
+                (found,) = known_sums([file], folder.parent / f"sums-{folder.name}-{part}.json", fresh)
         except OSError as error:
-            raise TryAgain(f"data_cache holds {file}, which can't be read now ({error.strerror}).") from None
+            raise RetryError(f"data_cache holds {file}, which can't be read now ({error.strerror}).") from None
         require(
             found == expected,
             f"data_cache holds {folder}, whose {part}.bin has changed since it was written; {advice}.",
         )
 
 
-def told(folder: Path, settings: Data) -> str:
+def summary(folder: Path, settings: Data) -> str:
     """What was read, and what there is now that is not, in a sentence or two for the user."""
     about = read_about(folder)
     try:
-        left_out = corpus.find(settings).left_out
-    except SettingsError:  # an old run goes on with its tokens, though its corpus would be refused now
+        left_out = find_corpus(settings).left_out
+    except ConfigError:  # an old run goes on with its tokens, though its corpus would be refused now
         left_out = {}
     distinct, tokens = sum(about.documents.values()), about.tokens
     read = about.read or distinct
@@ -235,7 +197,7 @@ def open_blocks(folder: Path, length: int) -> tuple[Blocks, Blocks]:
     """The training and the validation blocks, memory-mapped.
 
     Raises:
-        SettingsError: if the folder has been damaged since it was written.
+        ConfigError: if the folder has been damaged since it was written.
     """
     about = read_about(folder)
     dtype = np.dtype(about.dtype)
@@ -248,18 +210,16 @@ def open_blocks(folder: Path, length: int) -> tuple[Blocks, Blocks]:
                 raise ValueError(f"{file.name} has {size} bytes, and {ABOUT} says {count} tokens of {dtype.itemsize}")
             parts.append(Blocks(np.memmap(file, dtype, "r", shape=(count,)), length))
         except (OSError, ValueError) as error:
-            raise SettingsError(_damaged(folder, error)) from None
+            raise ConfigError(_damaged(folder, error)) from None
     return parts[0], parts[1]
 
 
-def _tokenize(
-    source: corpus.Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> dict[str, Any]:
+def _tokenize(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
     """Write train.bin and validation.bin; return what is to be known about them.
 
     The documents with the smallest hashes are held out, so that a copy of a held-out document is held out too.
     """
-    read = corpus.Read()
+    read = Read()
     hashes = [blake2b(text.encode(), digest_size=8).digest() for text in source.documents(settings, read)]
     count = len(set(hashes))
     held_out = round(settings.validation_fraction * count)
@@ -276,7 +236,7 @@ def _tokenize(
     # What looks like a special token in a text is text: "</s>" in a web page ends no document.
     plainly = {} if source.kind == "stdlib" else {"split_special_tokens": True}
     with (folder / "train.bin").open("wb") as train, (folder / "validation.bin").open("wb") as validation:
-        again = corpus.Read()
+        again = Read()
         numbered = zip(hashes, source.documents(settings, again), strict=False)
         while batch := list(islice(numbered, 256)):
             texts = [text for _, text in batch]
@@ -289,7 +249,7 @@ def _tokenize(
             file.flush()
             os.fsync(file.fileno())
     require(
-        read.bytes == again.bytes and corpus.find(settings).description == source.description,
+        read.bytes == again.bytes and find_corpus(settings).description == source.description,
         f"data is {settings.data!r}, which has changed while it was read; start the same command again when it stays as it is.",
     )
     sums = {part: checksum(folder / f"{part}.bin")[1] for part in tokens}

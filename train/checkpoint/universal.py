@@ -1,6 +1,6 @@
 """Convert a checkpoint of DeepSpeed's to its universal format, which any number of ranks at any ZeRO stage from 1 can load.
 
-A process of its own (``python -m train.universal FROM TO``), since DeepSpeed's converter forks workers and may need much memory.
+A process of its own (``python -m train.checkpoint.universal FROM TO``), since DeepSpeed's converter forks workers and may need much memory.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from balanced_adam.zero import unpacking
-from train.checkpoints import only_known_classes
-from train.watch import end_with_parent
+from train.checkpoint.load import only_known_classes
+from train.distributed.preemption import end_with_parent
 
 # Where stages 1 and 2, and stage 3, look for what isn't split over the ranks: step counts, schedule, our own step.
 COMMON = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")

@@ -1,0 +1,157 @@
+"""The runs of a comparison as tables, and what can be said of them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from train.analysis.lr_selection import at_edge
+from train.analysis.paired_stats import LEVEL, Paired, holm, paired
+from train.common.errors import ConfigError, require
+from train.common.files import load_file
+from train.common.schemas import PlanFile, RunFile
+from train.run import run_dir
+from train.run.config import ARM
+from train.run.metrics import read_metrics
+
+TABLE = "report.csv"
+PLOTS = {
+    "loss": "training loss",
+    "validation_loss": "validation loss",
+    "grad_norm": "gradient norm before clipping",
+    "update_rms": "root mean square of update / lr",
+    "update_max": "greatest |update| / lr",
+    "step_seconds": "seconds a step",
+}
+
+
+def load_results(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str, pd.DataFrame]]:
+    """The first manifest with all runs, one row per run that ended (arm, lr, seed, status, validation_loss), and each run's metrics by name.
+
+    Raises:
+        ConfigError: if there is no manifest, no run has ended, or the folders don't belong together.
+    """
+    plan: dict[str, Any] = {}
+    rows, metrics = [], {}
+    shared: dict[str, Any] = {}
+    cells: set[tuple[str, float, int]] = set()
+    for out in folders:
+        file = out / "manifest.json"
+        require(file.exists(), f"{out} holds no manifest.json; give the folder of a comparison.")
+        found = load_file(PlanFile, file).model_dump(exclude_unset=True)
+        missing = [name for name in ("steps", "packages") if found.get(name) is None]
+        require(not missing, f"{file} has no {', '.join(missing)}; it is no manifest that train.compare has written.")
+        plan = plan or {**found, "runs": []}
+        for run in found["runs"]:
+            cell = (run["arm"], run["lr"], run["seed"])
+            require(
+                cell not in cells, f"runs has {run['name']} twice, in {out} and in another folder; give one of them."
+            )
+            cells.add(cell)
+            plan["runs"].append(run)
+            try:
+                result = run_dir.result(out / run["name"])
+            except ConfigError as error:
+                print(f"left out: {error}", file=sys.stderr)  # one damaged run is no reason to hide the others
+                continue
+            lines = read_metrics(out / run["name"])
+            if result and lines:
+                rows.append({**{k: run[k] for k in ("name", "arm", "lr", "seed")}, "parameters": math.nan, **result})
+                metrics[run["name"]] = pd.DataFrame(
+                    lines, columns=sorted({*PLOTS, *(k for line in lines for k in line)})
+                )
+                settings = common_settings(out / run["name"]) | {"device": result.get("device", shared.get("device"))}
+                settings["validation_blocks"] = result.get("validation_blocks")  # lacking: the first ones, not spread
+                shared = shared or settings
+                require(
+                    settings == shared,
+                    f"runs has {out / run['name']}, which differs from the others in more than arm, lr and seed: "
+                    f"{', '.join(k for k in settings if settings[k] != shared.get(k))}.",
+                )
+    require(bool(rows), f"no run has ended yet in {', '.join(map(str, folders))}.")
+    table = pd.DataFrame(rows)
+    table["validation_loss"] = table["validation_loss"].astype(float)
+    return {**plan, "settings": shared}, table, metrics
+
+
+def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """One row per arm: mean loss, and the paired difference from the baseline with its interval and verdict; ``percent`` times a
+    difference is that in percent of the baseline's loss.
+
+    Differences are paired by seed; intervals and p-values are Student's t over seeds, Holm-corrected over arms for the
+    verdict (level 0.05). A diverged run counts in ``diverged`` and leaves its seed without a pair.
+    """
+    arms = list(table["arm"].unique())
+    require(baseline in arms, f"baseline is {baseline!r}, of which no run has ended; there are {', '.join(arms)}.")
+    by_seed = table.pivot(index="seed", columns="arm", values="validation_loss")
+    rows = []
+    for arm in arms:
+        losses = by_seed[arm]
+        row = {
+            "arm": arm,
+            "lr": table.loc[table["arm"] == arm, "lr"].iloc[0],
+            "runs": int((table["arm"] == arm).sum()),
+            "diverged": int(table.loc[table["arm"] == arm, "validation_loss"].isna().sum()),
+            "loss": losses.mean(),
+        }
+        found = paired(losses, by_seed[baseline])
+        row["percent"] = 100.0 / by_seed.loc[losses.notna(), baseline].mean()
+        row |= found._asdict() if arm != baseline else Paired(found.pairs, *[math.nan] * 4)._asdict()
+        rows.append(row)
+    summary = pd.DataFrame(rows)
+    summary["p_holm"] = holm(summary["p"])
+    against = summary.loc[summary["arm"] == baseline].iloc[0].to_dict()
+    summary["verdict"] = [verdict(row, against) for row in summary.to_dict("records")]
+    return summary
+
+
+def verdict(row: dict[str, Any], against: dict[str, Any]) -> str:
+    """One sentence for an arm, or two where runs of it or of the baseline, ``against``, have diverged."""
+    arm, baseline = f"({row['arm']})", against["arm"]
+    if row["arm"] == baseline:
+        return f"{arm} is what the others are compared with."
+    if row["pairs"] == 0:
+        return f"{arm} can't be compared: no seed finished in both arms."
+    if row["pairs"] == 1:
+        return f"{arm}: one seed proves nothing (difference {row['difference']:+.4f})."
+    survivors = "".join(
+        f" This leaves out what has diverged: {each['diverged']} of {each['runs']} runs of ({each['arm']})."
+        for each in (row, against)
+        if each["diverged"]
+    )
+    if not row["p_holm"] < LEVEL:
+        return f"{arm} is not distinguishable from ({baseline}) at n = {row['pairs']}.{survivors}"
+    better = "better" if row["difference"] < 0 else "worse"
+    return f"{arm} is {better} than ({baseline}) by {abs(row['difference']):.4f} at n = {row['pairs']}.{survivors}"
+
+
+def caveats(table: pd.DataFrame) -> list[str]:
+    """What a reader must know before believing the table."""
+    rates = sorted(table["lr"].unique())
+    said = []
+    if len(rates) == 1:
+        said.append(f"One learning rate ({rates[0]:g}) was used for all arms; an arm tuned on its own might do better.")
+    elif table.groupby("arm")["lr"].nunique().max() == 1:
+        said.append("Each arm was run at one learning rate, chosen for it beforehand.")
+    else:
+        same = table.groupby("arm")["lr"].nunique().min() == len(rates)
+        said.append(
+            f"Each arm is shown at its best of {'the' if same else 'its'} learning rates"
+            f"{'' if same else ', which are of'} {', '.join(f'{r:g}' for r in rates)}."
+        )
+        for arm in at_edge(table):
+            said.append(f"({arm}) is best at the edge of the learning rates tried, so its optimum may lie beyond.")
+    if table["seed"].nunique() == 1:
+        said.append("There is one seed, and one seed proves nothing.")
+    return said
+
+
+def common_settings(run: Path) -> dict[str, Any]:
+    """What the runs of a comparison share, from the run.json of one of them: settings, and the text as it was read."""
+    about = load_file(RunFile, run / "run.json")
+    parts = (part for part in about.identity.values() if isinstance(part, dict))
+    return {k: v for part in parts for k, v in part.items() if k not in ARM} | {"tokens": about.tokens}

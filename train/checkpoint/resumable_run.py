@@ -1,0 +1,128 @@
+"""One training run that may be cut at any moment: it takes its folder, goes on from the newest complete checkpoint, and writes its result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from train.checkpoint.convert import convert_layout
+from train.checkpoint.load import check_text, find_checkpoint, restore_checkpoint
+from train.checkpoint.manifest import Origin, newest_step
+from train.checkpoint.save import save_checkpoint
+from train.common.errors import ConfigError, Preempted
+from train.common.files import write_json
+from train.common.progress import Progress
+from train.distributed.launch import join
+from train.distributed.preemption import STOP_FILE
+from train.distributed.ranks import Ranks
+from train.run import deepspeed_config, run_dir
+from train.run.config import Run
+from train.run.dry_run import dry_run
+from train.run.engine import initialize
+from train.run.metrics import Metrics
+from train.run.trainer import Trainer
+
+
+def pretrain(run: Run) -> None:
+    """Train as ``run`` says, on this rank.
+
+    Raises:
+        ConfigError: on every rank, for whatever is wrong with the input.
+    """
+    run.check()
+    gpus = torch.cuda.is_available()
+    ds_config = deepspeed_config.resolve(run, int(os.environ["WORLD_SIZE"]), gpus)
+    ranks = join(run.timeout)
+    with ranks.watchdog.guard():
+        if run.dry_run:
+            with ranks.collective_errors():
+                if ranks.is_main:
+                    run_dir.check(run)
+            dry_run(initialize(run, ranks, ds_config))
+        else:
+            _pretrain(run, ranks, ds_config)
+
+
+def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
+    with ExitStack() as held:
+        with ranks.collective_errors():
+            if ranks.is_main:
+                held.callback(run_dir.claim(run).release)
+                (run.out / STOP_FILE).unlink(missing_ok=True)
+        with ranks.collective_errors():
+            ended = run_dir.result(run.out)
+        if ended is not None:
+            _report_end(run, ended, "already ")
+            return
+        found = find_checkpoint(ranks, run.out / "checkpoints", run.identity())
+        if found:
+            found = convert_layout(ranks, found, deepspeed_config.layout(ds_config, ranks.world))
+            ds_config["checkpoint"] = {"load_universal": found.universal}
+        trainer = initialize(run, ranks, ds_config)
+        with ranks.collective_errors():
+            if ranks.is_main:
+                run_dir.describe(run, trainer.tokens, ds_config)
+            if found:
+                check_text(found, trainer.tokens)
+        if found:
+            trainer.step = restore_checkpoint(trainer.engine, ranks, found)
+        with ranks.collective_errors():
+            metrics = Metrics(run.out, trainer.step) if ranks.is_main else None
+            if metrics:
+                run_dir.note(run.out, "begins", step=trainer.step, ranks=ranks.world)
+        ranks.watchdog.begin()
+        with Progress(run.schedule.steps, trainer.step, run.out.name, enabled=ranks.is_main) as progress:
+            ended = trainer.fit(metrics, progress, saver(trainer))
+        with ranks.collective_errors():
+            if metrics:
+                if ended["status"] != "stopped":
+                    write_json(run.out / "result.json", {**ended, "seconds": metrics.seconds})
+                run_dir.note(run.out, ended["status"], step=ended["step"])
+        ranks.watchdog.end()
+    _report_end(run, ended)
+
+
+def saver(trainer: Trainer) -> Callable[[], None]:
+    """What saves a checkpoint of this trainer, as it is when that is called."""
+    run = trainer.run
+    origin = Origin(run.identity(), trainer.tokens)
+
+    def save() -> None:
+        save_checkpoint(
+            trainer.engine,
+            trainer.ranks,
+            run.out / "checkpoints",
+            trainer.step,
+            run.checkpoints.keep,
+            trainer.parameters,
+            trainer.layout,
+            origin,
+        )
+
+    return save
+
+
+def _report_end(run: Run, ended: dict[str, Any], already: str = "") -> None:
+    """Say how a run has ended.
+
+    Raises:
+        Preempted: if it was asked to stop.
+        ConfigError: if it diverged, now or earlier.
+    """
+    if ended["status"] == "stopped":
+        saved = newest_step(run.out / "checkpoints")
+        raise Preempted(
+            f"Stopped at step {ended['step']} and saved up to step {saved}, as asked. The same command goes on from there."
+        )
+    if ended["status"] == "diverged":
+        reason = ended.get("reason", f"a number was not finite at step {ended['step']}")  # older runs don't say
+        raise ConfigError(
+            f"the run in {run.out} has {already}diverged: {reason}. Its checkpoints from before are kept. Lower lr (it is "
+            f"{run.optimizer.lr}) or clip (it is {run.optimizer.clip}) and give another folder."
+        )
+    if os.environ["RANK"] == "0":
+        print(f"{run.out} is {already}finished, at validation loss {ended['validation_loss']:.4f}.", flush=True)

@@ -1,0 +1,122 @@
+"""Save a checkpoint of a DeepSpeed engine: under a temporary name, summed, synced, renamed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint import manifest
+from train.checkpoint.manifest import (
+    Files,
+    Origin,
+    complete_checkpoints,
+    make_room,
+    remove,
+    whats_left,
+    why_incomplete,
+    written,
+)
+from train.common.errors import ConfigError, RankError, first_line, require
+from train.distributed.ranks import Ranks
+from train.run.model import CHECKPOINT_BYTES
+
+
+class _Recorder:
+    """DeepSpeed's checkpoint engine, but what is written is synced and summed, and a failed write remembered, not raised.
+
+    A rank that raised in the middle of ``save_checkpoint`` would leave the others waiting in DeepSpeed's barriers.
+    """
+
+    def __init__(self, inner: Any, ranks: Ranks) -> None:
+        self.inner, self.ranks = inner, ranks
+        self.error: Exception | None = None
+        self.files: Files = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.ranks.heartbeat()
+        try:
+            self.inner.save(state_dict, path)
+            self.files[Path(path).name] = written(Path(path))
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+            self.error = error
+        self.ranks.heartbeat()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def save_checkpoint(
+    engine: Any,
+    ranks: Ranks,
+    folder: Path,
+    step: int,
+    keep: int,
+    parameters: int,
+    layout: dict[str, Any],
+    origin: Origin | None = None,
+) -> None:
+    """Save the engine's whole state after ``step`` steps; then remove what is older than the newest ``keep``.
+
+    Args:
+        engine: the DeepSpeed engine.
+        ranks: all ranks call this.
+        folder: the run's checkpoints folder.
+        step: optimizer steps taken.
+        keep: number of whole checkpoints that stay.
+        parameters: weights of the whole model, to foretell the size.
+        layout: see :func:`layout`.
+        origin: which run it is of; None where that doesn't matter.
+
+    Raises:
+        ConfigError: if the disk is too full or a write fails, on all ranks; older checkpoints are untouched.
+    """
+    target = folder / f"step-{step:07d}"
+    tmp = folder / f".{target.name}"
+    with ranks.collective_errors():
+        if ranks.is_main:
+            for left in folder.glob(".step-*"):  # of a run that was cut
+                remove(left)
+            make_room(folder, CHECKPOINT_BYTES * parameters)
+    writer = _Recorder(engine.checkpoint_engine, ranks)
+    engine.checkpoint_engine = writer
+    try:
+        engine.save_checkpoint(str(folder), tag=tmp.name, client_state={"step": step}, save_latest=False)
+    except OSError as error:  # not together: the others may be in a barrier of DeepSpeed's
+        raise RankError(_not_written(target, error)) from None
+    finally:
+        engine.checkpoint_engine = writer.inner
+    with ranks.collective_errors():
+        if writer.error is not None:
+            raise ConfigError(_not_written(target, writer.error))
+    written = ranks.gather(writer.files)
+    with ranks.collective_errors():
+        if ranks.is_main:
+            try:
+                about = {
+                    "step": step,
+                    "parameters": parameters,
+                    "layout": layout,
+                    **(origin._asdict() if origin else {}),
+                }
+                manifest.finish(tmp, target, about, {name: found for files in written for name, found in files.items()})
+                require(not (reason := why_incomplete(target)), _not_written(target, ValueError(reason)))
+                _rotate(folder, step, keep)
+            except OSError as error:
+                raise ConfigError(_not_written(target, error)) from None
+
+
+def _rotate(folder: Path, step: int, keep: int) -> None:
+    try:
+        kept = {path.name for path in complete_checkpoints(folder)[-keep:]}
+    except OSError:  # one can't be read now: it may be whole
+        return
+    for path in folder.iterdir():
+        match = re.fullmatch(r"\.?(step-(\d{7,}))(-universal)?", path.name)
+        if match and int(match[2]) <= step and match[1] not in kept:
+            remove(path)
+
+
+def _not_written(target: Path, error: Exception) -> str:
+    reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+    return f"checkpoint {target} could not be written ({reason}); {whats_left(target.parent)}."

@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, the command line, files, schemas and progress."""

@@ -1,0 +1,1 @@
+"""From a corpus of text to batches of tokens."""

@@ -1,0 +1,47 @@
+"""Fixed blocks of tokens, and which of them make each batch.
+
+The batch at step t is a pure function of (seed, t). It depends neither on the number of ranks nor on how the batch is split into
+micro-batches, so a resumed run needs no loader state and runs with other betas see the same batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Consecutive blocks of ``length`` tokens in one long array (a rest that fills no block is left out)."""
+
+    tokens: np.ndarray
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.length
+
+    def take(self, indices: np.ndarray) -> torch.Tensor:
+        """Tokens of the blocks with these numbers: int64, shape [len(indices), length]."""
+        blocks = self.tokens[: len(self) * self.length].reshape(-1, self.length)
+        return torch.from_numpy(blocks[indices].astype(np.int64))
+
+
+def batch_indices(step: int, batch: int, blocks: int, seed: int) -> np.ndarray:
+    """Which blocks make the global batch of step ``step`` (counted from 0): shape [batch].
+
+    Every epoch is a fresh permutation (random reshuffling), a function of (seed, epoch) alone; a batch may span two.
+    """
+    where = np.arange(step * batch, (step + 1) * batch)
+    result = np.empty(batch, dtype=np.int64)
+    for epoch in np.unique(where // blocks):
+        here = where // blocks == epoch
+        result[here] = _order(seed, int(epoch), blocks)[where[here] % blocks]
+    return result
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, blocks: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(blocks)

@@ -1,0 +1,241 @@
+"""The text of a corpus: which files it is made of, what each document is, and what it is known by again.
+
+A corpus is known by the content of its files, in the order of their names: the same bytes in another place, or staged anew, are the same
+corpus. Sums of files are taken once and kept by path, size and time of change.
+"""
+
+from __future__ import annotations
+
+import lzma
+import os
+import sys
+import sysconfig
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from train.common.errors import ConfigError, first_line, require
+from train.common.files import checksum, expanded, write_json
+from train.common.schemas import SumsFile, guard, read_schema
+from train.data.config import Data
+from train.data.readers import (
+    KINDS,
+    Read,
+    kept_rows,
+    kind_of,
+    rows_of_hub,
+    rows_of_json,
+    rows_of_parquet,
+    rows_of_stdlib,
+    rows_of_text,
+    shown,
+)
+
+UNREADABLE = {".zst", ".zstd", ".lz4", ".lzma", ".br", ".z", ".zip", ".7z"}
+"""Compressions that are refused where they hold a kind of file that is read, since a part of the corpus would be missing."""
+TWICE = "there twice, under another name"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where documents come from."""
+
+    kind: str
+    """text, json, parquet, hub or stdlib."""
+    files: tuple[Path, ...]
+    description: list[Any]
+    """Changes with the text; see the module's docstring."""
+    left_out: dict[str, list[str]]
+    """Reason: files in its folder that are not read."""
+
+    def documents(self, settings: Data, read: Read) -> Iterator[str]:
+        """All documents that hold text, in order.
+
+        Raises:
+            ConfigError: if one can't be read, naming file and row.
+        """
+        if self.kind == "hub":
+            yield from kept_rows(rows_of_hub(settings), Path(settings.data), read)
+            return
+        rows = {"text": rows_of_text, "json": rows_of_json, "parquet": rows_of_parquet, "stdlib": rows_of_stdlib}[
+            self.kind
+        ]
+        read.files = len(self.files)
+        for file in self.files:
+            try:
+                yield from kept_rows(rows(file, settings.text_field), file, read)
+            except OSError as error:
+                raise ConfigError(
+                    f"data is {settings.data!r}, whose {file} can't be read: {error.strerror or first_line(error)}."
+                ) from None
+            except (EOFError, lzma.LZMAError, zlib.error) as error:
+                raise ConfigError(f"data is {settings.data!r}, whose {file} can't be read: {error}.") from None
+
+
+def find_corpus(settings: Data, *, fresh: bool = False) -> Corpus:
+    """The corpus that the settings name.
+
+    Args:
+        settings: what is trained on.
+        fresh: sum every file again, whatever is known of it.
+
+    Raises:
+        ConfigError: if there is no such data.
+    """
+    if settings.data == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        none_of = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+        files = tuple(f for f in sorted(root.rglob("*.py")) if not none_of & set(f.relative_to(root).parts))
+        # By names and sizes, as ever: results are published on these tokens.
+        described = ["stdlib", sys.version, [[str(f.relative_to(root)), f.stat().st_size] for f in files]]
+        return Corpus("stdlib", files, described, {})
+    if settings.data.startswith("hub:"):
+        require(len(settings.data) > 4, f"data is {settings.data!r}; give hub:NAME or hub:NAME:CONFIGURATION.")
+        return Corpus("hub", (), [settings.data], {})
+    root = expanded(Path(settings.data), "data")
+    cache, real_root = expanded(settings.data_cache, "data_cache").resolve(), root.resolve()
+    if cache.is_relative_to(real_root) and not any(part[0] == "." for part in cache.relative_to(real_root).parts):
+        raise ConfigError(
+            f"data_cache is {cache}, within data, of which its files would become a part; give another folder."
+        )
+    try:
+        files, left_out = _files(root, settings.data, cache)
+    except OSError as error:
+        raise ConfigError(f"data is {settings.data!r:.200}, which can't be read: {error.strerror}.") from None
+    kinds = {kind_of(file) for file in files}
+    named = ", ".join(f"{len(names)} {reason} ({names[0]})" for reason, names in left_out.items())
+    require(
+        bool(files) and "" not in kinds,
+        f"data is {settings.data!r}, which holds no text; known are {', '.join(KINDS)}"
+        f"{f', and left out is {named}' if named else ''}.",
+    )
+    require(
+        len(kinds) == 1,
+        f"data is {settings.data!r}, which mixes {' and '.join(sorted(kinds))} files; give one kind.",
+    )
+    kind = kinds.pop()
+    printable = {reason: [shown(name) for name in names] for reason, names in left_out.items()}
+    return Corpus(kind, files, [kind, _sums(files, root, cache, fresh)], printable)
+
+
+def _files(root: Path, data: str, cache: Path) -> tuple[tuple[Path, ...], dict[str, list[str]]]:
+    """The files that are read, in order, and those that aren't, by reason."""
+    require(
+        root.exists(),
+        f'data is {data!r}, which does not exist; give a file, a folder, "stdlib" or "hub:NAME".',
+    )
+    if not root.is_dir():
+        require(root.is_file(), f"data is {data!r}, which is neither a file nor a folder.")
+        return (root,), {}
+    left_out: dict[str, list[str]] = {}
+    candidates: list[Path] = []
+    seen_folders: set[Path] = set()
+    above = {root.resolve(), *root.resolve().parents}  # a link upwards would bring in what lies beside the corpus
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(root, followlinks=True, onerror=stop):
+        within = Path(place).relative_to(root)
+        hidden = [f"{within / name}/" for name in folders if name[0] == "."]
+        hidden += [str(within / name) for name in names if name[0] == "."]
+        if hidden:
+            left_out.setdefault("hidden", []).extend(hidden)
+        here = Path(place).resolve()
+        if here.is_relative_to(cache):  # by a link
+            raise ConfigError(
+                f"data_cache is {cache}, which a link in data leads to; its files would become a part of it."
+            )
+        seen_folders.add(here)
+        # A link back into what has been seen would be read twice, or for ever.
+        again = {name for name in folders if (Path(place) / name).resolve() in seen_folders | above}
+        if again:
+            left_out.setdefault(TWICE, []).extend(f"{within / name}/" for name in sorted(again))
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in again)
+        candidates += [Path(place) / name for name in names if name[0] != "."]
+    files: list[Path] = []
+    seen: set[Path] = set()
+    for file in sorted(candidates):
+        name = str(file.relative_to(root))
+        require(
+            file.suffix.lower() not in UNREADABLE or not kind_of(file.with_suffix("")),
+            f"data is {data!r}, which holds {name}, compressed in a way that is not read here; decompress it, or remove it.",
+        )
+        if not kind_of(file):
+            left_out.setdefault("of another kind", []).append(name)
+            continue
+        require(file.is_file(), f"data is {data!r}, which holds {name}, which is no file (or a link to none).")
+        if file.resolve() in seen:
+            left_out.setdefault(TWICE, []).append(name)
+            continue
+        seen.add(file.resolve())
+        files.append(file)
+    return tuple(files), left_out
+
+
+def _sums(files: tuple[Path, ...], root: Path, cache: Path, fresh: bool) -> list[str]:
+    """The SHA-256 of each file, taken where it isn't known by path, size and time of change."""
+    cache.mkdir(parents=True, exist_ok=True)
+    name = blake2b(os.fsencode(root.resolve()), digest_size=8).hexdigest()
+    return known_sums(files, cache / f"sums-{name}.json", fresh)
+
+
+def known_sums(files: Sequence[Path], kept: Path, fresh: bool = False) -> list[str]:
+    """The SHA-256 of each file; those that ``kept`` knows by path, size and time of change are not read, unless ``fresh``."""
+    stamps = {str(file.resolve()): file.stat() for file in files}
+    wanted = {name: (stamp.st_size, stamp.st_mtime_ns) for name, stamp in stamps.items()}
+    kept_as = {name: shown(name) for name in wanted}
+
+    def known() -> dict[str, list[Any]]:
+        try:
+            return {} if fresh else read_schema(SumsFile, kept).files
+        except (OSError, ValueError):  # not there yet, or damaged
+            return {}
+
+    def find_in(before: dict[str, list[Any]]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name, stamp in wanted.items():
+            of_stamp = [summed for *was, summed in before.get(kept_as[name], []) if tuple(was) == stamp]
+            if of_stamp:
+                found[name] = of_stamp[0]
+        return found
+
+    sums = find_in(known())
+    if sums.keys() != wanted.keys():
+        with waiting_for(kept.with_suffix(".lock"), f"the sums of {len(files)} files"):
+            before = known()
+            sums = find_in(before)
+            sums |= {name: checksum(Path(name))[1] for name in wanted if name not in sums}
+            # A file that was written to just now may be again, and have the same time; where hosts have files of their own, one
+            # name stands for several.
+            settled = time.time_ns() - 2 * 10**9
+            now = {
+                kept_as[name]: [
+                    *([[*stamp, sums[name]]] if stamp[1] < settled else []),
+                    *[list(each) for each in before.get(kept_as[name], []) if tuple(each[:2]) != stamp][:63],
+                ]
+                for name, stamp in wanted.items()
+            }
+            with suppress(OSError):  # a cache that can't be written to costs time alone
+                write_json(kept, guard({"files": now}))
+    return [sums[str(file.resolve())] for file in files]
+
+
+@contextmanager
+def waiting_for(lock: Path, what: str) -> Iterator[None]:
+    """Hold a lock; say so where another process has it. Where there can be no lock, go on without."""
+    with ExitStack() as held:
+        with suppress(OSError):
+            try:
+                held.enter_context(FileLock(lock, timeout=5))
+            except Timeout:
+                print(f"Waiting for another process, which takes {what} ({lock}).", file=sys.stderr, flush=True)
+                held.enter_context(FileLock(lock))
+        yield

@@ -1,0 +1,1 @@
+"""Runs on one rank whose gradients are looked at."""

@@ -1,0 +1,52 @@
+"""After an attempt of a batch job: shall the run be put back into the queue? ``python -m train.requeue OUT``.
+
+Exit code 0: it is finished. 75: put it back. 1: don't, since it diverged, or two attempts of this job in a row made no progress.
+What it sees is appended to attempts.jsonl, where a person can read it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from train.checkpoint.manifest import newest_step
+from train.common.errors import EXIT_RETRY, ConfigError
+from train.common.files import read_lines
+from train.run import run_dir
+
+EVENT = "attempt ended"
+
+
+def verdict(out: Path) -> tuple[int, str]:
+    """The exit code, and why.
+
+    Raises:
+        ConfigError: if result.json is damaged.
+    """
+    if ended := run_dir.result(out):
+        return int(ended["status"] != "finished"), f"{out} is {ended['status']}"
+    out.mkdir(parents=True, exist_ok=True)
+    step = newest_step(out / "checkpoints")
+    ends = [line for line in read_lines(out / "attempts.jsonl") if line.get("event") == EVENT]
+    job = os.environ.get("SLURM_JOB_ID")
+    before = [line["step"] for line in ends if line.get("job") != job][-1:] or [0]
+    steps = [*before, *(line["step"] for line in ends if line.get("job") == job), step]
+    run_dir.note(out, EVENT, step=step)
+    if len(steps) >= 3 and steps[-1] == steps[-2] == steps[-3]:
+        return 1, f"{out} got no further than step {step} in two attempts; not started again"
+    return EXIT_RETRY, f"{out} is saved up to step {step}, and is to go on"
+
+
+def main(arguments: list[str]) -> int:
+    """Command line; the exit code."""
+    try:
+        code, why = verdict(Path(*arguments))
+    except (ConfigError, OSError, ValueError) as error:
+        code, why = 1, str(error)
+    print(why, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

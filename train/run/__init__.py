@@ -1,0 +1,1 @@
+"""One training run: settings, DeepSpeed configuration, model, training loop, folder and metrics."""

@@ -1,0 +1,92 @@
+"""Data, model, schedule and DeepSpeed engine of one run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from train.common.errors import require
+from train.data import token_files
+from train.distributed.ranks import Ranks
+from train.run import deepspeed_config, model, run_dir
+from train.run.config import Run, Schedule
+from train.run.trainer import Trainer
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+
+
+def learning_rate(settings: Schedule, peak: float) -> Callable[[torch.optim.Optimizer], LRScheduler]:
+    """The schedule, from transformers, as the callable that ``deepspeed.initialize`` takes."""
+    from transformers import get_scheduler
+
+    names = {"cosine": "cosine_with_min_lr", "linear": "polynomial", "wsd": "warmup_stable_decay"}
+    extra: dict[str, dict[str, Any]] = {
+        "cosine": {"min_lr_rate": settings.final_lr},
+        "linear": {"lr_end": settings.final_lr * peak, "power": 1.0},
+        "wsd": {"min_lr_ratio": settings.final_lr, "num_decay_steps": max(1, settings.steps // 5)},
+    }
+    return lambda optimizer: get_scheduler(
+        names[settings.schedule],
+        optimizer,
+        num_warmup_steps=settings.warmup,
+        num_training_steps=settings.steps,
+        scheduler_specific_kwargs=extra[settings.schedule],
+    )
+
+
+def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
+    """Data, model and engine.
+
+    Raises:
+        ConfigError: on all ranks, if any of them can't be made.
+    """
+    import deepspeed
+
+    from balanced_adam.zero import describe
+
+    with ranks.collective_errors():
+        tokenizer = token_files.load_tokenizer(run.data.tokenizer)
+        config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
+    with ranks.collective_errors():
+        begun_on = run_dir.begun_on(run.out)
+    prepared: list[Path] = []
+    # One rank on each host; the others find it done.
+    job = (
+        (lambda: prepared.append(token_files.prepare(run.data, tokenizer, begun_on))) if ranks.local_rank == 0 else None
+    )
+    ranks.wait_for(job)
+    # One look at the corpus is enough.
+    name = ranks.broadcast(prepared[0].name if ranks.is_main else "")
+    with ranks.collective_errors():
+        tokens = token_files.folder_of(run.data, name)
+        train, validation = token_files.open_blocks(tokens, run.data.sequence_length)
+        if ranks.is_main:
+            print(token_files.summary(tokens, run.data), file=sys.stderr, flush=True)
+        batch = run.parallelism.batch
+        for part, blocks in (("training", train), ("validation", validation)):
+            require(
+                len(blocks) >= batch,
+                f"data is {run.data.data!r}, whose {part} text is {len(blocks)} sequences of {train.length} tokens, less than "
+                f"one batch of {batch}; give more text, a shorter sequence_length or a smaller batch.",
+            )
+        network = model.build(config, run.model, run.seed, ds_config)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    # Matrices decay; gains and biases don't.
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]},
+        {"params": [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2], "weight_decay": 0.0},
+    ]
+    engine, *_ = deepspeed.initialize(
+        model=network,
+        model_parameters=[group for group in groups if group["params"]],
+        config=ds_config,
+        lr_scheduler=learning_rate(run.schedule, run.optimizer.lr),
+    )
+    if ranks.is_main:
+        print(f"BalancedAdam: {describe(engine.optimizer)}", file=sys.stderr, flush=True)
+    return Trainer(run, ranks, train, validation, engine, tokens.name, deepspeed_config.layout(ds_config, ranks.world))

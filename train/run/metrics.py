@@ -1,0 +1,85 @@
+"""metrics.jsonl: one line a step and one a validation, appended as they happen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from train.common.errors import ConfigError
+from train.common.files import write_text
+from train.common.schemas import MetricsLine, parse_schema
+
+METRICS, DAMAGED_METRICS = "metrics.jsonl", "metrics.damaged.jsonl"
+
+
+class Metrics:
+    """metrics.jsonl: appended line by line; numbers that are not finite become null."""
+
+    def __init__(self, out: Path, step: int) -> None:
+        """Open the file, dropping what a run that was cut wrote after ``step``, where it goes on."""
+        path = out / METRICS
+        lines, damaged = _metrics(path)
+        if damaged:
+            with (out / DAMAGED_METRICS).open("ab") as file:
+                file.writelines(line + b"\n" for line in damaged.values())
+        kept = [line for line in lines if line["step"] <= step]
+        if lines and not step:
+            _tell_once(f"{out} has metrics up to step {lines[-1]['step']} and no checkpoint: it begins anew at step 0.")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a")
+        self.seconds = sum(line.get("step_seconds") or 0.0 for line in kept)
+        """Time spent in training steps, also before a resume."""
+
+    def sync(self) -> None:
+        """Bring what was written to the disk.
+
+        Raises:
+            ConfigError: if it can't be.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise ConfigError(f"{self._file.name} can't be written: {error.strerror}.") from None
+
+    def write(self, **values: float | None) -> None:
+        """Append one line and hand it to the operating system.
+
+        Raises:
+            ConfigError: if it can't be written.
+        """
+        self.seconds += values.get("step_seconds") or 0.0
+        clean = {k: None if v is None or not math.isfinite(v) else v for k, v in values.items()}
+        try:
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise ConfigError(f"{self._file.name} can't be written: {error.strerror}.") from None
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """All whole lines of the run's metrics.jsonl; none if there is no such file. What is damaged is told and left out."""
+    return _metrics(out / METRICS)[0]
+
+
+def _metrics(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
+    """The whole lines, and those that are damaged, by number. The last one may have been cut with the run that wrote it."""
+    texts = path.read_bytes().split(b"\n") if path.is_file() else []
+    lines, damaged = [], {}
+    for number, text in enumerate(texts, 1):
+        try:
+            lines.append(parse_schema(MetricsLine, text).model_dump(exclude_unset=True))
+        except ValueError as error:
+            if number < len(texts):
+                _tell_once(f"{path} line {number} is damaged ({error}); it is left out.")
+                damaged[number] = text
+    return lines, damaged
+
+
+@cache
+def _tell_once(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)

@@ -1,0 +1,184 @@
+"""A run's own folder: who may write there, what it says about itself, and its metrics.
+
+run.json        what the run is (settings, command, versions), written when all of it has been found good
+attempts.jsonl  one line for each start and each end of it: when, where, from which step, why it ended
+ds_config.json  what DeepSpeed was given
+metrics.jsonl   one line a step, and one a validation; a damaged line of it goes to metrics.damaged.jsonl when the run goes on
+checkpoints/    see train.checkpoint.manifest
+result.json   written last: how it ended
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from train.common.errors import ConfigError, require
+from train.common.files import environment_facts, load_file, write_json
+from train.common.schemas import ResultFile, RunFile
+from train.run.config import Run
+
+OURS_EARLY = (
+    "log.txt",
+    "monitor",
+    "attempts.jsonl",
+    "STOP",
+)  # what may lie there before run.json, and names with a dot
+LOCK_SECONDS = 15.0  # that a run which is just ending has to let go of the folder
+JOB = {"job": "SLURM_JOB_ID", "restart": "SLURM_RESTART_COUNT", "nodes": "SLURM_JOB_NODELIST"}
+
+
+def check(run: Run) -> None:
+    """See whether the run may use its folder; change nothing.
+
+    Raises:
+        ConfigError: if the folder belongs to another configuration or to nobody we know, or it holds a run that
+            ``--no-resume`` would overwrite.
+    """
+    out = run.out
+    try:
+        require(not out.exists() or out.is_dir(), f"out is {out}, which is a file; give a folder.")
+        strangers = (
+            sorted(p.name for p in out.iterdir() if p.name not in OURS_EARLY and p.name[0] != ".")
+            if out.exists()
+            else []
+        )
+    except OSError as error:
+        raise ConfigError(f"out is {out!s:.200}, which can't be used: {error.strerror}.") from None
+    written = out / "run.json"
+    if not written.exists():
+        require(
+            not strangers,
+            f"out is {out}, which holds {', '.join(strangers[:1])} but no run; give a new or an empty folder.",
+        )
+        return
+    difference = difference_from(load_file(RunFile, written).identity, run.identity())
+    require(not difference, f"out is {out}, which belongs to a run with {difference}; give another folder.")
+    require(
+        run.checkpoints.resume,
+        f"out is {out}, which holds this very run; drop --no-resume, or give another folder.",
+    )
+
+
+def claim(run: Run) -> FileLock:
+    """Take the run's folder for this run alone, until the lock is released or this process ends. Call on one rank.
+
+    Raises:
+        ConfigError: as :func:`check`, or if another run is at work there.
+    """
+    check(run)
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run.out / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"Another run is at work in {run.out}; waiting {LOCK_SECONDS:.0f} s for it to end.", flush=True)
+            lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise ConfigError(
+            f"out is {run.out}, where another run is at work now; wait for it, or give another folder."
+        ) from None
+    return lock
+
+
+@contextmanager
+def sole_worker(out: Path) -> Iterator[bool]:
+    """Whether this process alone is to start the run in ``out``, for as long as the block takes.
+
+    Nobody is to while its ranks are at work: those of another worker, a batch system, or a worker that was killed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    ours, theirs = FileLock(out / ".worker"), FileLock(out / ".lock")
+    try:
+        ours.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        try:
+            with theirs.acquire(timeout=0):
+                pass
+        except Timeout:
+            yield False
+            return
+        yield True
+    finally:
+        ours.release()
+
+
+def note(out: Path, event: str, **values: Any) -> None:
+    """Append a line to attempts.jsonl: what happened, when, on which host and in which job of Slurm's."""
+    job = {key: os.environ[name] for key, name in JOB.items() if name in os.environ}
+    line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "event": event, **values}
+    with (out / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps({**line, "host": platform.node(), **job}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def describe(run: Run, tokens: str, ds_config: dict[str, Any]) -> None:
+    """Write run.json and ds_config.json, or see that the run that is there is this one on the same text.
+
+    Raises:
+        ConfigError: if its text has changed since.
+    """
+    written = run.out / "run.json"
+    if before := begun_on(run.out):
+        require(
+            before == tokens,
+            f"data is {run.data.data!r}, which has changed since the run in {run.out} began (or its tokenizer has); restore it, "
+            "or give another folder.",
+        )
+    else:
+        write_json(written, {"identity": run.identity(), "tokens": tokens, **environment_facts()})
+    write_json(run.out / "ds_config.json", ds_config)
+
+
+def begun_on(out: Path) -> str:
+    """What the run in ``out`` trains on: the name of its folder of tokens; empty where no run has begun."""
+    written = out / "run.json"
+    return load_file(RunFile, written).tokens if written.exists() else ""
+
+
+def difference_from(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    """The first thing that makes another run of one, by their identities: "seed = 1, not 0"; empty if they are one run.
+
+    Where a corpus lies makes none: it is known by its content.
+    """
+    theirs, mine = (json.loads(json.dumps(identity)) for identity in (theirs, mine))
+    both = [data for identity in (theirs, mine) if isinstance(data := identity.get("data"), dict)]
+    if len(both) == 2 and all(_is_path(data.get("data")) for data in both):
+        for data in both:
+            del data["data"]
+    return next(_differences(theirs, mine), "")
+
+
+def _is_path(data: Any) -> bool:
+    return isinstance(data, str) and data != "stdlib" and not data.startswith("hub:")
+
+
+def _differences(theirs: Any, mine: Any, name: str = "") -> Any:
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for key in [*theirs, *(k for k in mine if k not in theirs)]:
+            yield from _differences(theirs.get(key), mine.get(key), key)
+    elif theirs != mine:
+        yield f"{name} = {json.dumps(theirs)}, not {json.dumps(mine)}"
+
+
+def result(out: Path) -> dict[str, Any] | None:
+    """How the run in ``out`` ended, or None while it hasn't.
+
+    Raises:
+        ConfigError: if the file is damaged.
+    """
+    file = out / "result.json"
+    return load_file(ResultFile, file).model_dump() if file.exists() else None

@@ -1,0 +1,142 @@
+"""Execute the runs of a comparison, one after the other, beside other workers that do the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.analysis.report_page import write_report
+from train.common.errors import ConfigError, require
+from train.common.files import environment_facts, load_file, write_json
+from train.common.progress import Progress
+from train.common.schemas import PlanFile
+from train.run import run_dir
+from train.run.metrics import read_metrics
+from train.sweep.launch import launch_command, started
+from train.sweep.options import Comparison
+from train.sweep.plan import manifest, read_manifest, settings_of
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What this worker may spend."""
+
+    runs: float = math.inf
+    seconds: float = math.inf
+
+
+def execute(plan: dict[str, Any], out: Path, budget: Budget | None = None, discard: bool = False) -> None:
+    """Run what isn't finished and no other worker is at, one run after the other, until all runs have ended or the budget is spent.
+
+    Raises:
+        ConfigError: if a run fails (one that diverges doesn't: that is a result), with its own sentence.
+    """
+    budget = budget or Budget()
+    runs, steps = plan["runs"], plan["steps"]
+    for run in runs:  # none of them may be another run of that name, made before the plan was edited
+        run_dir.check(settings_of(run, out))
+
+    def left() -> list[dict[str, Any]]:
+        return [run for run in runs if run_dir.result(out / run["name"]) is None]
+
+    took: list[float] = []  # seconds of whole runs of this worker
+
+    def typical() -> float:
+        """Seconds of a run: the median of this worker's, or of all that have ended, whose start isn't counted."""
+        ended = [run_dir.result(out / run["name"]) for run in runs if not took]
+        return statistics.median(took or [result["seconds"] for result in ended if result] or [0.0])
+
+    done = len(runs) - len(left())
+    if done:
+        print(f"{done} of {len(runs)} runs are finished already.", flush=True)
+    begun, begun_here, told = time.monotonic(), 0, False
+    with Progress(len(runs) * steps, done * steps, "compare", enabled=True) as progress:
+        while pending := left():
+            for run in pending:
+                seconds, count = typical(), len(left())
+                if seconds and count and not told:
+                    print(
+                        f"A run takes {seconds:.0f} s; {count} are left: {count * seconds / 3600:.1f} h on one worker.",
+                        flush=True,
+                    )
+                    told = True
+                spent = time.monotonic() - begun
+                if begun_here >= budget.runs or spent + seconds > budget.seconds:
+                    print(
+                        f"The budget is spent: {begun_here} runs in {spent / 3600:.2f} h; {count} are left.", flush=True
+                    )
+                    return
+                with run_dir.sole_worker(out / run["name"]) as mine:
+                    if mine and run_dir.result(out / run["name"]) is None:
+                        begun_here += 1
+                        fresh = not read_metrics(out / run["name"])
+                        _execute(plan, run, out, progress, (len(runs) - count) * steps)
+                        took += [time.monotonic() - begun - spent] if fresh else []
+                        if discard:
+                            shutil.rmtree(out / run["name"] / "checkpoints", ignore_errors=True)
+            time.sleep(POLL_SECONDS)  # what is left now, another worker is at
+        progress.show(len(runs) * steps)
+
+
+def _execute(plan: dict[str, Any], run: dict[str, Any], out: Path, progress: Progress, done: int) -> None:
+    """One run, ``done`` steps being behind it."""
+    log = out / run["name"] / "log.txt"
+    with started(launch_command(plan, run, out), log) as process:
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            lines = read_metrics(out / run["name"])
+            progress.show(done + (lines[-1]["step"] if lines else 0), run["name"])
+    if run_dir.result(out / run["name"]) is None:
+        said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+        raise ConfigError(f"run {run['name']} failed: {said[-1][7:] if said else f'see {log}'}")
+
+
+def compare(comparison: Comparison) -> None:
+    """Plan, run, report.
+
+    Raises:
+        ConfigError: on a bad plan, another plan in the same folder, or a failed run.
+    """
+    require(
+        comparison.launcher != "slurm" or comparison.plan_only,
+        "launcher is 'slurm', whose runs are jobs; submit slurm/compare.sbatch with the same options.",
+    )
+    plan = read_manifest(comparison.manifest) if comparison.manifest else json.loads(json.dumps(manifest(comparison)))
+    require(
+        not comparison.plan_only or not (comparison.max_runs or comparison.max_hours or comparison.discard_checkpoints),
+        "max_runs, max_hours and discard_checkpoints are for runs that are started here; a plan alone has no use for them.",
+    )
+    for name in ("max_runs", "max_hours"):
+        value = getattr(comparison, name)
+        require(value is None or value > 0, f"{name} is {value}; it must be above 0.")
+    file = comparison.out / "manifest.json"
+    if file.exists():
+        before = load_file(PlanFile, file).model_dump(exclude_unset=True)
+        begun = any((comparison.out / run["name"] / "run.json").exists() for run in before["runs"])
+        require(
+            not begun or (before["runs"], before["ranks"]) == (plan["runs"], plan["ranks"]),
+            f"out is {comparison.out}, which holds another comparison ({len(before['runs'])} runs); give another folder.",
+        )
+    try:
+        comparison.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out is {comparison.out}, which can't be used: {error.strerror}.") from None
+    write_json(file, {**plan, **environment_facts()})
+    if comparison.plan_only:
+        print(file)
+        return
+    budget = Budget(
+        runs=math.inf if comparison.max_runs is None else comparison.max_runs,
+        seconds=math.inf if comparison.max_hours is None else comparison.max_hours * 3600,
+    )
+    execute(plan, comparison.out.resolve(), budget, comparison.discard_checkpoints)
+    if any(run_dir.result(comparison.out / run["name"]) for run in plan["runs"]):
+        write_report(comparison.out)
