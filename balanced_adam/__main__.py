@@ -63,7 +63,7 @@ def trials(device: torch.device) -> Iterator[tuple[str, bool]]:
         )  # fmt: skip
         weight, copy = param.to(device), torch.empty(100_003, dtype=dtype, device=device)
         optimizer = BalancedAdam([weight], lr=0.1, fused=True)
-        optimizer.hand_over(weight, [grad.to(device, dtype)], copy=copy)
+        optimizer.set_fused_grad(weight, [grad.to(device, dtype)], lp_param_out=copy)
         optimizer.step()
         right = torch.equal(weight.cpu(), expected) and torch.equal(copy.cpu(), expected.to(dtype))
         yield f"{str(dtype).removeprefix('torch.')} gradient and copy", right

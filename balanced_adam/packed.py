@@ -183,7 +183,7 @@ def update(
     """One step of balanced Adam with packed moments: the new weights and words; changes none of its arguments.
 
     As :func:`balanced_adam.rule.update`, for equal betas. What rounding has added to an average can't make a step longer than lr.
-    Bias correction is that of step number ``corrected``, if it is another (:mod:`balanced_adam.decay`).
+    Bias correction is that of step number ``corrected``, if it is another (:mod:`balanced_adam.bias_correction`).
     """
     new, exp_avg, exp_avg_sq = rule.update(
         param,

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balanced_adam import decay, dtensor, packed, rule
+from balanced_adam import bias_correction, dtensor, packed, rule
 
 FORMATS = ("fp32", *packed.FORMATS)
 """What ``BalancedAdam(state=...)`` may be."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-WORDS = "packed"
-TENSORS = (*MOMENTS, WORDS)
+PACKED = "packed"
+TENSORS = (*MOMENTS, PACKED)
 
 State = dict[str, Any]
 CAST = "the packed moments were words of another dtype, and something has made numbers of bfloat16 of them: what they were is lost."
 
 
-def stored(state: State) -> dict[str, Tensor]:
+def moment_tensors(state: State) -> dict[str, Tensor]:
     """The tensors that hold the moments, by name: two moments, or the words."""
     return {name: state[name] for name in TENSORS if name in state}
 
@@ -29,11 +29,11 @@ def moments(state: State) -> tuple[Tensor, Tensor]:
     """m and v; decoded from words if need be."""
     if "exp_avg" in state:
         return state["exp_avg"], state["exp_avg_sq"]
-    m, v = packed.unpack(dtensor.local(state[WORDS]))
-    return dtensor.placed_as(state[WORDS], m), dtensor.placed_as(state[WORDS], v)
+    m, v = packed.unpack(dtensor.local(state[PACKED]))
+    return dtensor.placed_as(state[PACKED], m), dtensor.placed_as(state[PACKED], v)
 
 
-def bring_to(format: str, state: State, param: Tensor) -> int:
+def convert_(format: str, state: State, param: Tensor) -> int:
     """Make, or change, a parameter's state in place so that it is in this format.
 
     Words of another format are decoded first. Moments that are there beside words are newer: DeepSpeed puts them there when it
@@ -45,30 +45,30 @@ def bring_to(format: str, state: State, param: Tensor) -> int:
     """
     known = packed.FORMATS.get(format)
     loaded = "exp_avg" in state
-    if WORDS in state and state[WORDS].dtype not in packed.BY_WORD:
+    if PACKED in state and state[PACKED].dtype not in packed.BY_WORD:
         raise ValueError(
-            f"the packed moments of a parameter of shape {tuple(param.shape)} are {state[WORDS].dtype}, which no format has: something has "
+            f"the packed moments of a parameter of shape {tuple(param.shape)} are {state[PACKED].dtype}, which no format has: something has "
             "cast them, and what they were is lost."
         )
-    if WORDS in state and state[WORDS].dtype == torch.int16:  # of an older file
-        state[WORDS] = dtensor.placed_as(param, dtensor.local(state[WORDS]).view(torch.bfloat16))
-    if not loaded and WORDS not in state:
-        dtypes = dict.fromkeys(MOMENTS, rule.moments_dtype(param.dtype)) if known is None else {WORDS: known.word}
+    if PACKED in state and state[PACKED].dtype == torch.int16:  # of an older file
+        state[PACKED] = dtensor.placed_as(param, dtensor.local(state[PACKED]).view(torch.bfloat16))
+    if not loaded and PACKED not in state:
+        dtypes = dict.fromkeys(MOMENTS, rule.moments_dtype(param.dtype)) if known is None else {PACKED: known.word}
         for name, dtype in dtypes.items():
             state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         return 0
     if known is None:
         if not loaded:
-            decoded = packed.unpack(dtensor.local(state[WORDS]))
+            decoded = packed.unpack(dtensor.local(state[PACKED]))
             placed = [dtensor.placed_as(param, value.to(rule.moments_dtype(param.dtype))) for value in decoded]
             state.update(zip(MOMENTS, placed, strict=True))
-        state.pop(WORDS, None)
+        state.pop(PACKED, None)
         return 0
-    if not loaded and state[WORDS].dtype == known.word:
+    if not loaded and state[PACKED].dtype == known.word:
         return 0
-    if not loaded and packed.is_cast(dtensor.local(state[WORDS])):
+    if not loaded and packed.is_cast(dtensor.local(state[PACKED])):
         raise ValueError(CAST)
-    source = [dtensor.local(state[name]) for name in (MOMENTS if loaded else (WORDS,))]
+    source = [dtensor.local(state[name]) for name in (MOMENTS if loaded else (PACKED,))]
     own = dtensor.local(param.detach())
     # In logical order, whatever the parameter's: only of a contiguous tensor are the parts views.
     words, cut = torch.empty(own.shape, dtype=known.word, device=own.device), 0
@@ -81,7 +81,7 @@ def bring_to(format: str, state: State, param: Tensor) -> int:
         target.copy_(packed.pack(known, exp_avg, exp_avg_sq, numbers))
         if loaded:
             cut += int(packed.beyond(target, exp_avg).sum())
-    state[WORDS] = dtensor.placed_as(param, words)
+    state[PACKED] = dtensor.placed_as(param, words)
     for name in MOMENTS:
         state.pop(name, None)
     return cut
@@ -91,7 +91,9 @@ def format_of(state: State) -> str | None:
     """The format that a parameter's state is in; None if it has none yet, or one that isn't known."""
     if "exp_avg" in state:
         return "fp32"
-    return packed.BY_WORD[state[WORDS].dtype].name if WORDS in state and state[WORDS].dtype in packed.BY_WORD else None
+    return (
+        packed.BY_WORD[state[PACKED].dtype].name if PACKED in state and state[PACKED].dtype in packed.BY_WORD else None
+    )
 
 
 def check_loaded(format: Any, group: list[State], betas: tuple[float, float]) -> None:
@@ -107,12 +109,12 @@ def check_loaded(format: Any, group: list[State], betas: tuple[float, float]) ->
             f"the loaded state is in the format {format!r}; this version of BalancedAdam reads {', '.join(FORMATS)}."
         )
     for state in group:
-        if WORDS in state and state[WORDS].dtype not in packed.BY_WORD:
+        if PACKED in state and state[PACKED].dtype not in packed.BY_WORD:
             raise ValueError(
-                f"the loaded state has packed moments of {state[WORDS].dtype}, which no format has; it is damaged."
+                f"the loaded state has packed moments of {state[PACKED].dtype}, which no format has; it is damaged."
             )
         check_counts(state, betas)
-        for name, tensor in stored(state).items():
+        for name, tensor in moment_tensors(state).items():
             if (
                 not isinstance(tensor, Tensor)
                 or tensor.layout != torch.strided
@@ -120,15 +122,15 @@ def check_loaded(format: Any, group: list[State], betas: tuple[float, float]) ->
                 or tensor.is_complex()
             ):
                 raise ValueError(f"the loaded {name} is {_kind(tensor)}; it must be a dense tensor of real numbers.")
-        if WORDS in state and packed.is_cast(dtensor.local(state[WORDS])):
+        if PACKED in state and packed.is_cast(dtensor.local(state[PACKED])):
             raise ValueError(CAST)
-        begun = bool(state.keys() - {"step", decay.EXCESS}) or float(state.get("step", 0)) > 0
+        begun = bool(state.keys() - {"step", bias_correction.EXCESS}) or float(state.get("step", 0)) > 0
         whole = "step" in state and (
-            all(name in state for name in MOMENTS) or (WORDS in state and not state.keys() & {*MOMENTS})
+            all(name in state for name in MOMENTS) or (PACKED in state and not state.keys() & {*MOMENTS})
         )
         if begun and not whole:
             raise ValueError(
-                f"the loaded state has {', '.join(map(str, state))}; it must have step, and {' and '.join(MOMENTS)} or {WORDS}. "
+                f"the loaded state has {', '.join(map(str, state))}; it must have step, and {' and '.join(MOMENTS)} or {PACKED}. "
                 "Is it another optimizer's?"
             )
         if "exp_avg_sq" in state and bool((dtensor.local(state["exp_avg_sq"]) < 0).any()):
@@ -161,13 +163,16 @@ def check_counts(state: State, betas: tuple[float, float]) -> None:
     if not (0.0 <= step < math.inf and step.is_integer()):
         raise ValueError(f"step is {state['step']!r} in the loaded state; it must be a whole number, at least 0.")
     try:
-        excess = float(state.get(decay.EXCESS, 0.0))
+        excess = float(state.get(bias_correction.EXCESS, 0.0))
     except (TypeError, ValueError, RuntimeError):
         excess = math.nan
-    logarithm = decay.from_excess(excess, betas, int(step))
-    if not (math.isfinite(excess) and (logarithm < 0.0 or (step == 0 and excess == 0.0) or logarithm == decay.UNKNOWN)):
+    logarithm = bias_correction.from_excess(excess, betas, int(step))
+    if not (
+        math.isfinite(excess)
+        and (logarithm < 0.0 or (step == 0 and excess == 0.0) or logarithm == bias_correction.UNKNOWN)
+    ):
         raise ValueError(
-            f"{decay.EXCESS} is {state[decay.EXCESS]!r} in the loaded state at step {step:.0f}; it does not make a product of betas."
+            f"{bias_correction.EXCESS} is {state[bias_correction.EXCESS]!r} in the loaded state at step {step:.0f}; it does not make a product of betas."
         )
 
 
@@ -182,9 +187,9 @@ def unpacked(saved: Any) -> Any:
     if not isinstance(saved, dict):
         return saved
     copy = {key: unpacked(value) for key, value in saved.items()}
-    if "step" in saved and isinstance(saved.get(WORDS), Tensor):  # not a parameter of this name
+    if "step" in saved and isinstance(saved.get(PACKED), Tensor):  # not a parameter of this name
         copy |= zip(MOMENTS, moments(saved), strict=True)
-        del copy[WORDS]
+        del copy[PACKED]
     if isinstance(saved.get("param_groups"), list):
         copy["param_groups"] = [
             {**group, "state": "fp32"} if "state" in group else group for group in copy["param_groups"]

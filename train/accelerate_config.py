@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import yaml
 
@@ -55,7 +54,7 @@ def configuration(hosts: Hosts) -> str:
 
 def main(arguments: list[str]) -> int:
     """Command line; the exit code."""
-    return exit_code(lambda: print(configuration(parse(Hosts, arguments, Path(__file__).stem, __doc__)), end=""))
+    return exit_code(lambda: print(configuration(parse(Hosts, arguments, "train.accelerate_config", __doc__)), end=""))
 
 
 if __name__ == "__main__":

@@ -89,6 +89,13 @@ class Update(NamedTuple):
     keep: bool = False
     """Store factor * gradient in place of the gradient (float32 only)."""
 
+    @classmethod
+    def of(cls, param: Tensor, moments: dict[str, Tensor], scalars: bytes | Recipe) -> Update:
+        """The step of a whole parameter, from the tensors that hold its moments by name; the gradient is still missing."""
+        first, second = (*moments.values(), None)[:2]
+        assert first is not None
+        return cls(param, param, first, second, scalars)
+
     @property
     def variant(self) -> Variant:
         """What its kernel has to be compiled for."""

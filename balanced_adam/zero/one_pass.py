@@ -5,7 +5,7 @@ and copies the new fp32 weights to 16 bits, each in a pass of its own; before it
 takes their norm from fp64 copies. Here one kernel does the former, and one read-only pass the latter.
 
 No step() of DeepSpeed's is copied. Its own methods run, with a few of them wrapped: the gradients are handed to the
-optimizer as they are (:meth:`BalancedAdam.hand_over`) and DeepSpeed works on stand-ins that take no memory. So *its* code
+optimizer as they are (:meth:`BalancedAdam.set_fused_grad`) and DeepSpeed works on stand-ins that take no memory. So *its* code
 still decides on overflow, scale and clipping: its factor is what it makes of a 1.0, and its norm what it makes of one
 number per tensor, that tensor's own norm. What it computes is the same, bit for bit.
 
@@ -288,7 +288,7 @@ def _hand_over(
     if copy is not None and (copy.data_ptr() == master.data_ptr() or copy.device != master.device):
         copy = None  # the weights are their own master (torch_autocast), or on another device (offload at stage 3)
     factor = torch.ones(1, device=master.device) if factor is None else factor
-    if not zero.optimizer.hand_over(master, [piece.reshape(-1) for piece in pieces], factor, copy, keep):
+    if not zero.optimizer.set_fused_grad(master, [piece.reshape(-1) for piece in pieces], factor, copy, keep):
         kinds = sorted({f"{str(piece.dtype).removeprefix('torch.')} on {piece.device}" for piece in pieces})
         found = f"{sum(piece.numel() for piece in pieces)} elements ({', '.join(kinds)}) of gradient"
         return _refused(
@@ -320,7 +320,7 @@ def _tidied(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) 
         state = self._balanced_adam_one_pass
         state.factor, state.copies, state.sums = None, False, {}
         for master in _masters(self):
-            self.optimizer.take_back(master)
+            self.optimizer.clear_fused_grad(master)
         for attribute in ("parallel_partitioned_bit16_groups", "bf16_partitioned_groups"):
             for weights in getattr(self, attribute, ()):
                 if isinstance(weights, _Weights):
@@ -448,7 +448,7 @@ def _keep_gradient_bf16(original: Callable[..., Any], self: Any, for_clipping: b
             weights, gradient = self.bf16_partitioned_groups, self.fp32_groups_gradient_flat_partition[group]
             if not _hand_over(self, master, [gradient], weights[group][rank], factor=factor):
                 for taken in self.fp32_groups_flat_partition:  # all or none: the factor is one
-                    self.optimizer.take_back(taken)
+                    self.optimizer.clear_fused_grad(taken)
                 state.factor = None
                 break
             factor = state.factor

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balanced_adam import decay
-from balanced_adam.optimizer import warn_once
-from balanced_adam.state import MOMENTS, WORDS, moments, unpacked
+from balanced_adam import bias_correction
+from balanced_adam.state import MOMENTS, PACKED, moments, unpacked
+from balanced_adam.warn import warn_once
 from balanced_adam.zero.one_pass import Override
 
 
@@ -79,13 +79,13 @@ def keep_formats(original: Callable[..., None], self: Any, *args: Any) -> None:
     with self.optimizer.keeping_own():
         original(self, *args)
     for loaded in self.optimizer.state.values():
-        loaded.pop(decay.LOG_PRODUCT, None)  # of before; such a checkpoint has none
+        loaded.pop(bias_correction.LOG_PRODUCT, None)  # of before; such a checkpoint has none
         if "exp_avg" in loaded:
-            loaded.pop(WORDS, None)  # of before
+            loaded.pop(PACKED, None)  # of before
 
 
 def _is_packed(state: dict[str, Any], key: str | None) -> bool:
-    return key in MOMENTS and WORDS in state
+    return key in MOMENTS and PACKED in state
 
 
 def _decoded(state: dict[str, Any], key: str) -> Tensor:
@@ -133,8 +133,8 @@ def _link_again(original: Callable[..., None], self: Any, groups: Any, masters: 
     for params, master in zip(groups, masters, strict=True):
         mapping = next((p._hp_mapping for p in params if p._hp_mapping is not None), None)
         if mapping is not None:
-            linked = (mapping.optim_fragment or {}).get(WORDS)
-            if _memory(linked) != _memory(self.optimizer.state[master].get(WORDS)):
+            linked = (mapping.optim_fragment or {}).get(PACKED)
+            if _memory(linked) != _memory(self.optimizer.state[master].get(PACKED)):
                 self._hp_optimizer_states_linked = False
     original(self)
 
@@ -151,8 +151,8 @@ def _decoded_3(
 ) -> Any:
     if optim_state_key is None or not _is_packed(_state_3(self, param), optim_state_key):
         return original(self, param, release_swap_buffers, optim_state_key)
-    words, group = original(self, param, release_swap_buffers, WORDS)
-    return _decoded({WORDS: words}, optim_state_key), group
+    words, group = original(self, param, release_swap_buffers, PACKED)
+    return _decoded({PACKED: words}, optim_state_key), group
 
 
 def _refuse_3(

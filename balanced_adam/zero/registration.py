@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from balanced_adam import decay
+from balanced_adam import bias_correction
 from balanced_adam.optimizer import BalancedAdam
 from balanced_adam.zero import one_pass, packed_state
 
@@ -39,18 +39,18 @@ def register() -> None:
     """Make ``"optimizer": {"type": "BalancedAdam"}`` in a ds_config mean our class, under every ZeRO stage.
 
     Needs no ``zero_allow_untested_optimizer`` and no ``zero_force_ds_cpu_optimizer``. Calling it again changes nothing.
-    ``import balanced_adam`` calls it; it has to happen in every rank's process before ``deepspeed.initialize``.
+    It has to happen in every rank's process before ``deepspeed.initialize``. ``import balanced_adam`` sees to that
+    (:mod:`balanced_adam.zero.import_hook`).
 
     Raises:
         ImportError: if DeepSpeed can't be imported.
         RuntimeError: if DeepSpeed has moved what this relies on (the message names the version tested), or if
-            ``torch.optim`` already has another ``BalancedAdam``. Nothing is registered then.
+            ``torch.optim`` already has another ``BalancedAdam``. DeepSpeed does not take a BalancedAdam then.
     """
     try:
         import deepspeed
     except Exception as error:  # whatever DeepSpeed's own import runs into, such as a missing CUDA toolkit
-        raise ImportError(f"DeepSpeed is installed but can't be imported ({error}).") from error
-
+        raise ImportError(f"DeepSpeed is not installed, or can't be imported ({error}).") from error
     try:
         from deepspeed.runtime.engine import DeepSpeedEngine
         from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -65,23 +65,37 @@ def register() -> None:
         for cls, method, _ in (*mends, *packed):
             getattr(cls, method)
         packed_state.patch_fragments()
-        known = hasattr(torch.optim, NAME)
-        if getattr(torch.optim, NAME, BalancedAdam) is not BalancedAdam:
-            raise RuntimeError(f"torch.optim.{NAME} is another class already; only one can have the name.")
-        setattr(torch.optim, NAME, BalancedAdam)
+        set_name()
         if not DeepSpeedEngine._is_supported_optimizer(None, NAME):
-            if not known:
-                delattr(torch.optim, NAME)
             raise AttributeError(f"a name in torch.optim no longer resolves ({NAME!r})")
     except (ImportError, AttributeError) as error:
+        version = getattr(deepspeed, "__version__", "?")
         raise RuntimeError(
-            f"BalancedAdam can't register with DeepSpeed {deepspeed.__version__}: {error}; it was tested with DeepSpeed "
+            f"BalancedAdam can't register with DeepSpeed {version}: {error}; it was tested with DeepSpeed "
             f"{TESTED_DEEPSPEED}, so install that version."
         ) from error
     if BalancedAdam not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(BalancedAdam)
     for override in (*mends, *one_pass.overrides(), *packed):
         _wrap(*override)
+
+
+def is_registered() -> bool:
+    """Whether the DeepSpeed of this process takes a BalancedAdam. Whoever has changed it since keeps that change."""
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    return BalancedAdam in ZERO_SUPPORTED_OPTIMIZERS
+
+
+def set_name() -> None:
+    """Make ``torch.optim.BalancedAdam`` our class, which is how DeepSpeed finds optimizers that are not its own.
+
+    Raises:
+        RuntimeError: if another class has that name.
+    """
+    if getattr(torch.optim, NAME, BalancedAdam) is not BalancedAdam:
+        raise RuntimeError(f"torch.optim.{NAME} is another class already; only one can have the name.")
+    setattr(torch.optim, NAME, BalancedAdam)
 
 
 def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
@@ -115,7 +129,7 @@ def _settings_per_group(original: Callable[..., None], self: Any, checkpoint_dir
         saved = torch.load(Path(checkpoint_dir) / "zero" / "optimizer_state.pt", weights_only=False)
         groups = saved["optimizer_state_dict"]["param_groups"]
         for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
-            group.pop(decay.GROUP_KEY, None)  # of the first group
+            group.pop(bias_correction.GROUP_KEY, None)  # of the first group
             group.update({key: value for key, value in settings.items() if key != "params"})
 
     packed_state.keep_formats(load, self, checkpoint_dir)

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from balanced_adam import BalancedAdam
+from tests.frontends import import_order
 from tests.ranks import Program, environment, start
 from train.common.files import REPOSITORY
 
@@ -29,3 +32,21 @@ def test_two_ranks_train_with_it_under_zero_2(script: str, tmp_path: Path) -> No
     code, said = started.wait(), started.said()
     assert code == 0 or "terminate called without an active exception" in said, said[-3000:]
     assert said.count("USED ('BalancedAdam', 2, 2, 5)\n") == 2, said
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("order", import_order.ORDERS)
+def test_deepspeed_may_be_imported_before_or_after(order: str, tmp_path: Path) -> None:
+    network = import_order.model()
+    optimizer = BalancedAdam(network.parameters(), **import_order.SETTINGS, fused=False)  # type: ignore[arg-type]
+    for _ in range(import_order.STEPS):
+        optimizer.zero_grad()
+        network(torch.tensor([[0.5, -2.0]])).sum().backward()
+        optimizer.step()
+    (weights,) = [weight.detach().flatten().tolist() for weight in network.parameters()]
+    settings = environment(DS_ACCELERATOR="cpu")
+    program = Program("tests.frontends.import_order", [order], settings, tmp_path / "log", world=2)
+    started = start(program, fresh=True)  # forked ranks have imported both
+    code, said = started.wait(), started.said()
+    assert code == 0 or "terminate called without an active exception" in said, said[-3000:]
+    assert said.count(f"CPU fused, ZeRO-1 one pass: {weights}\n") == 2, said

@@ -153,7 +153,7 @@ def one_optimizer(draw: random.Random, memory: Memory) -> str:
         copy = odd_one(draw, copy, memory) if spoilt == "copy" else copy
         factor = odd_one(draw, factor, memory) if spoilt == "factor" else factor
         pieces = [odd_one(draw, grad, memory) if spoilt == "piece" else grad]
-        if not optimizer.hand_over(param, pieces, factor, copy):
+        if not optimizer.set_fused_grad(param, pieces, factor, copy):
             param.grad = grad
     else:
         try:

@@ -13,6 +13,7 @@ from torch import nn
 
 from balanced_adam import BalancedAdam, kernels
 from tests.kernels.build import needs_compiler
+from tests.ranks import spawn
 
 pytestmark = needs_compiler
 
@@ -150,12 +151,12 @@ def test_a_gradient_handed_over_in_pieces_is_the_same_step_with_a_factor_and_a_c
     for _ in range(3):
         storage = grad.clone()
         pieces = [storage[:33], storage[33:34], storage[34:].clone()]
-        assert optimizer.hand_over(ours, pieces, torch.tensor([0.3]), out)
+        assert optimizer.set_fused_grad(ours, pieces, torch.tensor([0.3]), out)
         optimizer.step()
         control.grad = grad.float() * torch.tensor(0.3)
         plain.step()
         assert torch.equal(ours, control) and torch.equal(out, control.detach().bfloat16())
-    assert not optimizer.handed
+    assert not optimizer.fused_grads
 
 
 def test_a_gradient_that_does_not_suit_is_not_taken() -> None:
@@ -166,22 +167,23 @@ def test_a_gradient_that_does_not_suit_is_not_taken() -> None:
         (BalancedAdam([param]), [torch.zeros(8)[::2]]),
         (BalancedAdam([param], fused=False), [torch.zeros(4)]),
     ):
-        assert not optimizer.hand_over(param, pieces)
-        assert not optimizer.handed
+        assert not optimizer.set_fused_grad(param, pieces)
+        assert not optimizer.fused_grads
 
 
-def test_a_machine_without_kernels_warns_once_on_the_first_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("balanced_adam.optimizer.kernels.why_not", lambda device: "no reason at all")
-    monkeypatch.setattr("balanced_adam.optimizer._warned", set())
-    params = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
-    with pytest.warns(UserWarning, match="plain torch, which is slower: no reason at all") as said:
-        BalancedAdam(params)
-    assert len(said) == 1
-    monkeypatch.setattr("balanced_adam.optimizer._warned", set())
-    monkeypatch.setenv("RANK", "3")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        BalancedAdam(params)
+def warnings_without_kernels(optimizers: int) -> int:
+    """Job: how often a rank warns when it makes so many optimizers and there are no kernels."""
+    kernels.why_not = lambda device: "no reason at all"  # type: ignore[assignment]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(optimizers):
+            BalancedAdam([nn.Parameter(torch.zeros(1)) for _ in range(3)])
+    return sum("plain torch, which is slower: no reason at all" in str(each.message) for each in said)
+
+
+@pytest.mark.ranks
+def test_a_machine_without_kernels_warns_once_on_the_first_rank_alone() -> None:
+    assert spawn(warnings_without_kernels, 2, 2) == [1, 0]
 
 
 def test_autograd_notices_a_fused_step() -> None:
@@ -248,7 +250,7 @@ def corrupt(kind: str, optimizer: BalancedAdam, param: torch.nn.Parameter) -> No
         grad, param.grad = param.grad, None
         copies = {"copy too short": torch.zeros(size // 2), "copy too long": torch.zeros(2 * size)}
         factors = {"factor double": torch.ones(1, dtype=torch.float64), "factor empty": torch.ones(0)}
-        assert optimizer.hand_over(param, [grad], factors.get(kind), copies.get(kind))
+        assert optimizer.set_fused_grad(param, [grad], factors.get(kind), copies.get(kind))
 
 
 KINDS = (
@@ -281,3 +283,21 @@ def test_directions_of_states_of_two_dtypes_are_refused() -> None:
     for updates in ([first, other], [other, first]):
         with pytest.raises(ValueError, match="must be of one dtype"):
             kernels.directions(updates)
+
+
+def test_former_names_still_work_and_warn() -> None:
+    weight, control = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer, plain = BalancedAdam([weight], lr=0.5), BalancedAdam([control], lr=0.5)
+    control.grad = torch.full((3,), 0.25)
+    plain.step()
+    with pytest.warns(DeprecationWarning, match="hand_over is now set_fused_grad"):
+        assert optimizer.hand_over(weight, pieces=[torch.full((3,), 0.25)], factor=None, copy=None, keep=False)
+    optimizer.step()
+    assert torch.equal(weight, control)
+    optimizer.set_fused_grad(weight, [torch.ones(3)])
+    with pytest.warns(DeprecationWarning, match="take_back is now clear_fused_grad"):
+        optimizer.take_back(weight)
+    assert not optimizer.fused_grads
+    code = "from balanced_adam import horizon; print(horizon.choose('0.9', steps=1, tokens_per_step=1), horizon.horizon(0.5))"
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "0.9 2.0\n" and "balanced_adam.horizon is now balanced_adam.beta_schedule" in done.stderr

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from balanced_adam import BalancedAdam, packed, unpacked
-from balanced_adam.optimizer import _warned
 from balanced_adam.packed import FORMATS, Format
 from balanced_adam.state import FORMATS as STATES
+from balanced_adam.warn import _warned
 
 SHORT = [FORMATS["packed16"], FORMATS["packed8"]]
 

@@ -1,6 +1,7 @@
 """What is installed, and what an import does."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ print([name for name in sys.modules if name.startswith("deepspeed")], hasattr(to
 BROKEN_DEEPSPEED = """
 import sys, warnings
 from importlib.machinery import ModuleSpec
+import torch
 
 class Broken:
     def find_spec(self, name, path=None, target=None):
@@ -39,11 +41,27 @@ sys.meta_path.insert(0, Broken())
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     from balanced_adam import BalancedAdam
-print([str(w.message) for w in said if "DeepSpeed" in str(w.message)])
+    optimizer = BalancedAdam([torch.ones(3, requires_grad=True)])
+try:
+    import deepspeed
+except OSError as error:
+    print([str(w.message) for w in said if "DeepSpeed" in str(w.message)], error)
 """
 WITH_DEEPSPEED = """
-import balanced_adam, torch
-print(torch.optim.BalancedAdam is balanced_adam.BalancedAdam)
+import balanced_adam, sys, torch
+loaded = [name for name in sys.modules if name.startswith("deepspeed")]
+print(torch.optim.BalancedAdam is balanced_adam.BalancedAdam, loaded)
+"""
+MOVED_DEEPSPEED = """
+import sys
+import balanced_adam
+from balanced_adam.zero import import_hook, packed_state
+
+packed_state.overrides = lambda: [(object, "a_method_that_has_moved", None)]
+try:
+    import deepspeed
+except RuntimeError as error:
+    print(error)
 """
 
 
@@ -53,17 +71,21 @@ def python(code: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def test_without_deepspeed_the_optimizer_works_and_nothing_is_registered() -> None:
-    assert python(WITHOUT_DEEPSPEED) == "['deepspeed'] False"
+def test_without_deepspeed_the_optimizer_works_and_has_its_name() -> None:
+    assert python(WITHOUT_DEEPSPEED) == "['deepspeed'] True"
 
 
-def test_a_deepspeed_that_cannot_be_imported_is_a_warning() -> None:
-    expected = "DeepSpeed is installed but can't be imported (CUDA_HOME does not exist). BalancedAdam works without it."
-    assert python(BROKEN_DEEPSPEED) == str([expected])
+def test_a_deepspeed_that_cannot_be_imported_is_left_alone() -> None:
+    assert python(BROKEN_DEEPSPEED) == "[] CUDA_HOME does not exist"
 
 
-def test_with_deepspeed_importing_registers() -> None:
-    assert python(WITH_DEEPSPEED) == "True"
+def test_importing_does_not_import_deepspeed_but_sets_the_name() -> None:
+    assert python(WITH_DEEPSPEED) == "True []"
+
+
+def test_where_it_cannot_register_the_import_of_deepspeed_says_so() -> None:
+    said = python(MOVED_DEEPSPEED)
+    assert re.fullmatch(r"BalancedAdam can't register with DeepSpeed .*; it was tested with DeepSpeed .*", said), said
 
 
 def wheel(folder: Path, **environment: str) -> Path:

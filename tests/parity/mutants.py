@@ -40,12 +40,12 @@ def decay_applied_twice(optimizer: BalancedAdam, group: dict[str, Any], param: t
 def shard_of_rank_1_shifted(optimizer: BalancedAdam, group: dict[str, Any], param: torch.nn.Parameter) -> None:
     """The gradient of one shard is shifted by one element."""
     if torch.distributed.get_rank() == 1:
-        handed = optimizer.handed.get(param)
+        handed = optimizer.fused_grads.get(param)
         if handed is None:
             assert param.grad is not None
             param.grad.copy_(param.grad.flatten().roll(1).view_as(param))
         else:  # ZeRO's step in one pass
-            optimizer.handed[param] = handed._replace(pieces=[torch.cat(handed.pieces).roll(1)])
+            optimizer.fused_grads[param] = handed._replace(shards=[torch.cat(handed.shards).roll(1)])
 
 
 def settings_of_the_first_group(optimizer: BalancedAdam, group: dict[str, Any], param: torch.nn.Parameter) -> None:
@@ -67,7 +67,7 @@ def mutant(wrong: Wrong) -> Callable[[], AbstractContextManager[None]]:
         def step(self: BalancedAdam, closure: Any = None) -> Any:
             for group in self.param_groups:
                 for param in group["params"]:
-                    if param.grad is not None or param in self.handed:
+                    if param.grad is not None or param in self.fused_grads:
                         wrong(self, group, param)
             return right(self, closure)
 

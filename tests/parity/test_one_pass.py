@@ -69,14 +69,14 @@ def job(cases: list[Case]) -> dict[Case, Observed]:
     from balanced_adam import BalancedAdam
 
     taken = [0]
-    right = BalancedAdam.hand_over
+    right = BalancedAdam.set_fused_grad
 
     def counted(*arguments: Any, **more: Any) -> bool:
         done = right(*arguments, **more)
         taken[0] += done
         return done
 
-    BalancedAdam.hand_over = counted  # type: ignore[method-assign]
+    BalancedAdam.set_fused_grad = counted  # type: ignore[method-assign]
     found = {}
     for case in cases:
         taken[0] = 0

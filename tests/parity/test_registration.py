@@ -17,7 +17,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from balanced_adam import BalancedAdam, register, zero
-from balanced_adam import optimizer as optimizer_module
+from balanced_adam.warn import _warned
 from tests.parity.cases import PHANTOM, Case, advance, of_the_wrong, read, start
 from tests.parity.control import TENSORS
 from tests.parity.test_one_pass import FP16
@@ -218,7 +218,7 @@ def bf16_states(cases: list[Case]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for case in cases:
-            optimizer_module._warned.clear()
+            _warned.clear()
             start(case, bf16=bf16).destroy()
             said += [str(each.message) for each in caught if "bf16_optimizer_states" in str(each.message)]
             caught.clear()

@@ -79,7 +79,7 @@ def sixteen_bits(size: int) -> Callable[[], object]:
     optimizer = BalancedAdam([param], betas=BETAS, fused=True, **SETTINGS)
 
     def step() -> None:
-        optimizer.hand_over(param, [gradient], factor, copy)
+        optimizer.set_fused_grad(param, [gradient], factor, copy)
         optimizer.step()
 
     return step

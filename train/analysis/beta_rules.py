@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from balanced_adam import horizon
+from balanced_adam import beta_schedule
 from train.analysis import beta_grid
 from train.analysis.lr_selection import best_lr, everywhere
 from train.analysis.paired_stats import paired
@@ -76,7 +76,7 @@ def at(losses: pd.DataFrame, beta: float) -> pd.Series:
     if beta in betas:  # whatever its neighbours have
         return losses[beta]
     right = bisect_left(betas, beta)
-    here, low, high = (math.log(horizon.horizon(each)) for each in (beta, betas[right - 1], betas[right]))
+    here, low, high = (math.log(beta_schedule.horizon(each)) for each in (beta, betas[right - 1], betas[right]))
     part = (here - low) / (high - low)
     return (1.0 - part) * losses[betas[right - 1]] + part * losses[betas[right]]
 
@@ -118,7 +118,7 @@ def chosen(rule: str, pilot: Path, runs: dict[str, int]) -> float:
             require(found[key] == value, f"{pilot} is for runs with {key} = {found[key]}, and these have {value}.")
         return math.nan if found["beta"] is None else float(found["beta"])
     try:
-        return horizon.choose(rule, steps=runs["steps"], tokens_per_step=runs["tokens_per_step"])
+        return beta_schedule.resolve(rule, steps=runs["steps"], tokens_per_step=runs["tokens_per_step"])
     except ValueError:
         return math.nan
 
@@ -128,7 +128,7 @@ def check(rules: tuple[str, ...]) -> None:
     for rule in rules:
         require(not rule.startswith("from:"), f"rules has {rule!r}, whose beta moves; a rule here must come to one.")
         try:
-            horizon.choose("0.95" if rule == PILOT else rule, steps=1e12, tokens_per_step=1)
+            beta_schedule.resolve("0.95" if rule == PILOT else rule, steps=1e12, tokens_per_step=1)
         except ValueError as error:
             raise ConfigError(f'rules has {rule!r}, which is not "{PILOT}", and {error}') from None
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from balanced_adam import horizon
+from balanced_adam import beta_schedule
 from train.common.errors import ConfigError, require
 from train.common.progress import Progress
 from train.probe.options import Pilot
@@ -77,7 +77,7 @@ def horizon_of(noise: float, drift: float) -> float:
 
 def beta_of(steps: float) -> float:
     """Of this horizon, at most MOST."""
-    return min(horizon.of_horizon(min(steps, 1e6)), MOST)
+    return min(beta_schedule.of_horizon(min(steps, 1e6)), MOST)
 
 
 def summarize(gradients: Iterable[Tensor]) -> Probes:
@@ -169,7 +169,7 @@ def report(choice: Choice, plan: dict[str, Any]) -> str:
     others = ["0.95", "0.944", "refresh:1000"]
     for rule in others:
         try:
-            beta = horizon.choose(rule, steps=plan["steps"], tokens_per_step=plan["tokens_per_step"])
+            beta = beta_schedule.resolve(rule, steps=plan["steps"], tokens_per_step=plan["tokens_per_step"])
             lines.append(f"{rule}: {beta:.4f}")
         except ValueError as error:
             lines.append(f"{rule}: none ({error})")

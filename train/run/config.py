@@ -233,9 +233,11 @@ class Run:
         """
         if not isinstance(self.optimizer.betas, str):
             return None
-        from balanced_adam import horizon
+        from balanced_adam import beta_schedule
 
-        return horizon.course(self.optimizer.betas, steps=self.schedule.steps, tokens_per_step=self.tokens_per_step)
+        return beta_schedule.schedule(
+            self.optimizer.betas, steps=self.schedule.steps, tokens_per_step=self.tokens_per_step
+        )
 
     @property
     def tokens_per_step(self) -> int:

@@ -38,13 +38,13 @@ class Arm(NamedTuple):
     @staticmethod
     def parse(text: str) -> Arm:
         """From the command line; raises :class:`ConfigError`."""
-        from balanced_adam import horizon
+        from balanced_adam import beta_schedule
         from balanced_adam.state import FORMATS
 
         said, _, state = text.rpartition(":")
         if state not in FORMATS:
             said, state = text, "fp32"
-        if horizon.is_rule(said):
+        if beta_schedule.is_rule(said):
             with suppress(ValueError):  # what is no number is refused with the run's settings
                 name, _, number = said.rpartition(":")
                 said = f"{name}:{repr(float(number)).removesuffix('.0')}"

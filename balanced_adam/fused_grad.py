@@ -1,0 +1,50 @@
+"""Gradients that a caller keeps in its own form for the next step, instead of a ``param.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from balanced_adam import kernels
+
+
+class FusedGrad(NamedTuple):
+    """One parameter's gradient as it is, and what the same pass over memory shall do beside the step."""
+
+    shards: list[Tensor]
+    """Dense tensors of one dtype of ``kernels.DTYPES`` on the parameter's device; they tile the parameter in order."""
+    grad_scale: Tensor | None
+    """One float32 on the same device, which multiplies the gradient. It is read when the step is taken."""
+    lp_param_out: Tensor | None
+    """Dense, on the same device, as many elements as the parameter: receives the new weights in its own dtype."""
+    store_scaled_grad: bool
+    """Whether grad_scale * gradient is stored in place of the gradient (float32 on CPUs only)."""
+
+    def fits(self, param: Tensor) -> bool:
+        """Whether a kernel can take this for ``param``, by dtypes, devices, layout and number of elements."""
+        if param.dtype != torch.float32 or not param.is_contiguous():
+            return False
+        if self.store_scaled_grad and not (
+            param.device.type == "cpu" and {shard.dtype for shard in self.shards} == {torch.float32}
+        ):
+            return False
+        tensors = [*self.shards, *([] if self.lp_param_out is None else [self.lp_param_out])]
+        alike = all(t.dtype in kernels.DTYPES and t.device == param.device and t.is_contiguous() for t in tensors)
+        return alike and sum(shard.numel() for shard in self.shards) == param.numel()
+
+
+def join_neighbours(shards: Sequence[Tensor]) -> list[Tensor]:
+    """The same elements in as few tensors as possible: neighbours in one storage become one."""
+    joined: list[Tensor] = []
+    for shard in filter(Tensor.numel, shards):
+        if joined:
+            last = joined[-1]
+            together = last.untyped_storage().data_ptr() == shard.untyped_storage().data_ptr()
+            if together and last.storage_offset() + last.numel() == shard.storage_offset():
+                joined[-1] = last.as_strided((last.numel() + shard.numel(),), (1,))
+                continue
+        joined.append(shard)
+    return joined

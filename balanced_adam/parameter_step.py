@@ -1,0 +1,172 @@
+"""One parameter's step, in parts: its moments, its count, and either the rule in plain torch or a kernel's work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from balanced_adam import bias_correction, dtensor, kernels, packed, rule
+from balanced_adam import state as states
+from balanced_adam.fused_grad import FusedGrad, join_neighbours
+from balanced_adam.warn import warn_once
+
+Settings = dict[str, Any]
+"""``betas``, ``eps``, ``weight_decay`` and ``maximize`` of a step."""
+
+
+def fuses(param: Tensor, fused: bool, capturable: bool) -> bool:
+    """Whether a kernel steps this parameter, which is no DTensor. Where there ought to be one and is none, warn once.
+
+    Args:
+        param: the parameter.
+        fused: whether there must be a kernel.
+        capturable: whether a CUDA graph must be able to capture it.
+
+    Raises:
+        RuntimeError: if none does, and ``fused`` or ``capturable`` insists.
+    """
+    reason = None
+    if type(param) not in (Tensor, torch.nn.Parameter):
+        reason = f"it is a {type(param).__name__}"
+    elif param.dtype not in kernels.DTYPES:
+        reason = f"its dtype is {param.dtype}"
+    elif param.device.type not in ("cpu", "cuda"):
+        reason = f"it is on {param.device.type}"
+    elif not kernels.is_dense(param):
+        reason = "it has gaps in memory"
+    elif capturable and param.device.type != "cuda":
+        reason = f"only CUDA has graphs, and it is on {param.device.type}"
+    elif (reason := kernels.why_not(param.device)) is not None and not fused and not capturable:
+        warn_once(f"BalancedAdam steps parameters on {param.device} in plain torch, which is slower: {reason}")
+    if reason is not None and (fused or capturable):
+        setting = "fused" if fused else "capturable"
+        raise RuntimeError(f"{setting} is True, and a parameter of shape {tuple(param.shape)} can't be: {reason}.")
+    return reason is None
+
+
+def prepare_moments(param: Tensor, state: states.State, format: str) -> tuple[dict[str, Tensor], int]:
+    """Make a parameter's state, or convert it to this format, in place where need be.
+
+    Returns:
+        This rank's parts of the tensors that hold the moments, by name; and the number of elements that were cut off
+        (:func:`balanced_adam.state.convert_`).
+    """
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        state[bias_correction.LOG_PRODUCT] = 0.0
+    cut = states.convert_(format, state, param)
+    return {name: dtensor.local(tensor) for name, tensor in states.moment_tensors(state).items()}, cut
+
+
+def count(state: states.State, betas: rule.Betas) -> tuple[int, int]:
+    """Count one more step at these betas: its number, and the number that its bias correction takes."""
+    steps = int(state["step"])
+    product, corrected = bias_correction.advance(state[bias_correction.LOG_PRODUCT], betas, steps)
+    state[bias_correction.LOG_PRODUCT] = product
+    # An int or a 0-dim tensor; never in place, since a universal checkpoint of DeepSpeed loaded at stage 3 gives
+    # all parameters one and the same tensor (runtime/zero/stage3.py:3681).
+    state["step"] = state["step"] + 1
+    return steps + 1, corrected
+
+
+def recipe(
+    param: Tensor, state: states.State, lr: float | Tensor, settings: Settings, counted: rule.Betas | None
+) -> kernels.Recipe:
+    """What a captured kernel needs to count the step and work out its scalars itself.
+
+    Args:
+        param: on a GPU.
+        state: its step count becomes a tensor of its own there.
+        lr: a number, or a float32 tensor there.
+        settings: of the step.
+        counted: the betas of its last step, if that was counted on the GPU too.
+
+    Raises:
+        ValueError: if lr is a tensor that a kernel can't read, or steps before were taken with other betas.
+    """
+    if isinstance(lr, Tensor) and (lr.device != param.device or lr.dtype != torch.float32):
+        raise ValueError(
+            f"lr is a {lr.dtype} tensor on {lr.device}; with capturable=True it must be a number or a float32 tensor "
+            f"on {param.device}."
+        )
+    betas = settings["betas"]
+    if counted is None:
+        steps = int(state["step"])
+        changed = bias_correction.of_group(betas, steps, state[bias_correction.LOG_PRODUCT]) is not None
+    else:
+        changed = counted != betas and counted[0] == counted[1]
+    if changed and betas[0] == betas[1]:
+        raise ValueError(
+            f"betas is {betas}, and steps before were taken with another; with capturable=True betas must stay what "
+            "they are."
+        )
+    if counted is None:
+        # A tensor of its own, whatever a checkpoint has made of it: the kernel counts in place.
+        state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=param.device)
+        state[bias_correction.LOG_PRODUCT] = bias_correction.UNKNOWN
+    return kernels.Recipe(state["step"], lr if isinstance(lr, Tensor) else float(lr), **settings)
+
+
+def step_in_torch(
+    weights: Tensor,
+    grad: Tensor,
+    moments: dict[str, Tensor],
+    step: int,
+    corrected: int,
+    lr: float,
+    settings: Settings,
+) -> None:
+    """Take the step by the rule, in place: DeepSpeed keeps views of the weights and of the state."""
+    old = [weights, *moments.values()]
+    new: tuple[Tensor, ...]
+    if states.PACKED in moments:
+        new = packed.update(weights, grad, *old[1:], step=step, corrected=corrected, lr=lr, **settings)
+    else:
+        new = rule.update(weights, grad, *old[1:], step=corrected, lr=lr, **settings)
+    for tensor, value in zip(old, new, strict=True):
+        tensor.copy_(value)
+
+
+def lay_out_moments(param: Tensor, state: states.State, moments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """These moments as a kernel takes them, in the state too.
+
+    They are what they were, unless somebody has changed the model or the state by hand.
+    """
+    weights = dtensor.local(param)
+    laid_out = dict(moments)
+    for name, tensor in moments.items():
+        dtype = tensor.dtype if name == states.PACKED else torch.float32
+        laid_out[name] = _laid_out_as(weights, tensor.to(weights.device, dtype))
+        if laid_out[name] is not tensor:
+            state[name] = dtensor.placed_as(param, laid_out[name])
+            laid_out[name] = dtensor.local(state[name])
+    return laid_out
+
+
+def kernel_updates(
+    weights: Tensor,
+    moments: dict[str, Tensor],
+    scalars: bytes | kernels.Recipe,
+    grad: Tensor | None,
+    fused_grad: FusedGrad | None,
+) -> list[kernels.Update]:
+    """What a kernel shall do: one update, or one for each stretch of memory that a fused gradient lies in."""
+    update = kernels.Update.of(weights, moments, scalars)
+    if fused_grad is None:
+        assert grad is not None
+        return [update._replace(grad=_laid_out_as(weights, grad.resolve_neg()))]
+    shards, factor, copy, keep = fused_grad
+    updates, offset = [], 0
+    for shard in join_neighbours(shards):
+        updates.append(update._replace(grad=shard, offset=offset, copy=copy, factor=factor, keep=keep))
+        offset += shard.numel()
+    return updates
+
+
+def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor``, in the parameter's order in memory; a copy if it isn't yet."""
+    if tensor.stride() == param.stride():
+        return tensor
+    return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
