@@ -52,8 +52,8 @@ def check_group(group: dict[str, Any], allow_unbalanced: bool) -> None:
     check_format(group)
     if group["state"] in ("packed16", "packed8") and group["eps"] < 1e-9:
         warn_once(
-            f"eps is {group['eps']} and state is {group['state']!r}, which reads sqrt(v) below 7e-9 as 0: updates of such small gradients "
-            "may be as large as lr; keep eps at 1e-9 or above, or take packed32."
+            f"eps is {group['eps']} and state is {group['state']!r}, which reads sqrt(v) below 7e-9 as 0: updates of "
+            "such small gradients may be as large as lr; keep eps at 1e-9 or above, or take packed32."
         )
 
 
@@ -83,8 +83,8 @@ def check_format(group: dict[str, Any]) -> None:
         raise ValueError(f"state is {group['state']!r}; it must be one of {', '.join(states.FORMATS)}.")
     if group["state"] != "fp32" and group["betas"][0] != group["betas"][1]:
         raise ValueError(
-            f"state is {group['state']!r} and betas is {group['betas']}; packed moments need equal betas, since only then is "
-            "|m| <= sqrt(v)."
+            f"state is {group['state']!r} and betas is {group['betas']}; packed moments need equal betas, since only "
+            "then is |m| <= sqrt(v)."
         )
 
 
@@ -103,6 +103,7 @@ def as_pair(betas: Betas, allow_unbalanced: bool) -> rule.Betas:
     if beta1 != beta2 and not allow_unbalanced:
         raise ValueError(
             f"betas is ({beta1}, {beta2}); BalancedAdam's betas are equal, since only then is a step bounded by lr and "
-            "free, to first order, of the gradient's scale: give one number, or allow_unbalanced=True to run plain AdamW."
+            "free, to first order, of the gradient's scale: give one number, or allow_unbalanced=True to run plain "
+            "AdamW."
         )
     return beta1, beta2

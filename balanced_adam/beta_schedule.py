@@ -1,7 +1,7 @@
 r"""How long an average remembers: beta in other words, and rules that resolve it.
 
-Weight :math:`(1-\beta)\beta^j` lies on the gradient of j steps ago. Counted in steps, that is a horizon of 1 / (1 - beta) or a
-half-life of log(1/2) / log(beta); counted in tokens, either of them times the tokens of a step.
+Weight :math:`(1-\beta)\beta^j` lies on the gradient of j steps ago. Counted in steps, that is a horizon of 1 / (1 -
+beta) or a half-life of log(1/2) / log(beta); counted in tokens, either of them times the tokens of a step.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def half_life(beta: float) -> float:
 
 
 def of_half_life(steps: float) -> float:
-    """The beta with this half-life. For one in tokens, divide by the tokens of a step: kept fixed over batch sizes, as arXiv
-    2507.07101 does for beta2, larger batches get smaller betas.
+    """The beta with this half-life. For one in tokens, divide by the tokens of a step: kept fixed over batch sizes, as
+    arXiv 2507.07101 does for beta2, larger batches get smaller betas.
 
     Raises:
         ValueError: if ``steps`` is not above 0 and finite.
@@ -55,8 +55,8 @@ def of_half_life(steps: float) -> float:
 
 
 def refreshes(beta: float, steps: float) -> float:
-    """How often a run of so many steps renews the average: R = (1 - beta) T. (In arXiv 2605.10119, T is the step of the least validation loss,
-    read off a finished run; before a run its planned steps have to do.)
+    """How often a run of so many steps renews the average: R = (1 - beta) T. (In arXiv 2605.10119, T is the step of the
+    least validation loss, read off a finished run; before a run its planned steps have to do.)
 
     Raises:
         ValueError: if ``beta`` is not in [0, 1), or ``steps`` not above 0.
@@ -66,8 +66,8 @@ def refreshes(beta: float, steps: float) -> float:
 
 
 def of_refreshes(count: float, steps: float) -> float:
-    """The beta that a run of so many steps renews ``count`` times: 1 - R / T. arXiv 2605.10119 proposes R = 1000, for its T
-    (:func:`refreshes`).
+    """The beta that a run of so many steps renews ``count`` times: 1 - R / T. arXiv 2605.10119 proposes R = 1000, for
+    its T (:func:`refreshes`).
 
     Raises:
         ValueError: if ``count`` is not above 0 and at most ``steps``, or ``steps`` not above 0.
@@ -79,8 +79,9 @@ def of_refreshes(count: float, steps: float) -> float:
 
 
 def for_batch(beta: float, factor: float) -> float:
-    r"""The beta for batches ``factor`` times as large: :math:`1 - \beta` becomes :math:`\kappa (1 - \beta)`, for both betas alike, so that
-    equal ones stay equal; the learning rate is to be multiplied by :math:`\sqrt\kappa` (arXiv 2205.10287).
+    r"""The beta for batches ``factor`` times as large: :math:`1 - \beta` becomes :math:`\kappa (1 - \beta)`, for both
+    betas alike, so that equal ones stay equal; the learning rate is to be multiplied by :math:`\sqrt\kappa` (arXiv
+    2205.10287).
 
     Raises:
         ValueError: if ``beta`` is not in [0, 1), or the result would not be.
@@ -88,8 +89,8 @@ def for_batch(beta: float, factor: float) -> float:
     _check_beta(beta)
     if not 0.0 < factor * (1.0 - beta) <= 1.0:
         raise ValueError(
-            f"a batch {factor:g} times as large would make 1 - beta = {1.0 - beta:g} into {factor * (1.0 - beta):g}; it must lie in "
-            "(0, 1]."
+            f"a batch {factor:g} times as large would make 1 - beta = {1.0 - beta:g} into {factor * (1.0 - beta):g}; "
+            "it must lie in (0, 1]."
         )
     return 1.0 - factor * (1.0 - beta)
 
@@ -109,8 +110,8 @@ def is_rule(text: str) -> bool:
 
 
 def resolve(rule: str, *, steps: float, tokens_per_step: float) -> float:
-    """The beta of a rule in words: a number, ``refresh:R``, ``half_life:STEPS``, ``half_life_tokens:TOKENS`` or ``horizon:STEPS``; of a
-    :func:`schedule`, the first one.
+    """The beta of a rule in words: a number, ``refresh:R``, ``half_life:STEPS``, ``half_life_tokens:TOKENS`` or
+    ``horizon:STEPS``; of a :func:`schedule`, the first one.
 
     Args:
         rule: such as ``"0.95"``, ``"refresh:1000"`` or ``"half_life_tokens:10e6"``.
@@ -124,8 +125,8 @@ def resolve(rule: str, *, steps: float, tokens_per_step: float) -> float:
 
 
 def schedule(rule: str, *, steps: float, tokens_per_step: float) -> Callable[[float], float]:
-    """The beta at each step, counted from 0: that of :func:`resolve` all the time, or one that moves, ``from:A:TO:B``: the horizon goes from
-    that of A to that of B, by the same factor in every step.
+    """The beta at each step, counted from 0: that of :func:`resolve` all the time, or one that moves, ``from:A:TO:B``:
+    the horizon goes from that of A to that of B, by the same factor in every step.
 
     Args:
         rule: such as ``"0.95"`` or ``"from:0.9:to:0.99"``.
@@ -145,7 +146,8 @@ def schedule(rule: str, *, steps: float, tokens_per_step: float) -> Callable[[fl
         value = math.nan
     if name not in ("", *RULES) or math.isnan(value):
         raise ValueError(
-            f"beta is {rule!r}; it must be a number, or refresh:R, half_life:STEPS, half_life_tokens:TOKENS, horizon:STEPS or from:A:to:B."
+            f"beta is {rule!r}; it must be a number, or refresh:R, half_life:STEPS, half_life_tokens:TOKENS, "
+            "horizon:STEPS or from:A:to:B."
         )
     try:
         beta = RULES[name](value, steps, tokens_per_step) if name else value

@@ -1,14 +1,16 @@
 r"""Bias correction where equal betas change over time.
 
-The weights of an average that began at zero sum to :math:`1 - \prod_i \beta_i`, which is :math:`1 - \beta^t` only while beta is the
-same in all t steps. Dividing by less than that sum would break the bound of a step. So each parameter's state keeps the logarithm of
-the product beside its step count, and the rule is told the number of steps at the beta of now that make it. Rounded up, so that the
-bound holds: :math:`|m| \le \sqrt{(1 - \prod_i \beta_i)\, v}` (Cauchy-Schwarz, as for :func:`balanced_adam.gradient_scale.update_bound`).
+The weights of an average that began at zero sum to :math:`1 - \prod_i \beta_i`. That is :math:`1 - \beta^t` only while
+beta is the same in all t steps, and dividing by less than the sum would break the bound of a step. So each parameter's
+state keeps the logarithm of the product beside its step count. The rule gets the number of steps at the current beta
+that makes this product, rounded up so that the bound holds: :math:`|m| \le \sqrt{(1 - \prod_i \beta_i)\, v}`
+(Cauchy-Schwarz, as for :func:`balanced_adam.gradient_scale.update_bound`).
 
-The logarithm is the parameter's own, whatever its group does meanwhile. A saved state (a state dict, a pickle, a deep copy) holds its excess over
-that of as many steps at the group's beta: 0 where beta has never changed. So a file that lacks it, or a loader that fills in what another optimizer had
-there, is right wherever betas were constant. It is a number and no tensor: DeepSpeed cuts the padding from every tensor of a state. Of changed betas a
-saved group says something too, for DeepSpeed's universal checkpoints, which hold moments and step counts alone.
+The logarithm is the parameter's own, whatever its group does meanwhile. A saved state (a state dict, a pickle, a deep
+copy) holds its excess over the logarithm of as many steps at the group's beta, which is 0 where beta has never changed.
+So a file that lacks it, or a loader that fills in another optimizer's value, is right wherever betas were constant. It
+is a float and not a tensor, since DeepSpeed cuts the padding from every tensor of a state. A saved group whose betas
+have changed says so too (GROUP_KEY), for DeepSpeed's universal checkpoints, which hold moments and step counts alone.
 """
 
 from __future__ import annotations
@@ -18,17 +20,17 @@ from functools import lru_cache
 from typing import Any
 
 LOG_PRODUCT = "log_beta_product"
-"""Of a parameter's state, while it lives: the logarithm of the product of the betas of its steps, a float; or UNKNOWN."""
+"""Key of a live state: the logarithm of the product of the betas of the parameter's steps, a float; or UNKNOWN."""
 EXCESS = "log_beta_excess"
-"""Of a saved state instead: its excess over that of as many steps at the saved group's beta, a float."""
+"""Key of a saved state: the excess of that logarithm over that of as many steps at the saved group's beta, a float."""
 LEAST = 1e-300
 """Stands for a beta of 0, of which there is no logarithm."""
 GROUP_KEY = "decay"
-"""Of a saved group whose betas have changed: a beta, a number of steps, and the logarithm of the product of their betas; the steps after those
-were taken at that beta."""
+"""Key of a saved group whose betas have changed: a beta, a number of steps, and the logarithm of the product of their
+betas; the steps after those were taken at that beta."""
 UNKNOWN = math.inf
-"""No product of equal betas: the averages were made with unequal ones, or counted in a CUDA graph. Then all steps count as if they had
-been taken at the beta of now."""
+"""No product of equal betas: the averages were made with unequal ones, or counted in a CUDA graph. Then all steps count
+as if they had been taken at the beta of now."""
 FOREVER = 10**9
 """Steps after which nothing is left of the beginning, whatever beta is."""
 
@@ -45,15 +47,15 @@ def history(settings: dict[str, Any]) -> History | None:
     beta1, beta2 = settings["betas"]
     if beta1 != beta2:
         return None
-    said = settings.get(GROUP_KEY, (beta1, 0, 0.0))
+    written = settings.get(GROUP_KEY, (beta1, 0, 0.0))
     try:
-        beta, steps, logarithm = map(float, said)
+        beta, steps, logarithm = map(float, written)
     except (TypeError, ValueError):
         beta, steps, logarithm = math.nan, math.nan, math.nan
     if not (0.0 <= beta < 1.0 and 0.0 <= steps < math.inf and logarithm <= 0.0):
         raise ValueError(
-            f"{GROUP_KEY} is {said!r} in the loaded state; it must be a beta, a number of steps and the logarithm of the product of "
-            "their betas."
+            f"{GROUP_KEY} is {written!r} in the loaded state; it must be a beta, a number of steps and the logarithm "
+            "of the product of their betas."
         )
     return beta, steps, logarithm
 
@@ -61,8 +63,8 @@ def history(settings: dict[str, Any]) -> History | None:
 def log_product(made_with: History | None, steps: int, oldest: int) -> float:
     """The logarithm of the product of the betas of a parameter's ``steps`` steps, from what a saved group says.
 
-    That is of its oldest parameter, with so many steps. One that came later counts as if it had been there all the time: its steps may be
-    shorter than they need be, but not longer than lr.
+    The group speaks of its oldest parameter, which has taken ``oldest`` steps. One that came later counts as if it had
+    been there all the time: its steps may be shorter than they need be, but not longer than lr.
     """
     if steps == 0:
         return 0.0
@@ -89,7 +91,8 @@ def effective_steps(logarithm: float, beta: float, steps: int) -> float:
 
 @lru_cache(maxsize=64)  # the parameters of a group are alike
 def advance(logarithm: float, betas: tuple[float, float], steps: int) -> tuple[float, int]:
-    """Of one more step, at ``betas``: the logarithm of the product after it, and the step number for its bias correction.
+    """Take one more step at ``betas``: the logarithm of the product after it, and the step number for its bias
+    correction.
 
     Args:
         logarithm: before the step.
@@ -103,7 +106,7 @@ def advance(logarithm: float, betas: tuple[float, float], steps: int) -> tuple[f
 
 
 def excess(logarithm: float, betas: tuple[float, float], steps: int) -> float:
-    """What a saved state holds."""
+    """What a saved state holds under EXCESS."""
     if betas[0] != betas[1] or logarithm == UNKNOWN:
         return 0.0
     if effective_steps(logarithm, betas[0], steps) == steps:
@@ -112,12 +115,12 @@ def excess(logarithm: float, betas: tuple[float, float], steps: int) -> float:
 
 
 def from_excess(excess: float, betas: tuple[float, float], steps: int) -> float:
-    """The logarithm of the product, from what a saved state holds."""
+    """The reverse of :func:`excess`."""
     return UNKNOWN if betas[0] != betas[1] else steps * _log(betas[0]) + excess
 
 
 def of_group(betas: tuple[float, float], steps: int, logarithm: float) -> History | None:
-    """What a saved group has to say beside its betas: nothing where all steps were taken at them."""
+    """What a saved group holds under GROUP_KEY; None where all steps were taken at its betas."""
     changed = excess(logarithm, betas, steps) != 0.0
     return (betas[0], float(steps), logarithm) if changed else None
 

@@ -1,8 +1,9 @@
-"""Parameters that are DTensors, as FSDP2's ``fully_shard`` and tensor parallelism make them: each rank steps its own part.
+"""Parameters that are DTensors, as FSDP2's ``fully_shard`` and tensor parallelism make them: each rank steps its own
+part.
 
-The rule works element by element, so a part steps as it would within the whole tensor. State is made of DTensors placed as their
-parameter, so that torch.distributed.checkpoint shards it anew for any number of ranks. No arithmetic is done on DTensors themselves: in
-torch 2.13 their ``>>`` and ``<<`` by a number return the operand unchanged.
+The rule works element by element, so a part steps as it would within the whole tensor. State is made of DTensors placed
+as their parameter, so that torch.distributed.checkpoint shards it anew for any number of ranks. No arithmetic is done
+on DTensors themselves: in torch 2.13 their ``>>`` and ``<<`` by a number return the operand unchanged.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def is_opaque(tensor: Tensor) -> bool:
 
 
 def _module() -> Any:
-    """The one that has DTensor. None unless somebody has imported it, which takes half a second: then there is no DTensor either."""
+    """The one that has DTensor. None unless somebody has imported it, which takes half a second: then there is no
+    DTensor either."""
     return next((m for name in _PLACES if hasattr(m := sys.modules.get(name), "DTensor")), None)
 
 
@@ -62,7 +64,8 @@ def placed_as(param: Tensor, part: Tensor) -> Tensor:
 
 @torch.no_grad()
 def distributed_as(param: Tensor, value: Tensor) -> Tensor:
-    """``value``, which every rank has whole or which lies otherwise on the parameter's mesh, placed as the parameter."""
+    """``value``, which every rank has whole or which lies otherwise on the parameter's mesh, placed as the
+    parameter."""
     if not is_dtensor(param):
         return value
     like = cast("DTensor", param)
@@ -86,8 +89,8 @@ def obstacle(param: Tensor, other: Tensor | None = None) -> str | None:
             and any(p.is_partial() for p in cast("DTensor", tensor).placements)
         ):
             return (
-                f"a {name} of shape {tuple(tensor.shape)} is a DTensor placed as {cast('DTensor', tensor).placements}, and Partial is a sum "
-                "that has not been taken yet; redistribute it to Shard or Replicate first."
+                f"a {name} of shape {tuple(tensor.shape)} is a DTensor placed as {cast('DTensor', tensor).placements}, "
+                "and Partial is a sum that has not been taken yet; redistribute it to Shard or Replicate first."
             )
     if other is None or not (is_dtensor(param) or is_dtensor(other)):
         return None
@@ -96,8 +99,8 @@ def obstacle(param: Tensor, other: Tensor | None = None) -> str | None:
         if theirs.placements == ours.placements and theirs.device_mesh == ours.device_mesh:
             return None
     return (
-        f"the gradient of a parameter of shape {tuple(param.shape)} is {_place(other)}, and the parameter {_place(param)}; redistribute the "
-        "gradient to the parameter's placements."
+        f"the gradient of a parameter of shape {tuple(param.shape)} is {_place(other)}, and the parameter "
+        f"{_place(param)}; redistribute the gradient to the parameter's placements."
     )
 
 
@@ -107,8 +110,8 @@ def refuses(param: Tensor, value: Tensor) -> str | None:
         return f"the loaded state has a DTensor placed as {cast('DTensor', value).placements}; redistribute it first."
     if is_dtensor(value) and not is_dtensor(param):
         return (
-            "the loaded state has a DTensor, and its parameter is a plain tensor; load it through torch.distributed.checkpoint, or give its "
-            "full_tensor()."
+            "the loaded state has a DTensor, and its parameter is a plain tensor; load it through "
+            "torch.distributed.checkpoint, or give its full_tensor()."
         )
     if is_dtensor(value) and cast("DTensor", value).device_mesh != cast("DTensor", param).device_mesh:
         return (

@@ -66,17 +66,20 @@ def drift_sensitivity(beta1: float, beta2: float) -> float:
 
 
 def update_of_noise_under_drift(beta1: float, beta2: float, rho: float) -> float:
-    r"""The root of :math:`E[m^2]/E[v]` where the gradient is noise whose scale drifts: :math:`g_t = e^{\rho t} n_t`, n independent, of mean 0
-    and variance 1.
+    r"""The root of :math:`E[m^2]/E[v]` where the gradient is noise whose scale drifts: :math:`g_t = e^{\rho t} n_t`, n
+    independent, of mean 0 and variance 1.
 
-    What is squared before it is averaged keeps its size, what is averaged first cancels: :math:`E[m_t^2] = e^{2\rho t} (1-\beta_1)^2
-    \sum_j \beta_1^{2j} e^{-2\rho j}`, and :math:`E[v_t]` is as in :func:`update_under_drift`, so that
+    What is squared before it is averaged keeps its size, what is averaged first cancels: :math:`E[m_t^2] = e^{2\rho t}
+    (1-\beta_1)^2 \sum_j \beta_1^{2j} e^{-2\rho j}`, and :math:`E[v_t]` is as in :func:`update_under_drift`, so that
 
-    .. math:: \sqrt{\frac{E[m^2]}{E[v]}} = \sqrt{\frac{(1-\beta_1)^2/(1-\beta_1^2 e^{-2\rho})}{(1-\beta_2)/(1-\beta_2 e^{-2\rho})}}.
+    .. math::
 
-    The derivative of its logarithm at 0 is :math:`\beta_2/(1-\beta_2) - \beta_1^2/(1-\beta_1^2)`: **zero if and only if**
-    :math:`\beta_2 = \beta_1^2`, **not where the betas are equal**. The invariance of arXiv 2601.21739 is that of a gradient which keeps
-    its sign; noise is another matter, and real gradients lie between.
+        \sqrt{\frac{E[m^2]}{E[v]}}
+        = \sqrt{\frac{(1-\beta_1)^2/(1-\beta_1^2 e^{-2\rho})}{(1-\beta_2)/(1-\beta_2 e^{-2\rho})}}.
+
+    The derivative of its logarithm at 0 is :math:`\beta_2/(1-\beta_2) - \beta_1^2/(1-\beta_1^2)`: **zero if and only
+    if** :math:`\beta_2 = \beta_1^2`, **not where the betas are equal**. The invariance of arXiv 2601.21739 is that of a
+    gradient which keeps its sign; noise is another matter, and real gradients lie between.
 
     Args:
         beta1: decay of the first moment, in [0, 1).
@@ -94,8 +97,8 @@ def update_of_noise_under_drift(beta1: float, beta2: float, rho: float) -> float
 
 
 def update_of_rescaled(beta1: float, beta2: float, scale: float) -> float:
-    r"""The size |u| where a constant gradient is multiplied by ``scale`` in the current step alone (definition 3.1 of arXiv 2601.21739):
-    with m and v settled at g and g^2,
+    r"""The size |u| where a constant gradient is multiplied by ``scale`` in the current step alone (definition 3.1 of
+    arXiv 2601.21739): with m and v settled at g and g^2,
 
     .. math:: |u| = \frac{\beta_1 + (1-\beta_1) s}{\sqrt{\beta_2 + (1-\beta_2) s^2}},
 
@@ -110,8 +113,8 @@ def update_of_rescaled(beta1: float, beta2: float, scale: float) -> float:
 
 
 def update_of_rescaled_noise(beta1: float, beta2: float, scale: float) -> float:
-    r"""The root of :math:`E[m^2]/E[v]` where the gradient is noise (:func:`update_of_noise_under_drift` with rho = 0), and is multiplied by
-    ``scale`` in the current step alone:
+    r"""The root of :math:`E[m^2]/E[v]` where the gradient is noise (:func:`update_of_noise_under_drift` with rho = 0),
+    and is multiplied by ``scale`` in the current step alone:
 
     .. math:: \sqrt{\frac{\beta_1^2 (1-\beta_1)/(1+\beta_1) + (1-\beta_1)^2 s^2}{\beta_2 + (1-\beta_2) s^2}},
 

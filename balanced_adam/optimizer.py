@@ -33,10 +33,10 @@ class BalancedAdam(torch.optim.Optimizer):
 
     The rule is that of :mod:`balanced_adam.rule`, with the symbols g = gradient, m = ``exp_avg``, v = ``exp_avg_sq``,
     :math:`\eta` = ``lr``, :math:`\lambda` = ``weight_decay``. Equal betas make the update invariant, to first order, to
-    drift in the scale of the gradient (arXiv 2601.21739), and bound every step of every weight by ``lr``, since
-    m² ≤ (1-βᵗ) v by Cauchy-Schwarz (:mod:`balanced_adam.gradient_scale`). The bound is that of one beta from a zero start:
-    on a state made with unequal betas, it does not hold until the old averages have faded. Equal betas may change from step to
-    step (:mod:`balanced_adam.bias_correction`), but not in a CUDA graph.
+    drift in the scale of the gradient (arXiv 2601.21739), and bound every step of every weight by ``lr``, since m² ≤
+    (1-βᵗ) v by Cauchy-Schwarz (:mod:`balanced_adam.gradient_scale`). The bound is that of one beta from a zero start:
+    on a state made with unequal betas, it does not hold until the old averages have faded. Equal betas may change from
+    step to step (:mod:`balanced_adam.bias_correction`), but not in a CUDA graph.
 
     Args:
         params: parameters, named parameters or parameter groups. A group may set its own ``lr``, ``betas``, ``eps``,
@@ -45,8 +45,8 @@ class BalancedAdam(torch.optim.Optimizer):
         betas: one number, or a pair of equal numbers, each in [0, 1).
         eps: added to the root of the bias-corrected second moment; may be 0.
         weight_decay: decoupled weight decay, as in AdamW (arXiv 1711.05101).
-        state: how both moments of an element are stored: "fp32" (8 bytes), "packed32", "packed16" or "packed8" (4, 2, 1),
-            which need equal betas (:mod:`balanced_adam.packed`). A group may set its own.
+        state: how both moments of an element are stored: "fp32" (8 bytes), "packed32", "packed16" or "packed8" (4, 2,
+            1), which need equal betas (:mod:`balanced_adam.packed`). A group may set its own.
         maximize: ascend along the gradient.
         allow_unbalanced: accept pairs of unequal betas, in any group. This is how plain AdamW is run through the same
             code, as the baseline of a comparison. No checkpoint holds it, so that none can bring it along.
@@ -59,10 +59,11 @@ class BalancedAdam(torch.optim.Optimizer):
         fused_zero: under DeepSpeed ZeRO, let the same pass unscale and clip the gradients and write the 16-bit weights
             (:mod:`balanced_adam.zero.one_pass`).
 
-    State per parameter: ``step`` (0-dim float32 tensor), ``exp_avg`` and ``exp_avg_sq`` (the parameter's shape; float32,
-    or float64 for float64 parameters). The names are those of ``torch.optim.AdamW``, whose state loads here, and back. In place
-    of the moments a packed state has ``packed`` (integers, the parameter's shape). Any format loads into any other; ``state`` of
-    this optimizer stays as it is. :func:`balanced_adam.unpacked` makes a state dict for others.
+    State per parameter: ``step`` (0-dim float32 tensor), ``exp_avg`` and ``exp_avg_sq`` (the parameter's shape;
+    float32, or float64 for float64 parameters). The names are those of ``torch.optim.AdamW``, whose state loads here,
+    and back. In place of the moments a packed state has ``packed`` (integers, the parameter's shape). Any format loads
+    into any other; ``state`` of this optimizer stays as it is. :func:`balanced_adam.unpacked` makes a state dict for
+    others.
 
     As torch's own optimizers, it is not thread-safe: two threads must not step one optimizer at once.
 
@@ -167,8 +168,8 @@ class BalancedAdam(torch.optim.Optimizer):
                     raise ValueError(f"BalancedAdam can't step it: {reason}")
                 if group["state"] != "fp32" and dtensor.is_opaque(param):
                     raise ValueError(
-                        f"state is {group['state']!r}, and a parameter is of the class {type(param).__name__}, which may do with "
-                        "integers what it likes; its moments must be 'fp32'."
+                        f"state is {group['state']!r}, and a parameter is of the class {type(param).__name__}, which "
+                        "may do with integers what it likes; its moments must be 'fp32'."
                     )
                 self._fuses(param)
         except (ValueError, RuntimeError):
@@ -192,9 +193,8 @@ class BalancedAdam(torch.optim.Optimizer):
         Returns:
             What ``closure`` returned, if there was one.
 
-        Raises:
-            RuntimeError: if a gradient is sparse; no parameter has changed then.
-            ValueError: if somebody, or a checkpoint, has made a group's betas unequal without permission, or a tensor does not fit its
+        Raises: RuntimeError: if a gradient is sparse; no parameter has changed then. ValueError: if somebody, or a
+            checkpoint, has made a group's betas unequal without permission, or a tensor does not fit its
                 parameter (any more); no parameter has changed then, but the step may have been counted.
         """
         loss = None
@@ -333,7 +333,8 @@ class BalancedAdam(torch.optim.Optimizer):
         return update_size(moved, self.state, self._fuses)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; a group's ``state`` is the format that its moments are in, also where the next step will change it."""
+        """As torch's; a group's ``state`` is the format that its moments are in, also where the next step will change
+        it."""
         for group in self.param_groups:
             self._complete(group)
         saved = super().state_dict()
@@ -342,17 +343,18 @@ class BalancedAdam(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of a BalancedAdam, of a ``torch.optim.AdamW`` of any age, or of DeepSpeed's FusedAdam or DeepSpeedCPUAdam.
+        """Load the state of a BalancedAdam, of a ``torch.optim.AdamW`` of any age, or of DeepSpeed's FusedAdam or
+        DeepSpeedCPUAdam.
 
         The moments keep full precision (float32, float64 for float64 parameters) whatever the parameters' dtype;
         torch's own loading would cast them down to bf16 with the weights. Hyper-parameters come from ``state_dict``,
         as in torch, but for unequal betas where this optimizer takes only equal ones: then its own betas stay, and a
         warning says so. Settings that ``state_dict`` lacks stay as they are.
 
-        Raises:
-            ValueError: if the groups don't match, a moment is missing or has another shape than its parameter, moments are in a format that
-                isn't known or not the one they are called, or the state is that of AMSGrad or of an Adam whose weight decay
-                was not decoupled; nothing has changed then.
+        Raises: ValueError: if the groups don't match, a moment is missing or has another shape than its parameter,
+            moments are in a format that
+                isn't known or not the one they are called, or the state is that of AMSGrad or of an Adam whose weight
+                decay was not decoupled; nothing has changed then.
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
         if not isinstance(state_dict, dict):
@@ -373,8 +375,8 @@ class BalancedAdam(torch.optim.Optimizer):
 
     @contextmanager
     def keeping_own(self) -> Iterator[None]:
-        """Around whatever loads the groups' settings: the format of the state stays, and so do equal betas where unequal
-        ones can't be.
+        """Around whatever loads the groups' settings: the format of the state stays, and so do equal betas where
+        unequal ones can't be.
 
         What betas the loaded averages were made with is remembered, for bias correction.
         """

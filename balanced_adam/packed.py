@@ -1,30 +1,34 @@
-r"""Both moments of an element in one word of 32, 16 or 8 bits: the oracle for every other implementation of these formats.
+r"""Both moments of an element in one word of 32, 16 or 8 bits: the oracle for every other implementation of these
+formats.
 
-With equal betas |m| ≤ √v for any sequence of gradients (:mod:`balanced_adam.gradient_scale`). So with a small constant δ
+With equal betas |m| ≤ √v for any sequence of gradients (:mod:`balanced_adam.gradient_scale`). So with a small constant
+δ
 
 .. math:: w = v + \delta^2, \qquad r = m / s, \qquad s = \text{the power of 2 next to } \sqrt w
 
-are a number w that can't underflow and a number r in [-√2, √2]. Neither needs a scale of its data, so that an element's word depends on
-nothing but the element. Both are stored as *short floats*: the bits of a float32, counted from those of the least value and cut to a few;
-r as those of |r| + ζ, with a constant ζ, and a sign. So the steps are even near zero and grow with the number beyond it.
-(s is a shift of w's exponent, and dividing by it a subtraction: no root and no division beyond the update's own.)
+are a number w that can't underflow and a number r in [-√2, √2]. Neither needs a scale of its data, so that an element's
+word depends on nothing but the element. Both are stored as *short floats*: the bits of a float32, counted from those of
+the least value and cut to a few; r as those of |r| + ζ, with a constant ζ, and a sign. So the steps are even near zero
+and grow with the number beyond it. (s is a shift of w's exponent, and dividing by it a subtraction: no root and no
+division beyond the update's own.)
 
-Rounding to nearest would stall in the short formats: in one step an average moves by a small part (1 - β) of the way
-to the gradient, often less than half of a level. So they round up or down, in such proportion that the *expectations of v and m* are what they
-were: w goes to the upper of its two levels with the probability that makes the expectation of w - δ² equal v, and r is taken against the w
-that is stored, so that the expectation of r s is m. (Where |r| exceeds its greatest level it is cut off: by Cauchy-Schwarz
-(m, v) with m² = v is an extreme point, which no average of other points can be.)
+Rounding to nearest would stall in the short formats: in one step an average moves by a small part (1 - β) of the way to
+the gradient, often less than half of a level. So they round up or down, in such proportion that the *expectations of v
+and m* are what they
+were: w goes to the upper of its two levels with the probability that makes the expectation of w - δ² equal v, and r is
+taken against the w that is stored, so that the expectation of r s is m. (Where |r| exceeds its greatest level it is cut
+off: by Cauchy-Schwarz (m, v) with m² = v is an extreme point, which no average of other points can be.)
 
-The numbers that decide this need no generator and no state (:func:`dither`). For w they are a hash of the bits of the element's weight and
-gradient and of the step. For r they are
+The numbers that decide this need no generator and no state (:func:`dither`). For w they are a hash of the bits of the
+element's weight and gradient and of the step. For r they are
 
 .. math:: u = \mathrm{frac}(q\,\kappa + t\,\varphi)
 
-with the step t, irrational κ and φ, and q = exponent and first bit of the weight: over the steps of one element a rotation by φ,
-which takes all values far more evenly than independent numbers would; so the roundings of successive steps cancel sooner, and less
-noise is left in m. (For w this would not do: v's roundings would depend on those before, and leave v too small by 2 %.) Weights of different
-size are out of step by κ. From weights and gradients of the same bits come the same words, in every sharding, on every
-device and after a restart.
+with the step t, irrational κ and φ, and q = exponent and first bit of the weight: over the steps of one element a
+rotation by φ, which takes all values far more evenly than independent numbers would; so the roundings of successive
+steps cancel sooner, and less noise is left in m. (For w this would not do: v's roundings would depend on those before,
+and leave v too small by 2 %.) Weights of different size are out of step by κ. From weights and gradients of the same
+bits come the same words, in every sharding, on every device and after a restart.
 """
 
 from __future__ import annotations
@@ -37,13 +41,13 @@ from torch import Tensor
 from balanced_adam import rule
 
 Q_MASK = 0x7FC00000
-"""Of the bits of a weight: the exponent and the first bit of the fraction."""
+"""Masks, in the bits of a weight, the exponent and the first bit of the fraction."""
 KAPPA = 633
 """2^10 frac of the golden ratio; q has 9 bits, so κ needs no more."""
 PHI = 0x9E3779B9
 """2^32 frac of the golden ratio, whose multiples are the most evenly spread."""
 HASH = (0x85EBCA6B, 0x7FEB352D)
-"""Odd multipliers. Of the product the higher bits are used, which depend on all bits below them."""
+"""Odd multipliers. The higher bits of the product are used, which depend on all bits below them."""
 _M32 = 0xFFFFFFFF
 
 
@@ -97,21 +101,24 @@ FORMATS = {
 }
 """√v up to 2^24, 31 and 8; levels of √v 0.05 %, 3 to 6 % and a factor of 4 apart; |r| up to 1.5, 1.46 and 0.91."""
 INTEGERS = {torch.bfloat16: torch.int16}
-"""Words of two bytes are stored as the bits of bfloat16, since neither gloo nor NCCL sends any 16-bit integers: only so can they be gathered,
-broadcast and sharded anew as any state is. As numbers they mean nothing, and some are NaN; copies keep their bits."""
+"""Words of two bytes are stored as the bits of bfloat16, since neither gloo nor NCCL sends any 16-bit integers: only so
+can they be gathered, broadcast and sharded anew as any state is. As numbers they mean nothing, and some are NaN; copies
+keep their bits."""
 BY_WORD = {format.word: format for format in FORMATS.values()} | {torch.int16: FORMATS["packed16"]}
 """Files from before have them as int16."""
 
 
 def is_cast(words: Tensor) -> bool:
-    """Whether these words of two bytes are integers that have been cast by value: as numbers, all are whole, which words by chance are not."""
+    """Whether these words of two bytes are integers that have been cast by value: as numbers, all are whole, which
+    words by chance are not."""
     if words.dtype != torch.bfloat16 or words.numel() < 64:
         return False
     return bool((words == words.round()).all()) and bool((words != 0).any()) and bool(words.isfinite().all())
 
 
 def unpack(words: Tensor, format: Format | None = None) -> tuple[Tensor, Tensor]:
-    """The moments m and v that packed words stand for; float32, the words' shape. Of FORMATS the words' dtype tells which."""
+    """The moments m and v that packed words stand for; float32, the words' shape. The words' dtype tells their
+    format."""
     format = format or BY_WORD[words.dtype]
     integers = words.view(INTEGERS.get(words.dtype, words.dtype)).to(torch.int64)
     code = integers & (2 ** (format.w_bits + format.r_bits) - 1)
@@ -122,7 +129,8 @@ def unpack(words: Tensor, format: Format | None = None) -> tuple[Tensor, Tensor]
 
 
 def pack(format: Format, exp_avg: Tensor, exp_avg_sq: Tensor, dither: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """The words for moments m and v, float32 of one shape; moments that came from words of this format give the same words.
+    """The words for moments m and v, float32 of one shape; moments that came from words of this format give the same
+    words.
 
     What is out of range is cut off. NaN becomes some finite number: what matters is the weight, which is NaN then.
 
@@ -160,7 +168,8 @@ def pack(format: Format, exp_avg: Tensor, exp_avg_sq: Tensor, dither: tuple[Tens
 
 
 def beyond(words: Tensor, exp_avg: Tensor) -> Tensor:
-    """Where m, packed into these words, was beyond the greatest level that they have for it, and was cut off; bool, the words' shape."""
+    """Where m, packed into these words, was beyond the greatest level that they have for it, and was cut off; bool, the
+    words' shape."""
     format = BY_WORD[words.dtype]
     _, exp_avg_sq = unpack(words)
     level = _bits(_ratio(exp_avg, _scale(exp_avg_sq + format.w_floor)) + format.r_floor) - format.r_base
@@ -182,8 +191,9 @@ def update(
 ) -> tuple[Tensor, Tensor]:
     """One step of balanced Adam with packed moments: the new weights and words; changes none of its arguments.
 
-    As :func:`balanced_adam.rule.update`, for equal betas. What rounding has added to an average can't make a step longer than lr.
-    Bias correction is that of step number ``corrected``, if it is another (:mod:`balanced_adam.bias_correction`).
+    As :func:`balanced_adam.rule.update`, for equal betas. What rounding has added to an average can't make a step
+    longer than lr. Bias correction is that of step number ``corrected``, if it is another
+    (:mod:`balanced_adam.bias_correction`).
     """
     new, exp_avg, exp_avg_sq = rule.update(
         param,

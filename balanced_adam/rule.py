@@ -26,7 +26,8 @@ Three properties of the arithmetic, each of them tested:
 * Moments below the smallest normal number become zero. Otherwise the moments of a row that sees no gradient would get
   stuck among the denormals, where processors are an order of magnitude slower. When the betas are equal, m becomes zero
   with v, so that :math:`|m| \le \sqrt v` holds there too and ``eps = 0`` keeps its bound; this touches only elements
-  whose gradients have been below about 1e-18. (With :math:`\beta_1 > \beta_2` AdamW's m may outlive its v by far; left so.)
+  whose gradients have been below about 1e-18. (With :math:`\beta_1 > \beta_2` AdamW's m may outlive its v by far; left
+  so.)
 * The denominator's constant is at least the smallest normal number, so that ``eps = 0`` gives 0 rather than 0/0 where
   both moments are zero. Any nonzero root is too large to feel it.
 """
@@ -52,7 +53,8 @@ class BiasCorrection(NamedTuple):
 
 
 def power(base: float, exponent: int) -> float:
-    """``base ** exponent`` for exponents from 0, by squaring: multiplications alone, so that a GPU has the same bits."""
+    """``base ** exponent`` for exponents from 0, by squaring: multiplications alone, so that a GPU has the same
+    bits."""
     result = 1.0
     while exponent > 0:
         if exponent & 1:
@@ -102,18 +104,13 @@ def update(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of (balanced) AdamW; changes none of its arguments.
 
-    Args:
-        param: the weights, any shape, a real floating dtype.
-        grad: the gradient, same shape; cast to the moments' dtype first.
-        exp_avg: first moment m, same shape, float32 (float64 for float64 parameters).
-        exp_avg_sq: second moment v, same shape and dtype as ``exp_avg``.
-        step: the number of this step, counted from 1.
-        lr: learning rate.
-        betas: decay rates of m and v, each in [0, 1).
-        eps: added to the root of the bias-corrected v.
-        weight_decay: decoupled decay; the weights shrink by ``lr * weight_decay`` of themselves.
-        maximize: ascend instead of descend.
-        bounded: for moments that are about to be packed (:mod:`balanced_adam.packed`): keep |u_t| ≤ 1, which rounded moments
+    Args: param: the weights, any shape, a real floating dtype. grad: the gradient, same shape; cast to the moments'
+        dtype first. exp_avg: first moment m, same shape, float32 (float64 for float64 parameters). exp_avg_sq: second
+        moment v, same shape and dtype as ``exp_avg``. step: the number of this step, counted from 1. lr: learning rate.
+        betas: decay rates of m and v, each in [0, 1). eps: added to the root of the bias-corrected v. weight_decay:
+        decoupled decay; the weights shrink by ``lr * weight_decay`` of themselves. maximize: ascend instead of descend.
+        bounded: for moments that are about to be packed (:mod:`balanced_adam.packed`): keep |u_t| ≤ 1, which rounded
+        moments
             might exceed, and leave alone what is below the smallest normal number, since packing sees to it.
 
     Returns:
@@ -141,8 +138,8 @@ def update(
 def root(moment: Tensor) -> Tensor:
     """The correctly rounded square root of float32.
 
-    On CPU torch takes roots from a vector library whose last bit is wrong for one number in 160; a root in float64, rounded
-    once more, is right, since the root of a 24-bit number is never that close to the middle of two others.
+    On CPU torch takes roots from a vector library whose last bit is wrong for one number in 160; a root in float64,
+    rounded once more, is right, since the root of a 24-bit number is never that close to the middle of two others.
     """
     if moment.dtype == torch.float32 and moment.device.type == "cpu":
         return moment.double().sqrt().float()

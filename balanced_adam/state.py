@@ -1,4 +1,5 @@
-"""The state of one parameter, in any format: fp32 moments ``exp_avg`` and ``exp_avg_sq``, or ``packed`` words of both."""
+"""The state of one parameter, in any format: fp32 moments ``exp_avg`` and ``exp_avg_sq``, or ``packed`` words of
+both."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ PACKED = "packed"
 TENSORS = (*MOMENTS, PACKED)
 
 State = dict[str, Any]
-CAST = "the packed moments were words of another dtype, and something has made numbers of bfloat16 of them: what they were is lost."
+CAST = (
+    "the packed moments were words of another dtype, and something has made numbers of bfloat16 of them: what they "
+    "were is lost."
+)
 
 
 def moment_tensors(state: State) -> dict[str, Tensor]:
@@ -36,19 +40,18 @@ def moments(state: State) -> tuple[Tensor, Tensor]:
 def convert_(format: str, state: State, param: Tensor) -> int:
     """Make, or change, a parameter's state in place so that it is in this format.
 
-    Words of another format are decoded first. Moments that are there beside words are newer: DeepSpeed puts them there when it
-    loads a universal checkpoint. Nothing is lost if there is no memory for it.
+    Words of another format are decoded first. Moments that are there beside words are newer: DeepSpeed puts them there
+    when it loads a universal checkpoint. Nothing is lost if there is no memory for it.
 
-    Returns:
-        The number of elements of loaded moments whose m was beyond what the format holds, and is cut off: |m| above √v, as unequal
-        betas make it, or in packed8 above 0.91 times the root of the w that is stored.
+    Returns: The number of elements of loaded moments whose m was beyond what the format holds, and is cut off: |m|
+        above √v, as unequal betas make it, or in packed8 above 0.91 times the root of the w that is stored.
     """
     known = packed.FORMATS.get(format)
     loaded = "exp_avg" in state
     if PACKED in state and state[PACKED].dtype not in packed.BY_WORD:
         raise ValueError(
-            f"the packed moments of a parameter of shape {tuple(param.shape)} are {state[PACKED].dtype}, which no format has: something has "
-            "cast them, and what they were is lost."
+            f"the packed moments of a parameter of shape {tuple(param.shape)} are {state[PACKED].dtype}, which no "
+            "format has: something has cast them, and what they were is lost."
         )
     if PACKED in state and state[PACKED].dtype == torch.int16:  # of an older file
         state[PACKED] = dtensor.placed_as(param, dtensor.local(state[PACKED]).view(torch.bfloat16))
@@ -101,8 +104,8 @@ def check_loaded(format: Any, group: list[State], betas: tuple[float, float]) ->
 
     A group may hold several formats: that of a run that ended while it changed to the one that its group is called by.
 
-    Raises:
-        ValueError: if it is called by a format that isn't known, or that none of its states has, or one of them lacks something.
+    Raises: ValueError: if it is called by a format that isn't known, or that none of its states has, or one of them
+        lacks something.
     """
     if format not in FORMATS:
         raise ValueError(
@@ -130,8 +133,8 @@ def check_loaded(format: Any, group: list[State], betas: tuple[float, float]) ->
         )
         if begun and not whole:
             raise ValueError(
-                f"the loaded state has {', '.join(map(str, state))}; it must have step, and {' and '.join(MOMENTS)} or {PACKED}. "
-                "Is it another optimizer's?"
+                f"the loaded state has {', '.join(map(str, state))}; it must have step, and {' and '.join(MOMENTS)} or "
+                f"{PACKED}. Is it another optimizer's?"
             )
         if "exp_avg_sq" in state and bool((dtensor.local(state["exp_avg_sq"]) < 0).any()):
             raise ValueError(
@@ -172,15 +175,16 @@ def check_counts(state: State, betas: tuple[float, float]) -> None:
         and (logarithm < 0.0 or (step == 0 and excess == 0.0) or logarithm == bias_correction.UNKNOWN)
     ):
         raise ValueError(
-            f"{bias_correction.EXCESS} is {state[bias_correction.EXCESS]!r} in the loaded state at step {step:.0f}; it does not make a product of betas."
+            f"{bias_correction.EXCESS} is {state[bias_correction.EXCESS]!r} in the loaded state at step {step:.0f}; it "
+            "does not make a product of betas."
         )
 
 
 def unpacked(saved: Any) -> Any:
     """A copy of an optimizer's ``state_dict()`` with fp32 moments in place of words, which ``torch.optim.AdamW`` loads.
 
-    The state dict may lie anywhere within ``saved``, so that a whole file of a DeepSpeed checkpoint will do. Going back, words
-    that have not changed meanwhile are the same again.
+    The state dict may lie anywhere within ``saved``, so that a whole file of a DeepSpeed checkpoint will do. Going
+    back, words that have not changed meanwhile are the same again.
     """
     if isinstance(saved, list):
         return [unpacked(item) for item in saved]

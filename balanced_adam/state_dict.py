@@ -125,7 +125,8 @@ def _check_fits(param: Tensor, state: State) -> None:
 
 
 def keep_precision(param: Tensor, loaded: State, own: State) -> None:
-    """Put the moments of a loaded state into ``own``, in place, where torch's loading has cast them to the parameter's dtype."""
+    """Put the moments of a loaded state into ``own``, in place, where torch's loading has cast them to the parameter's
+    dtype."""
     for name, tensor in states.moment_tensors(loaded).items():
         is_packed = name == states.PACKED
         dtype = tensor.dtype if is_packed else rule.moments_dtype(param.dtype)
@@ -135,7 +136,8 @@ def keep_precision(param: Tensor, loaded: State, own: State) -> None:
 
 
 def keep_betas(group: dict[str, Any], own: Any, may_be_unequal: bool) -> str | None:
-    """Put a group's own betas back, in place, where the loaded ones are unequal and may not be; then, what to warn of."""
+    """Put a group's own betas back, in place, where the loaded ones are unequal and may not be; then, what to warn
+    of."""
     beta1, beta2 = as_pair(group["betas"], allow_unbalanced=True)
     if beta1 == beta2 or may_be_unequal:
         return None

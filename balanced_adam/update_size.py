@@ -13,10 +13,11 @@ from balanced_adam import state as states
 
 
 class UpdateSize(NamedTuple):
-    """How far a step moved the weights this process holds, in units of lr and without weight decay. With a packed state it is worked out
-    from moments that have been rounded since, and off by as much (of packed8 the root mean square is told 10 % too large).
+    """How far a step moved the weights this process holds, in units of lr and without weight decay.
 
-    Sums over processes are sums of ``sum_of_squares`` and of ``numel``; root mean square is the root of their ratio.
+    With a packed state it is computed from rounded moments, and off by as much as they are (packed8's root mean square
+    is 10 % too large). Sums over processes are sums of ``sum_of_squares`` and of ``numel``; the root mean square is the
+    root of their ratio.
     """
 
     greatest: float
@@ -90,7 +91,8 @@ class _Sums(NamedTuple):
 
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:
-    """Parts that stay in a CPU's cache while several operations pass over them, or on a GPU need little memory for it."""
+    """Parts that stay in a CPU's cache while several operations pass over them, or on a GPU need little memory for
+    it."""
     if tensor.numel() == 0:
         return ()
     return tensor.reshape(-1).split(2**26 if tensor.is_cuda else 2**17)

@@ -74,16 +74,16 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
             or tensor.dtype not in DTYPES
         ):
             raise ValueError(
-                f"a tensor is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}, and the first {first.dtype} on {first.device}; "
-                "they must be alike, of a dtype that kernels take, and without gaps."
+                f"a tensor is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}, and the first "
+                f"{first.dtype} on {first.device}; they must be alike, of a dtype that kernels take, and without gaps."
             )
     return cpu.load().sums_of_squares(tensors) if tensors[0].device.type == "cpu" else cuda.sums_of_squares(tensors)
 
 
 def directions(updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
-    """Of each update's direction (:func:`balanced_adam.rule.direction`, from the moments as they are and ``scalars``): the
-    sum of squares and the greatest absolute value, two float64 tensors of shape (len(updates),), in one pass over memory. The
-    states are of one dtype.
+    """Measure each update's direction (:func:`balanced_adam.rule.direction`, from the moments as they are and
+    ``scalars``): the sum of squares and the greatest absolute value, two float64 tensors of shape (len(updates),), in
+    one pass over memory. The states are of one dtype.
 
     For the CPU alone; on a GPU the few passes that torch needs are nothing beside a training step.
     """

@@ -64,8 +64,9 @@ class Library:
             )
 
     def measure(self, updates: Sequence[Update], *, directions: bool) -> tuple[Tensor, Tensor]:
-        """Of each gradient, all of one dtype, or of each direction of states of one dtype (:func:`balanced_adam.rule.direction`): the sum of
-        squares, and of directions the greatest absolute value; two tensors of shape (len(updates),), float64.
+        """Of each gradient, all of one dtype, or of each direction of states of one dtype
+        (:func:`balanced_adam.rule.direction`): the sum of squares, and of directions the greatest absolute value; two
+        tensors of shape (len(updates),), float64.
 
         Each depends on its own numbers alone: not on the number of threads, and not on the instruction set.
         """
@@ -115,8 +116,8 @@ class Library:
                 torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(tensors, expected, strict=True)
             ):
                 raise KernelUnavailable(
-                    f"the CPU kernel's bits are not those of the update rule ({ISA[self.isa]}, {state}); was it built with "
-                    "-ffast-math or the like in CFLAGS?"
+                    f"the CPU kernel's bits are not those of the update rule ({ISA[self.isa]}, {state}); was it built "
+                    "with -ffast-math or the like in CFLAGS?"
                 )
 
 
@@ -130,7 +131,8 @@ def load() -> Library:
     found = sorted(Path(__file__).parent.glob("_cpu*.so"))
     if not found:
         raise KernelUnavailable(
-            "the CPU kernel was not built when balanced_adam was installed; install it again where there is a C++ compiler"
+            "the CPU kernel was not built when balanced_adam was installed; install it again where there is a C++ "
+            "compiler"
         )
     return Library(found[0])
 

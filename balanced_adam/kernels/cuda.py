@@ -1,7 +1,7 @@
 """The CUDA kernels: compiled by NVRTC in this process, for the device at hand, when they are first needed.
 
-Every CUDA build of torch brings NVRTC, and from torch 2.10 on the Python bindings to it. Nothing is written to disk, so that
-a thousand ranks on one shared file system can't get in each other's way.
+Every CUDA build of torch brings NVRTC, and from torch 2.10 on the Python bindings to it. Nothing is written to disk, so
+that a thousand ranks on one shared file system can't get in each other's way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHUNK = 16384
 """Elements that one block takes; a multiple of the vector width. Not yet tuned on a GPU."""
 
 STATE_TYPES = ("Float32State", "Packed32State", "Packed16State", "Packed8State")
-"""Those of rule.h, by ``Variant.state``."""
+"""Names of rule.h's state types, by ``Variant.state``."""
 _FOLDER = Path(__file__).parent
 
 
@@ -45,7 +45,8 @@ def options(variant: Variant, architecture: str) -> list[str]:
 
 
 def compile(variant: Variant, architecture: str, extra: Sequence[str] = ()) -> tuple[bytes, str]:
-    """The compiled kernels, machine code for an ``sm_`` architecture and PTX for a ``compute_`` one, and the compiler's log.
+    """The compiled kernels, machine code for an ``sm_`` architecture and PTX for a ``compute_`` one, and the compiler's
+    log.
 
     Needs NVRTC, but no GPU and no driver.
 
@@ -241,7 +242,8 @@ def _chunks(size: int) -> int:
 
 
 def _upload(table: bytes, device: int) -> Tensor:
-    """The table in device memory, in the order of the current stream; torch's allocators keep both ends alive as long."""
+    """The table in device memory, in the order of the current stream; torch's allocators keep both ends alive as
+    long."""
     pinned = torch.frombuffer(bytearray(table), dtype=torch.uint8).pin_memory()
     return pinned.to(f"cuda:{device}", non_blocking=True)
 

@@ -1,4 +1,4 @@
-"""What a kernel is told: one :class:`Update` per tensor (or piece of one), packed as ``Row`` of ``rule.h``."""
+"""What a kernel gets: one :class:`Update` per tensor (or piece of one), packed as ``Row`` of ``rule.h``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class KernelUnavailable(RuntimeError):
 
 
 class Variant(NamedTuple):
-    """What a kernel is compiled for: dtypes by their numbers, whether the scaled gradient is kept, and how moments are stored."""
+    """What a kernel is compiled for: dtypes by their numbers, whether the scaled gradient is kept, and how moments are
+    stored."""
 
     param: int
     grad: int
@@ -69,14 +70,16 @@ class Recipe(NamedTuple):
 
 
 class Update(NamedTuple):
-    """One step of a tensor, or of a piece of one. All tensors are dense, on one device, and in the same memory order."""
+    """One step of a tensor, or of a piece of one. All tensors are dense, on one device, and in the same memory
+    order."""
 
     param: Tensor
     """The weights: float32, or bfloat16 or float16 with a gradient of the same dtype."""
     grad: Tensor
     """The gradient of ``param``'s elements ``offset`` to ``offset + grad.numel()``, in memory order."""
     first: Tensor
-    """``exp_avg`` in float32, or the words of both moments (:mod:`balanced_adam.packed`); as many elements as ``param``."""
+    """``exp_avg`` in float32, or the words of both moments (:mod:`balanced_adam.packed`); as many elements as
+    ``param``."""
     second: Tensor | None
     """``exp_avg_sq``; None with packed words."""
     scalars: bytes | Recipe
@@ -91,7 +94,8 @@ class Update(NamedTuple):
 
     @classmethod
     def of(cls, param: Tensor, moments: dict[str, Tensor], scalars: bytes | Recipe) -> Update:
-        """The step of a whole parameter, from the tensors that hold its moments by name; the gradient is still missing."""
+        """The step of a whole parameter, from the tensors that hold its moments by name; the gradient is still
+        missing."""
         first, second = (*moments.values(), None)[:2]
         assert first is not None
         return cls(param, param, first, second, scalars)
@@ -105,8 +109,8 @@ class Update(NamedTuple):
     def check(self) -> None:
         """See that the kernel reads and writes within these tensors, and takes each for what it is.
 
-        Raises:
-            ValueError: naming the tensor, where one has another size, dtype, device or layout than the parameter asks for.
+        Raises: ValueError: naming the tensor, where one has another size, dtype, device or layout than the parameter
+            asks for.
         """
         param, grad, first, second, copy, factor = (
             self.param, self.grad, self.first, self.second, self.copy, self.factor
@@ -114,7 +118,8 @@ class Update(NamedTuple):
         whole, here = param.numel(), param.device
         if param.dtype not in DTYPES or grad.dtype not in DTYPES or first.dtype not in STATES:
             raise ValueError(
-                f"the parameter is {param.dtype}, its gradient {grad.dtype} and its state {first.dtype}; no kernel takes these."
+                f"the parameter is {param.dtype}, its gradient {grad.dtype} and its state {first.dtype}; no kernel "
+                "takes these."
             )
         if (second is None) is (first.dtype is torch.float32):
             raise ValueError(f"the state is {first.dtype} {'without' if second is None else 'with'} a second moment.")
@@ -133,7 +138,8 @@ class Update(NamedTuple):
         for name, tensor in (("state", first), ("second moment", second), ("copy", copy)):
             if tensor is not None and tensor.numel() != whole:
                 raise ValueError(
-                    f"the {name} has {tensor.numel()} elements, and its parameter {whole}; has it been given other data?"
+                    f"the {name} has {tensor.numel()} elements, and its parameter {whole}; has it been given other "
+                    "data?"
                 )
         if factor is not None and (factor.numel() != 1 or factor.dtype is not torch.float32):
             raise ValueError(f"the factor is {factor.numel()} elements of {factor.dtype}; it must be one float32.")

@@ -1,4 +1,5 @@
-"""Everything that knows DeepSpeed: registration by name, mends of its defects on our paths, ZeRO's step in one pass."""
+"""Everything that knows DeepSpeed: registration by name, patches of its defects on our paths, ZeRO's step in one
+pass."""
 
 from balanced_adam.zero.one_pass import describe
 from balanced_adam.zero.packed_state import unpacking

@@ -18,7 +18,8 @@ ENGINE = "deepspeed.runtime.engine"
 
 
 def install() -> None:
-    """Register with DeepSpeed now if it has been imported, and otherwise as soon as it is; set ``torch.optim.BalancedAdam``.
+    """Register with DeepSpeed now if it has been imported, and otherwise as soon as it is; set
+    ``torch.optim.BalancedAdam``.
 
     Raises:
         RuntimeError: as :func:`balanced_adam.zero.register`; from ``import deepspeed``, where that comes later.

@@ -1,8 +1,8 @@
 """DeepSpeed's access to optimizer state, where the moments are packed words (:mod:`balanced_adam.packed`).
 
-DeepSpeed asks for ``exp_avg`` and ``exp_avg_sq`` by name, to show them (``safe_get_full_optimizer_state`` and its kin): they are
-decoded for it. To set one of them isn't possible, and refused: a value written into a copy would be lost. Universal
-checkpoints hold fp32 moments, which the first step after loading packs again.
+DeepSpeed asks for ``exp_avg`` and ``exp_avg_sq`` by name, to show them (``safe_get_full_optimizer_state`` and its kin):
+they are decoded for it. To set one of them isn't possible, and refused: a value written into a copy would be lost.
+Universal checkpoints hold fp32 moments, which the first step after loading packs again.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ def overrides() -> Sequence[Override]:
 
 @contextmanager
 def unpacking() -> Iterator[None]:
-    """Within it ``torch.load`` gives fp32 moments in place of packed ones (:func:`balanced_adam.unpacked`), in processes that are forked, too.
+    """Within it ``torch.load`` gives fp32 moments in place of packed ones (:func:`balanced_adam.unpacked`), in
+    processes that are forked, too.
 
-    For what knows no packed state: ``deepspeed.checkpoint.ds_to_universal.main`` becomes able to convert such a checkpoint.
+    For what knows no packed state: ``deepspeed.checkpoint.ds_to_universal.main`` becomes able to convert such a
+    checkpoint.
     """
     load = torch.load
     torch.load = lambda *args, **kwargs: unpacked(load(*args, **kwargs))
@@ -54,11 +56,14 @@ def unpacking() -> Iterator[None]:
 
 
 def patch_fragments() -> None:
-    """Of stages 1 and 2 and BF16_Optimizer: what a parameter's fragment of the state can tell. Nothing changes for other state."""
+    """Let parameters of stages 1 and 2 and of BF16_Optimizer decode their packed state when they are asked for moments.
+
+    Nothing changes for other state.
+    """
     from deepspeed.utils import mixed_precision_linkage, tensor_fragment
 
     get, put = tensor_fragment.get_optim_state_fragment, mixed_precision_linkage.set_full_hp_param
-    if hasattr(get, "mended"):
+    if hasattr(get, "patched"):
         return
 
     def get_decoded(self: Any, key: str) -> Tensor:
@@ -69,13 +74,14 @@ def patch_fragments() -> None:
             _refuse(optim_state_key)
         put(self, value, optim_state_key)
 
-    get_decoded.mended = True  # type: ignore[attr-defined]
+    get_decoded.patched = True  # type: ignore[attr-defined]
     tensor_fragment.get_optim_state_fragment = get_decoded
     mixed_precision_linkage.set_full_hp_param = set_or_refuse
 
 
 def keep_formats(original: Callable[..., None], self: Any, *args: Any) -> None:
-    """Loading a universal checkpoint sets everything in a group as it was saved; the format of the state is this run's own."""
+    """Loading a universal checkpoint sets everything in a group as it was saved; the format of the state is this run's
+    own."""
     with self.optimizer.keeping_own():
         original(self, *args)
     for loaded in self.optimizer.state.values():
@@ -105,8 +111,8 @@ def _refuse_elastic(original: Callable[..., None], self: Any) -> None:
     format = next((group["state"] for group in self.optimizer.param_groups if group["state"] != "fp32"), None)
     if self.elastic_checkpoint and format:
         raise ValueError(
-            f"zero_optimization.elastic_checkpoint is true and state is {format!r}: such a checkpoint makes words floats; leave it out, "
-            "and use universal checkpoints to change the number of ranks."
+            f"zero_optimization.elastic_checkpoint is true and state is {format!r}: such a checkpoint makes words "
+            "floats; leave it out, and use universal checkpoints to change the number of ranks."
         )
     _say_moments_are_fp32(original, self)
 
@@ -114,7 +120,8 @@ def _refuse_elastic(original: Callable[..., None], self: Any) -> None:
 def _say_moments_are_fp32(original: Callable[..., None], self: Any) -> None:
     if self.bf16_optimizer_states:
         warn_once(
-            "bf16.bf16_optimizer_states is true, and changes nothing for BalancedAdam, whose moments are float32, or packed: set "
+            "bf16.bf16_optimizer_states is true, and changes nothing for BalancedAdam, whose moments are float32, or "
+            "packed: set "
             '"state" to "packed32" or "packed16" in the optimizer\'s params instead.'
         )
     original(self)
@@ -129,7 +136,8 @@ def _link_again_bf16(original: Callable[..., None], self: Any) -> None:
 
 
 def _link_again(original: Callable[..., None], self: Any, groups: Any, masters: Any) -> None:
-    """DeepSpeed links the fragments to the state once. A step may have made other state since: packed what was loaded."""
+    """DeepSpeed links the fragments to the state once. A step may have made other state since: packed what was
+    loaded."""
     for params, master in zip(groups, masters, strict=True):
         mapping = next((p._hp_mapping for p in params if p._hp_mapping is not None), None)
         if mapping is not None:

@@ -1,4 +1,4 @@
-"""Registration by name with DeepSpeed, and the mends of its defects on our paths.
+"""Registration by name with DeepSpeed, and patches of its defects on our paths.
 
 :func:`register` reaches into DeepSpeed at four points (and at those of :mod:`balanced_adam.zero.one_pass` and
 :mod:`balanced_adam.zero.packed_state`). Two make the name known, since DeepSpeed has no registry for outside
@@ -6,16 +6,16 @@ optimizers: a name in a ds_config that is not one of its own becomes ``getattr(t
 ``_configure_basic_optimizer``), and ZeRO then asks for ``type(optimizer) in ZERO_SUPPORTED_OPTIMIZERS``
 (runtime/zero/utils.py).
 
-Two mend defects of DeepSpeed 0.19.8 that change what *any* optimizer computes, for BalancedAdam alone:
+Two patch defects of DeepSpeed 0.19.8 that change what *any* optimizer computes, for BalancedAdam alone:
 
-* Stage 0 in 16 bits: ``FP16_UnfusedOptimizer.initialize_optimizer_states`` takes a step with zero gradients at start-up,
-  so that the step count is one too high for ever and weight decay is applied once too often. We skip it: our state is
-  made at the first real step. In fp16 the same wrapper divides the gradient by a loss scale that the loss was never
-  multiplied by, which nothing after it can mend: refused.
+* Stage 0 in 16 bits: ``FP16_UnfusedOptimizer.initialize_optimizer_states`` takes a step with zero gradients at
+  start-up, so that the step count is one too high for ever and weight decay is applied once too often. We skip it: our
+  state is made at the first real step. In fp16 the same wrapper divides the gradient by a loss scale that the loss was
+  never multiplied by, which nothing after it can repair: refused.
 * Universal checkpoints at stage 3 give every parameter group the settings of group 0. We read them again, per group.
 
-A third is known and not mended: a parameter without a gradient in some step is given its last gradient again at stage 3, and
-with offload at stage 2 (tests/parity/cases.py says where).
+A third is known and not patched: a parameter without a gradient in some step is given its last gradient again at stage
+3, and with offload at stage 2 (tests/parity/cases.py says where).
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def register() -> None:
         from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-        mends: list[one_pass.Override] = [
-            (FP16_UnfusedOptimizer, "initialize_optimizer_states", _no_phantom_step),
+        patches: list[one_pass.Override] = [
+            (FP16_UnfusedOptimizer, "initialize_optimizer_states", _no_initialization_step),
             (DeepSpeedZeroOptimizer_Stage3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", _settings_per_group),
         ]
         packed = packed_state.overrides()
-        for cls, method, _ in (*mends, *packed):
+        for cls, method, _ in (*patches, *packed):
             getattr(cls, method)
         packed_state.patch_fragments()
         set_name()
@@ -76,7 +76,7 @@ def register() -> None:
         ) from error
     if BalancedAdam not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(BalancedAdam)
-    for override in (*mends, *one_pass.overrides(), *packed):
+    for override in (*patches, *one_pass.overrides(), *packed):
         _wrap(*override)
 
 
@@ -99,9 +99,10 @@ def set_name() -> None:
 
 
 def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace method ``name`` by ``wrapper(original, self, ...)`` for wrappers of BalancedAdam; once, however often called."""
+    """Replace method ``name`` by ``wrapper(original, self, ...)`` for wrappers of BalancedAdam; once, however often
+    called."""
     original = getattr(cls, name)
-    if getattr(original, "mended", False):
+    if getattr(original, "patched", False):
         return
 
     @functools.wraps(original)
@@ -110,11 +111,11 @@ def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
             return wrapper(original, self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
-    method.mended = True  # type: ignore[attr-defined]
+    method.patched = True  # type: ignore[attr-defined]
     setattr(cls, name, method)
 
 
-def _no_phantom_step(original: Callable[..., None], self: Any) -> None:
+def _no_initialization_step(original: Callable[..., None], self: Any) -> None:
     if self.low_precision_dtype == torch.float16:
         raise ValueError(
             "zero_optimization.stage is 0 with fp16.enabled: DeepSpeed divides these gradients by a loss scale that it "
