@@ -6,8 +6,11 @@ the storages of all tensors alive are counted. The command prints a table and wr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -36,23 +39,16 @@ Sizes = dict[str, float]
 Build = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
-def eight_bit(master: list[Tensor]) -> torch.optim.Optimizer:
-    """AdamW8bit of bitsandbytes, which must have been installed (``pip install --no-deps bitsandbytes``)."""
-    import bitsandbytes
-
-    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(master, lr=1e-3)
-    return optimizer
-
-
 def contenders() -> dict[str, Build]:
-    """Name: what builds it on the master weights."""
+    """Name: what builds it on the master weights; bitsandbytes must have been installed."""
 
     def balanced(state: str) -> Build:
         return lambda master: BalancedAdam(master, lr=1e-3, state=state, fused=True)
 
+    eight_bit = import_module("bitsandbytes").optim.AdamW8bit
     return {
         "torch AdamW": lambda master: torch.optim.AdamW(master, lr=1e-3, fused=True),
-        f"bitsandbytes {version('bitsandbytes')} AdamW8bit": eight_bit,
+        f"bitsandbytes {version('bitsandbytes')} AdamW8bit": lambda master: eight_bit(master, lr=1e-3),
         **{f"BalancedAdam {state}": balanced(state) for state in FORMATS},
     }
 
@@ -112,6 +108,8 @@ def draw(found: dict[str, Sizes]) -> str:
 
 
 if __name__ == "__main__":
+    if find_spec("bitsandbytes") is None:
+        sys.exit("error: bitsandbytes is not installed; pip install --no-deps bitsandbytes.")
     print(f"{machine()}\n")
     found = {name: measured(build) for name, build in contenders().items()}
     FIGURE.write_text(draw(found))
