@@ -92,7 +92,8 @@ def serve(address: Path) -> None:
                 except (EOFError, OSError):
                     continue
                 if (child := os.fork()) == 0:
-                    for each in (listener, client, *children.values()):
+                    ends: list[Listener | Connection] = [listener, client, *children.values()]
+                    for each in ends:
                         each.close()
                     end_with(function, argument)
                 children[child] = client

@@ -148,7 +148,7 @@ def popen(line: list[str], program: Program) -> Started:
     return Started(process.pid, program.log, process.poll)
 
 
-class Forking(subprocess.Popen):  # type: ignore[type-arg]
+class Forking(subprocess.Popen):
     """``subprocess.Popen`` that forks what it can: plain python and torchrun, when they start a module of train/."""
 
     def __new__(cls, line: Any, **more: Any) -> Any:
@@ -253,8 +253,9 @@ def _begin(program: Program) -> None:
             end_with(_run, program, common | numbers)
         ranks[child] = rank
     # Where the ranks meet: with the launcher, as torchrun's. It has threads, so it comes after the forks.
-    meeting = torch.distributed.TCPStore(
-        "127.0.0.1", int(common["MASTER_PORT"]), is_master=True, wait_for_workers=False
+    port = int(common["MASTER_PORT"])
+    meeting = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, is_master=True, wait_for_workers=False
     )
     code = _launch(ranks, program.grace)
     del meeting
@@ -274,7 +275,7 @@ def _run(program: Program, numbers: dict[str, str]) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.seed()  # a process begins with random ones; Python's own come anew after a fork
     np.random.seed()
-    subprocess.Popen = Forking  # type: ignore[misc]
+    subprocess.Popen = Forking  # type: ignore[misc, assignment]
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
     runpy.run_module(program.module, run_name="__main__", alter_sys=True)
 

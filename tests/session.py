@@ -54,7 +54,7 @@ def shared(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
                 aside = file.with_suffix(".aside")
                 torch.save((value, error), aside)
                 aside.rename(file)
-        return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+        return torch.load(file, weights_only=False)
 
     @wraps(function)
     def wrapper(*arguments: Arguments.args, **named: Arguments.kwargs) -> Value:
@@ -62,6 +62,6 @@ def shared(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
         value, error = outcome(*arguments)
         if error:
             raise RuntimeError(f"{function.__name__} failed:\n{error}")
-        return value  # type: ignore[no-any-return]
+        return value
 
     return wrapper

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 
 from train.common.errors import ConfigError
+from train.common.files import checksum
 from train.data import corpus as corpus_module
 from train.data import token_files
 from train.data.config import Data
@@ -273,6 +274,16 @@ def two_columns(file: Path) -> None:
     pq.write_table(pa.Table.from_arrays([pa.array(TEXTS), pa.array(MORE)], names=["text", "text"]), file)
 
 
+def in_its_place(write: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """What this writes, without the good file beside it."""
+
+    def make(place: Path) -> None:
+        write(place)
+        (place / "a.jsonl").unlink()
+
+    return make
+
+
 LATIN = "caf\u00e9 ".encode("latin-1")
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "Latin-1": (lambda p: (p / "b.txt").write_bytes(b"one\n" + LATIN), "b.txt is no UTF-8 at row 2 (byte 0xe9)"),
@@ -281,7 +292,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         "b.jsonl is no UTF-8 at row 21 (byte 0xe9)",
     ),
     "two columns": (
-        lambda p: (two_columns(p / "b.parquet"), (p / "a.jsonl").unlink()),
+        in_its_place(lambda p: two_columns(p / "b.parquet")),
         "b.parquet has 2 columns of that name",
     ),
     "no mark": (lambda p: (p / "b.txt").write_bytes("text".encode("utf-16-le")), "b.txt holds 4 NUL bytes"),
@@ -294,11 +305,11 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         "b.jsonl has the columns content, id",
     ),
     "no parquet column": (
-        lambda p: (pd.DataFrame({"content": MORE}).to_parquet(p / "b.parquet"), (p / "a.jsonl").unlink()),
+        in_its_place(lambda p: pd.DataFrame({"content": MORE}).to_parquet(p / "b.parquet")),
         "b.parquet has the columns content",
     ),
     "no parquet": (
-        lambda p: ((p / "b.parquet").write_bytes(b"PAR1"), (p / "a.jsonl").unlink()),
+        in_its_place(lambda p: (p / "b.parquet").write_bytes(b"PAR1")),
         "b.parquet is no Parquet file",
     ),
     "no gzip": (lambda p: (p / "b.jsonl.gz").write_bytes(b"PK"), "b.jsonl.gz can't be read"),
@@ -353,6 +364,18 @@ def test_whatever_a_file_is_called_it_alone_is_read(tmp_path: Path, seed: int) -
         assert read == wanted, (seed, number, only)
 
 
+def files_read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files whose sums are taken from here on."""
+    read: list[Path] = []
+
+    def recording(path: Path) -> tuple[int, str]:
+        read.append(path)
+        return checksum(path)
+
+    monkeypatch.setattr(corpus_module, "checksum", recording)
+    return read
+
+
 def test_a_corpus_is_known_by_its_content_and_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl(tmp_path / "one" / "a.jsonl", TEXTS)
     jsonl(tmp_path / "one" / "b.jsonl", MORE)
@@ -360,14 +383,7 @@ def test_a_corpus_is_known_by_its_content_and_read_once(tmp_path: Path, monkeypa
     tokens_of(tmp_path / "one", tmp_path / "cache")
     age(tmp_path / "cache")
     first, _ = tokens_of(tmp_path / "one", tmp_path / "cache")
-    read: list[Path] = []
-
-    def checksum(path: Path) -> tuple[int, str]:
-        read.append(path)
-        return original(path)
-
-    original = corpus_module.checksum
-    monkeypatch.setattr(corpus_module, "checksum", checksum)
+    read = files_read(monkeypatch)
     assert tokens_of(tmp_path / "one", tmp_path / "cache")[0] == first
     assert not read  # neither text nor tokens
     shutil.copytree(tmp_path / "one", tmp_path / "two", copy_function=shutil.copyfile)
@@ -389,9 +405,7 @@ def test_a_name_stands_for_several_files_where_hosts_have_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jsonl(tmp_path / "one" / "a.jsonl", TEXTS)
-    read: list[Path] = []
-    original = corpus_module.checksum
-    monkeypatch.setattr(corpus_module, "checksum", lambda path: (read.append(path), original(path))[1])
+    read = files_read(monkeypatch)
     for time in (10**9, 10**9 + 7, 10**9, 10**9 + 7):  # of two hosts in turn
         os.utime(tmp_path / "one" / "a.jsonl", (time, time))
         find_corpus(Data(data=str(tmp_path / "one"), data_cache=tmp_path / "cache"))

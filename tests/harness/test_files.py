@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,7 @@ def failing(times: int, number: int) -> Callable[[Callable[..., Any]], Callable[
 def test_what_cannot_be_read_now_is_neither_damaged_nor_passed_over(
     run: Run, alone: Ranks, monkeypatch: pytest.MonkeyPatch, number: int, reader: str, times: int
 ) -> None:
-    monkeypatch.setattr(load.time, "sleep", lambda _: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     before = sorted(path.name for path in last(run).iterdir())
     with monkeypatch.context() as patch:
         failing_reader = failing(times, number)(getattr(manifest, reader))

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -105,7 +106,9 @@ def stable(step: int) -> float:
     ("name", "before", "after"),
     [("cosine", warmup, cosine), ("linear", warmup, linear), ("wsd", warmup_of_wsd, stable)],
 )
-def test_a_schedule_warms_up_and_ends_at_the_final_fraction(name: str, before: Course, after: Course) -> None:
+def test_a_schedule_warms_up_and_ends_at_the_final_fraction(
+    name: Literal["cosine", "linear", "wsd"], before: Course, after: Course
+) -> None:
     settings = Schedule(steps=100, warmup=10, schedule=name, final_lr=0.1)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
     scheduler = learning_rate(settings, 2.0)(optimizer)

@@ -19,7 +19,6 @@ from train import compare, report
 from train.common.files import REPOSITORY, read_lines, write_json
 from train.run import run_dir
 from train.run.metrics import read_metrics
-from train.sweep import launch
 from train.sweep.launch import launch_command
 
 CONFIGS = sorted((REPOSITORY / "ds_configs").glob("zero*.json"))
@@ -92,7 +91,7 @@ def test_a_dry_run_estimates_memory_and_writes_nothing(small_run: list[str]) -> 
 def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_what_was_cut_and_reports(
     small_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.subprocess, "Popen", Forking)
+    monkeypatch.setattr(subprocess, "Popen", Forking)
     out = tmp_path / "comparison"
     kept = small_run[small_run.index("--data") : small_run.index("--data") + 4]
     text = "--seeds 0 1 --steps 4 --batch 4 --sequence-length 32 --ranks 1 --launcher python"

@@ -56,7 +56,7 @@ def _listing(variant: Variant, architecture: str) -> dict[str, list[tuple[int, s
     with TemporaryDirectory() as folder:
         file = Path(folder) / "kernels.cubin"
         file.write_bytes(compiled(variant, architecture)[0])
-        command = [tools / "cuobjdump", "-sass", file]
+        command: list[str | Path] = [tools / "cuobjdump", "-sass", file]
         done = subprocess.run(
             command, capture_output=True, text=True, env={"PATH": f"{tools}:/usr/bin:/bin"}, check=True
         )
@@ -120,7 +120,7 @@ def cpu_loop(state: str) -> Counter[str]:
     loops = [[x for x in lines[a:b] if not x.startswith(".")] for a, b in jumps if a < b]
     body = min((loop for loop in loops if any("vsqrtps" in x and "zmm" in x for x in loop)), key=len)
     turns = sum("vsqrtps" in x for x in body)
-    return Counter({name: count / turns for name, count in Counter(x.split()[0] for x in body).items()})  # type: ignore[arg-type]
+    return Counter({name: count / turns for name, count in Counter(x.split()[0] for x in body).items()})
 
 
 def main() -> None:
@@ -148,11 +148,11 @@ def main() -> None:
 
     print(f"\nInstructions of the CPU's loop for 16 elements, AVX-512, {version_of_compiler()}:\n")
     print("| moments | all | of vectors | what most of them are |\n|---|---|---|---|")
-    for name, state in zip(("fp32", "packed32", "packed16", "packed8"), STATE_TYPES, strict=True):
-        found = cpu_loop(state)
-        vectors = sum(count for kind, count in found.items() if kind.startswith("v"))
-        most = ", ".join(f"{kind} {count:.3g}" for kind, count in found.most_common(6))
-        print(f"| {name} | {found.total():.0f} | {vectors:.0f} | {most} |")
+    for name, state_type in zip(("fp32", "packed32", "packed16", "packed8"), STATE_TYPES, strict=True):
+        counts = cpu_loop(state_type)
+        vectors = sum(count for kind, count in counts.items() if kind.startswith("v"))
+        most = ", ".join(f"{kind} {count:.3g}" for kind, count in counts.most_common(6))
+        print(f"| {name} | {counts.total():.0f} | {vectors:.0f} | {most} |")
 
 
 def version_of_compiler() -> str:

@@ -148,6 +148,7 @@ def one_optimizer(draw: random.Random, memory: Memory) -> str:
         optimizer.state[param][name] = odd_one(draw, optimizer.state[param][name], memory)
     elif kind == "hand over":
         grad, param.grad = param.grad, None
+        assert grad is not None
         copy, factor = memory.put(torch.zeros(size)), memory.put(torch.ones(1))
         spoilt = draw.choice([None, "copy", "factor", "piece"])
         copy = odd_one(draw, copy, memory) if spoilt == "copy" else copy

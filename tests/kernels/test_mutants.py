@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from balanced_adam.kernels.cpu import KernelUnavailable, Library, load
-from balanced_adam.kernels.table import Variant
+from balanced_adam.kernels.cpu import Library, load
+from balanced_adam.kernels.table import KernelUnavailable, Variant
 from tests.kernels.bits import IN_PLACE, KEEP, Run, Setting, first, runs
 from tests.kernels.build import (
     HERE,

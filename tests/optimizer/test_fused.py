@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_a_run_changes_modes_in_the_middle_and_no_bit_changes() -> None:
 
 def test_a_fused_step_follows_torch_adamw() -> None:
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 257)) for _ in range(2))
-    settings = {"lr": 1e-2, "betas": (0.95, 0.95), "weight_decay": 0.1}
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.95, 0.95), "weight_decay": 0.1}
     pair = [(ours, BalancedAdam([ours], fused=True, **settings)), (theirs, torch.optim.AdamW([theirs], **settings))]
     for step in range(50):
         for param, optimizer in pair:
@@ -246,6 +247,7 @@ def corrupt(kind: str, optimizer: BalancedAdam, param: torch.nn.Parameter) -> No
         state[kind] = torch.zeros(size // 2)
     else:
         grad, param.grad = param.grad, None
+        assert grad is not None
         copies = {"copy too short": torch.zeros(size // 2), "copy too long": torch.zeros(2 * size)}
         factors = {"factor double": torch.ones(1, dtype=torch.float64), "factor empty": torch.ones(0)}
         assert optimizer.hand_over(param, [grad], factors.get(kind), copies.get(kind))

@@ -79,7 +79,7 @@ def test_what_is_no_beta_is_said_in_one_sentence(rule: str, message: str) -> Non
 def test_a_moving_beta_has_a_horizon_that_grows_by_the_same_factor_in_every_step() -> None:
     beta = horizon.course("from:0.9:to:refresh:4", steps=400, tokens_per_step=1.0)
     horizons = [horizon.horizon(beta(step)) for step in range(401)]
-    assert (horizons[0], horizons[-1]) == (pytest.approx(10.0), pytest.approx(100.0))
+    assert horizons[0] == pytest.approx(10.0) and horizons[-1] == pytest.approx(100.0)
     assert all(b / a == pytest.approx(10 ** (1 / 400)) for a, b in pairwise(horizons))
     assert horizon.course("0.9", steps=400, tokens_per_step=1.0)(399) == 0.9
     with pytest.raises(ValueError, match=r"^beta is 1.0; it must lie in \[0, 1\)\.$"):

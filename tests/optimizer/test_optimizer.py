@@ -1,12 +1,16 @@
 """BalancedAdam as a torch.optim.Optimizer: groups, dtypes, state, loading from and to torch.optim.AdamW."""
 
+from __future__ import annotations
+
 import copy
 import io
 import math
 import pickle
 import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +24,12 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((3, 5), (1,), (), (7,))]
 
 
-def set_gradients(params: list[nn.Parameter], step: int) -> None:
+def set_gradients(params: list[nn.Parameter], step: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+    gradients = [torch.randn(p.shape, generator=generator).to(p.dtype) for p in params]
+    for p, gradient in zip(params, gradients, strict=True):
+        p.grad = gradient
+    return gradients
 
 
 def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: range) -> None:
@@ -47,33 +53,38 @@ def raw(tensor: torch.Tensor | float) -> bytes | float:
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.95)])
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("eps", [1e-8, 0.5])
-def test_it_follows_torch_adamw_with_the_same_betas(betas, maximize, eps):
+def test_it_follows_torch_adamw_with_the_same_betas(betas: tuple[float, float], maximize: bool, eps: float) -> None:
     ours, theirs = parameters(torch.float64), parameters(torch.float64)
-    options = {"lr": 1e-2, "betas": betas, "weight_decay": 0.1, "maximize": maximize, "eps": eps}
+    options: dict[str, Any] = {"lr": 1e-2, "betas": betas, "weight_decay": 0.1, "maximize": maximize, "eps": eps}
     train(BalancedAdam(ours, allow_unbalanced=True, **options), ours, range(50))
     train(torch.optim.AdamW(theirs, **options), theirs, range(50))
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
 
 
-def test_the_step_is_the_rule_bit_for_bit():
+def test_the_step_is_the_rule_bit_for_bit() -> None:
     params = parameters()
     optimizer = BalancedAdam(params, lr=1e-2, betas=0.9)
     expected = [(p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p)) for p in params]
     for step in range(1, 6):
-        set_gradients(params, step)
+        gradients = set_gradients(params, step)
         optimizer.step()
         expected = [
-            rule.update(w, p.grad, m, v, step=step, lr=1e-2, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.01)
-            for p, (w, m, v) in zip(params, expected, strict=True)
+            rule.update(w, g, m, v, step=step, lr=1e-2, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.01)
+            for g, (w, m, v) in zip(gradients, expected, strict=True)
         ]
     for p, (w, m, v) in zip(params, expected, strict=True):
         assert torch.equal(p, w)
         assert torch.equal(optimizer.state[p]["exp_avg"], m) and torch.equal(optimizer.state[p]["exp_avg_sq"], v)
 
 
-def test_each_group_has_its_own_settings_as_in_torch_adamw():
-    own = [{"lr": 1e-3}, {"betas": (0.5, 0.5), "weight_decay": 0.0}, {"eps": 1.0}, {"maximize": True}]
+def test_each_group_has_its_own_settings_as_in_torch_adamw() -> None:
+    own: list[dict[str, Any]] = [
+        {"lr": 1e-3},
+        {"betas": (0.5, 0.5), "weight_decay": 0.0},
+        {"eps": 1.0},
+        {"maximize": True},
+    ]
     results = []
     for cls in (BalancedAdam, torch.optim.AdamW):
         groups = [parameters(torch.float64) for _ in own]
@@ -87,7 +98,7 @@ def test_each_group_has_its_own_settings_as_in_torch_adamw():
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
 
 
-def test_a_parameter_without_gradient_keeps_its_value_and_its_own_step_count():
+def test_a_parameter_without_gradient_keeps_its_value_and_its_own_step_count() -> None:
     params = parameters()
     optimizer = BalancedAdam(params)
     before = params[0].detach().clone()
@@ -100,7 +111,7 @@ def test_a_parameter_without_gradient_keeps_its_value_and_its_own_step_count():
     assert optimizer.state[params[0]]["step"] == 1 and optimizer.state[params[1]]["step"] == 2
 
 
-def test_lr_may_be_a_tensor_and_schedulers_work_on_both():
+def test_lr_may_be_a_tensor_and_schedulers_work_on_both() -> None:
     as_float, as_tensor = parameters(), parameters()
     for params, lr in ((as_float, 0.1), (as_tensor, torch.tensor(0.1, dtype=torch.float64))):
         optimizer = BalancedAdam(params, lr=lr)
@@ -112,7 +123,7 @@ def test_lr_may_be_a_tensor_and_schedulers_work_on_both():
     assert_same(as_float, as_tensor)
 
 
-def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
+def test_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
     p = nn.Parameter(torch.tensor([2.0]))
     optimizer = BalancedAdam([p], lr=0.5, weight_decay=0.0)
 
@@ -127,7 +138,7 @@ def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_moments_survive_a_save_and_load_in_their_own_dtype_and_the_run_goes_on_bit_for_bit(dtype):
+def test_moments_survive_a_save_and_load_in_their_own_dtype_and_the_run_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
     straight, cut = parameters(dtype), parameters(dtype)
     train(BalancedAdam(straight), straight, range(10))
     optimizer = BalancedAdam(cut)
@@ -146,8 +157,8 @@ def test_moments_survive_a_save_and_load_in_their_own_dtype_and_the_run_goes_on_
 
 
 @pytest.mark.parametrize("to_torch", [False, True])
-def test_a_run_switches_between_torch_adamw_and_ours_in_the_middle(to_torch):
-    options = {"lr": 1e-2, "betas": (0.95, 0.95), "weight_decay": 0.1}
+def test_a_run_switches_between_torch_adamw_and_ours_in_the_middle(to_torch: bool) -> None:
+    options: dict[str, Any] = {"lr": 1e-2, "betas": (0.95, 0.95), "weight_decay": 0.1}
     classes = [torch.optim.AdamW, BalancedAdam]
     if to_torch:
         classes.reverse()
@@ -162,7 +173,7 @@ def test_a_run_switches_between_torch_adamw_and_ours_in_the_middle(to_torch):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
 
 
-def test_bf16_moments_of_torch_adamw_are_loaded_into_float32():
+def test_bf16_moments_of_torch_adamw_are_loaded_into_float32() -> None:
     params = parameters(torch.bfloat16)
     theirs = torch.optim.AdamW(params, betas=(0.95, 0.95))
     train(theirs, params, range(3))
@@ -173,7 +184,7 @@ def test_bf16_moments_of_torch_adamw_are_loaded_into_float32():
         assert torch.equal(ours.state[p]["exp_avg"], theirs.state[p]["exp_avg"].float())
 
 
-def test_the_optimizer_never_shares_memory_with_the_state_it_loaded():
+def test_the_optimizer_never_shares_memory_with_the_state_it_loaded() -> None:
     params = parameters(torch.bfloat16)
     first = BalancedAdam(params)
     train(first, params, range(2))
@@ -186,7 +197,7 @@ def test_the_optimizer_never_shares_memory_with_the_state_it_loaded():
         assert all(raw(saved["state"][number][key]) == raw(value) for key, value in state.items())
 
 
-def test_settings_that_somebody_loads_into_the_groups_count_as_those_of_load_state_dict():
+def test_settings_that_somebody_loads_into_the_groups_count_as_those_of_load_state_dict() -> None:
     """As DeepSpeed does with a universal checkpoint; the averages were made with another beta than this run began with."""
     ends = []
     for by_hand in (True, False):
@@ -209,7 +220,7 @@ def test_settings_that_somebody_loads_into_the_groups_count_as_those_of_load_sta
     assert torch.equal(*ends)
 
 
-def test_the_state_of_an_optimizer_without_betas_is_refused_and_nothing_changes():
+def test_the_state_of_an_optimizer_without_betas_is_refused_and_nothing_changes() -> None:
     params = [torch.nn.Parameter(torch.ones(4))]
     sgd = torch.optim.SGD(params, lr=0.1, momentum=0.9)
     train(sgd, params, range(1))
@@ -219,7 +230,7 @@ def test_the_state_of_an_optimizer_without_betas_is_refused_and_nothing_changes(
     train(optimizer, params, range(1))
 
 
-def test_what_a_load_hook_makes_of_the_state_is_what_is_loaded():
+def test_what_a_load_hook_makes_of_the_state_is_what_is_loaded() -> None:
     params = parameters(torch.bfloat16)
     theirs = BalancedAdam(params)
     train(theirs, params, range(3))
@@ -228,7 +239,7 @@ def test_what_a_load_hook_makes_of_the_state_is_what_is_loaded():
     backwards["param_groups"][0]["params"].reverse()  # a state whose parameters come in another order
     ours = BalancedAdam(params)
 
-    def reorder(_, state):
+    def reorder(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         return {**state, "param_groups": [{**g, "params": g["params"][::-1]} for g in state["param_groups"]]}
 
     ours.register_load_state_dict_pre_hook(reorder)
@@ -237,7 +248,7 @@ def test_what_a_load_hook_makes_of_the_state_is_what_is_loaded():
         assert torch.equal(ours.state[p]["exp_avg"], theirs.state[p]["exp_avg"])
 
 
-def test_a_checkpoint_never_brings_the_permission_for_unequal_betas():
+def test_a_checkpoint_never_brings_the_permission_for_unequal_betas() -> None:
     params = parameters()
     baseline = BalancedAdam(params, betas=(0.9, 0.999), allow_unbalanced=True)
     train(baseline, params, range(2))
@@ -251,7 +262,7 @@ def test_a_checkpoint_never_brings_the_permission_for_unequal_betas():
         ours.step()
 
 
-def test_unequal_betas_in_a_checkpoint_do_not_sneak_in():
+def test_unequal_betas_in_a_checkpoint_do_not_sneak_in() -> None:
     params = parameters()
     theirs = torch.optim.AdamW(params, lr=0.5)
     train(theirs, params, range(3))
@@ -266,7 +277,7 @@ def test_unequal_betas_in_a_checkpoint_do_not_sneak_in():
     assert baseline.param_groups[0]["betas"] == (0.9, 0.999)
 
 
-def test_a_step_count_that_is_an_int_works_as_a_tensor_does():
+def test_a_step_count_that_is_an_int_works_as_a_tensor_does() -> None:
     ours, theirs = parameters(), parameters()
     a, b = BalancedAdam(ours), BalancedAdam(theirs)
     train(a, ours, range(3))
@@ -278,7 +289,7 @@ def test_a_step_count_that_is_an_int_works_as_a_tensor_does():
     assert_same(ours, theirs)
 
 
-def test_parameters_that_share_one_step_tensor_are_counted_apart():
+def test_parameters_that_share_one_step_tensor_are_counted_apart() -> None:
     """As after loading a universal checkpoint of DeepSpeed at stage 3."""
     ours, theirs = parameters(), parameters()
     a, b = BalancedAdam(ours), BalancedAdam(theirs)
@@ -293,7 +304,7 @@ def test_parameters_that_share_one_step_tensor_are_counted_apart():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_copies_go_on_like_the_original(copied):
+def test_copies_go_on_like_the_original(copied: Callable[[BalancedAdam], BalancedAdam]) -> None:
     params = parameters()
     optimizer = BalancedAdam(params, betas=(0.9, 0.99), allow_unbalanced=True)
     train(optimizer, params, range(3))
@@ -304,7 +315,7 @@ def test_copies_go_on_like_the_original(copied):
     assert_same(params, twins)
 
 
-def test_update_size_is_the_distance_moved_divided_by_lr():
+def test_update_size_is_the_distance_moved_divided_by_lr() -> None:
     params = parameters(torch.float64)
     optimizer = BalancedAdam(params, lr=0.25, betas=(0.9, 0.999), weight_decay=0.0, allow_unbalanced=True)
     assert optimizer.update_size().numel == 0
@@ -323,7 +334,7 @@ def test_update_size_is_the_distance_moved_divided_by_lr():
     assert size.sum_of_squares == pytest.approx(float((moved**2).sum()), rel=1e-12)
 
 
-def test_balanced_steps_never_exceed_lr_and_unbalanced_ones_do():
+def test_balanced_steps_never_exceed_lr_and_unbalanced_ones_do() -> None:
     for betas, bounded in ((0.9, True), ((0.9, 0.999), False)):
         p = nn.Parameter(torch.zeros(1))
         optimizer = BalancedAdam([p], lr=1.0, betas=betas, eps=0.0, weight_decay=0.0, allow_unbalanced=True)
@@ -335,7 +346,7 @@ def test_balanced_steps_never_exceed_lr_and_unbalanced_ones_do():
         assert (largest <= 1 + 1e-6) is bounded
 
 
-BAD = [
+BAD: list[tuple[dict[str, Any], str]] = [
     ({"lr": -1.0}, "lr is -1.0; it must be a finite number, at least 0"),
     ({"lr": float("nan")}, "lr is nan"),
     ({"lr": torch.ones(2)}, r"lr is a tensor of shape \(2,\); give a number or a 0-dim tensor"),
@@ -352,19 +363,20 @@ BAD = [
 
 
 @pytest.mark.parametrize(("options", "message"), BAD)
-def test_bad_settings_are_named_in_one_sentence(options, message):
+def test_bad_settings_are_named_in_one_sentence(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BalancedAdam(parameters(), **options)
     with pytest.raises(ValueError, match=message):  # and in a group as well
         BalancedAdam([{"params": parameters(), **options}])
 
 
-def test_numbers_written_as_text_are_numbers():
-    params = parameters()  # YAML reads 1e-8 as text
-    train(BalancedAdam(params, lr="1e-3", eps="1e-8", weight_decay="0.1"), params, range(1))
+def test_numbers_written_as_text_are_numbers() -> None:
+    params = parameters()
+    as_text: dict[str, Any] = {"lr": "1e-3", "eps": "1e-8", "weight_decay": "0.1"}  # YAML reads 1e-8 as text
+    train(BalancedAdam(params, **as_text), params, range(1))
 
 
-def test_a_refused_group_leaves_the_optimizer_as_it_was():
+def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
     optimizer = BalancedAdam(parameters())
     with pytest.raises(ValueError, match="lr is -1"):
         optimizer.add_param_group({"params": parameters(), "lr": -1})
@@ -373,7 +385,7 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
     assert len(optimizer.param_groups) == 1
 
 
-def test_a_sparse_gradient_is_refused_before_anything_moves():
+def test_a_sparse_gradient_is_refused_before_anything_moves() -> None:
     params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
     params[0].grad, params[1].grad = torch.ones(2), torch.ones(2).to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
@@ -381,7 +393,7 @@ def test_a_sparse_gradient_is_refused_before_anything_moves():
     assert torch.equal(params[0], torch.ones(2))
 
 
-def test_betas_made_unequal_by_hand_are_refused_and_a_common_change_is_followed():
+def test_betas_made_unequal_by_hand_are_refused_and_a_common_change_is_followed() -> None:
     params = parameters()
     optimizer = BalancedAdam(params)
     set_gradients(params, 0)
@@ -394,7 +406,9 @@ def test_betas_made_unequal_by_hand_are_refused_and_a_common_change_is_followed(
 
 @pytest.mark.parametrize("fused", [None, False], ids=["kernel", "torch"])
 @pytest.mark.parametrize("course", ["rising", "falling", "random"])
-def test_m_stays_within_the_root_of_v_whatever_common_betas_and_gradients_there_have_been(course, fused):
+def test_m_stays_within_the_root_of_v_whatever_common_betas_and_gradients_there_have_been(
+    course: str, fused: bool | None
+) -> None:
     generator = torch.Generator().manual_seed(0)
     p = torch.nn.Parameter(torch.zeros(2000))
     optimizer = BalancedAdam([p], lr=1e-3, fused=fused)
@@ -423,8 +437,8 @@ def moving(course: str, step: int) -> float:
 @pytest.mark.parametrize("state", ["fp32", "packed16"])
 @pytest.mark.parametrize("course", ["slowly up", "fast up", "down", "jumps"])
 def test_while_betas_change_no_step_exceeds_lr_and_the_correction_is_off_by_one_factor_of_beta_at_the_most(
-    course, state, fused
-):
+    course: str, state: str, fused: bool | None
+) -> None:
     """On the sequence that attains the bound, a constant gradient, whose average is the sum of the weights."""
     p = torch.nn.Parameter(torch.zeros(50))
     optimizer = BalancedAdam([p], lr=1.0, betas=moving(course, 0), eps=0.0, weight_decay=0.0, fused=fused, state=state)
@@ -445,7 +459,10 @@ def test_while_betas_change_no_step_exceeds_lr_and_the_correction_is_off_by_one_
             assert float(p.abs().min()) >= least * (1 - 1e-5)
 
 
-def written(optimizer, params):
+Route = Callable[[BalancedAdam, list[nn.Parameter]], tuple[BalancedAdam, list[nn.Parameter]]]
+
+
+def written(optimizer: BalancedAdam, params: list[nn.Parameter]) -> tuple[BalancedAdam, list[nn.Parameter]]:
     """Through a state dict in a file, into an optimizer with other settings."""
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
@@ -455,7 +472,9 @@ def written(optimizer, params):
     return loaded, params
 
 
-def written_before_states_held_it(optimizer, params):
+def written_before_states_held_it(
+    optimizer: BalancedAdam, params: list[nn.Parameter]
+) -> tuple[BalancedAdam, list[nn.Parameter]]:
     """As a file from before, and as DeepSpeed's universal checkpoints: what is known of the betas, the group alone says."""
     saved = copy.deepcopy(optimizer.state_dict())
     for state in saved["state"].values():
@@ -465,37 +484,42 @@ def written_before_states_held_it(optimizer, params):
     return loaded, params
 
 
-def copied(optimizer, params):
+def copied(optimizer: BalancedAdam, params: list[nn.Parameter]) -> tuple[BalancedAdam, list[nn.Parameter]]:
     """With its parameters, as an ensemble or a test does."""
     params, optimizer = copy.deepcopy((params, optimizer))
     return optimizer, params
 
 
-def pickled(optimizer, params):
+def pickled(optimizer: BalancedAdam, params: list[nn.Parameter]) -> tuple[BalancedAdam, list[nn.Parameter]]:
     params, optimizer = pickle.loads(pickle.dumps((params, optimizer)))
     return optimizer, params
 
 
+ROUTES: list[Route] = [written, written_before_states_held_it, copied, pickled]
+"""What a run may be cut by; the optimizer and its parameters go in and come out."""
+
+
 @pytest.mark.parametrize("state", ["fp32", "packed32", "packed16", "packed8"])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_run_whose_betas_change_may_be_cut_anywhere_and_keeps_its_bits(seed, state):
+def test_a_run_whose_betas_change_may_be_cut_anywhere_and_keeps_its_bits(seed: int, state: str) -> None:
     """Steps, changes of betas and cuts in any order; so also a change between a step and the save after it."""
+    actions: list[str | Route] = ["step", "step", "betas", *ROUTES]
     draw = random.Random(seed)
     params = parameters()
     again = copy.deepcopy(params)
     uncut, cut = (BalancedAdam(p, lr=0.1, betas=0.9, state=state) for p in (params, again))
     for number in range(60):
-        action = draw.choice(["step", "step", "betas", written, written_before_states_held_it, copied, pickled])
-        if action == "step":
+        action = draw.choice(actions)
+        if callable(action):
+            cut, again = action(cut, again)
+        elif action == "step":
             for optimizer, group in ((uncut, params), (cut, again)):
                 set_gradients(group, number)
                 optimizer.step()
-        elif action == "betas":
+        else:
             beta = draw.choice([0.0, 0.5, 0.9, 0.95, 0.99, 0.999, draw.random()])
             for optimizer in (uncut, cut):
                 optimizer.param_groups[0]["betas"] = (beta, beta)
-        else:
-            cut, again = action(cut, again)
         assert all(map(torch.equal, params, again)), (number, action)
     ours, theirs = uncut.state_dict(), cut.state_dict()
     for mine, other in zip(ours["param_groups"], theirs["param_groups"], strict=True):
@@ -508,9 +532,9 @@ def test_a_run_whose_betas_change_may_be_cut_anywhere_and_keeps_its_bits(seed, s
             assert raw(value) == (pytest.approx(same, rel=1e-9, abs=1e-9) if rounded else same), name
 
 
-@pytest.mark.parametrize("route", [written, written_before_states_held_it, copied, pickled])
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("state", ["fp32", "packed16"])
-def test_betas_that_a_schedule_has_set_before_the_save_leave_no_step_longer_than_lr(route, state):
+def test_betas_that_a_schedule_has_set_before_the_save_leave_no_step_longer_than_lr(route: Route, state: str) -> None:
     """Three steps at 0.9, then 0.99, then a save: where the averages were taken for those of 0.99, a step was 2.66 lr."""
     params = [torch.nn.Parameter(torch.zeros(50))]
     optimizer = BalancedAdam(params, lr=1.0, betas=0.9, eps=0.0, weight_decay=0.0, state=state)
@@ -524,7 +548,7 @@ def test_betas_that_a_schedule_has_set_before_the_save_leave_no_step_longer_than
         assert float((params[0] - before).abs().max()) <= 1.0 + 1e-6
 
 
-def test_a_parameter_that_gets_its_first_gradient_after_a_change_of_betas_is_corrected_for_its_own_steps():
+def test_a_parameter_that_gets_its_first_gradient_after_a_change_of_betas_is_corrected_for_its_own_steps() -> None:
     late, early = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
     optimizer = BalancedAdam([early, late], lr=1.0, betas=0.9, eps=0.0, weight_decay=0.0)
     for number in range(6):
@@ -536,7 +560,7 @@ def test_a_parameter_that_gets_its_first_gradient_after_a_change_of_betas_is_cor
     assert torch.allclose(late, torch.full((3,), -2.0), rtol=1e-6)
 
 
-def test_betas_that_never_change_leave_the_groups_as_they_were():
+def test_betas_that_never_change_leave_the_groups_as_they_were() -> None:
     params = parameters()
     optimizer = BalancedAdam(params, betas=0.9)
     for number in range(3):
@@ -547,7 +571,7 @@ def test_betas_that_never_change_leave_the_groups_as_they_were():
 
 
 @pytest.mark.parametrize("change", ["amsgrad", "coupled", "shape", "groups"])
-def test_a_foreign_state_is_refused(change):
+def test_a_foreign_state_is_refused(change: str) -> None:
     params = parameters()
     optimizer = BalancedAdam(params)
     train(optimizer, params, range(2))
@@ -572,7 +596,7 @@ def test_a_foreign_state_is_refused(change):
 
 
 NO_NUMBERS = [math.nan, math.inf, -1.0, "much", None, [0.1], torch.ones(3), 10**400]
-BAD = {  # of a loaded state: where, and what must not be there
+BAD_STATES: dict[str, list[Any]] = {  # where in a loaded state, and what must not be there
     "group lr": NO_NUMBERS,
     "group eps": NO_NUMBERS,
     "group weight_decay": NO_NUMBERS,
@@ -598,10 +622,10 @@ BAD = {  # of a loaded state: where, and what must not be there
 
 @pytest.mark.parametrize(
     ("place", "value"),
-    [(place, value) for place, values in BAD.items() for value in values],
+    [(place, value) for place, values in BAD_STATES.items() for value in values],
     ids=lambda v: repr(v)[:30],
 )
-def test_a_state_with_a_bad_value_is_refused_and_nothing_changes(place, value):
+def test_a_state_with_a_bad_value_is_refused_and_nothing_changes(place: str, value: Any) -> None:
     params = parameters()
     optimizer = BalancedAdam(params, lr=0.1, betas=0.9)
     train(optimizer, params, range(3))
@@ -618,7 +642,7 @@ def test_a_state_with_a_bad_value_is_refused_and_nothing_changes(place, value):
 
 
 @pytest.mark.parametrize("missing", ["param_groups", "state", "params", "step", "exp_avg", "exp_avg_sq"])
-def test_a_state_that_lacks_something_is_refused_and_nothing_changes(missing):
+def test_a_state_that_lacks_something_is_refused_and_nothing_changes(missing: str) -> None:
     params = parameters()
     optimizer = BalancedAdam(params, lr=0.1, betas=0.9)
     train(optimizer, params, range(3))
@@ -637,7 +661,7 @@ def test_a_state_that_lacks_something_is_refused_and_nothing_changes(missing):
     assert_same(params, twin.param_groups[0]["params"])
 
 
-def test_a_loader_that_fills_in_what_a_file_lacks_leaves_bias_correction_right():
+def test_a_loader_that_fills_in_what_a_file_lacks_leaves_bias_correction_right() -> None:
     """As torch's set_optimizer_state_dict does for a whole state dict: with what another optimizer has after one step."""
     params = parameters()
     old = torch.optim.AdamW(params, lr=0.1, betas=(0.9, 0.9))
@@ -659,7 +683,7 @@ def test_a_loader_that_fills_in_what_a_file_lacks_leaves_bias_correction_right()
         assert new.state[p]["log_beta_product"] == pytest.approx(30 * math.log(0.9), rel=1e-14)
 
 
-def test_a_late_parameter_of_a_file_that_lacks_the_product_takes_no_step_longer_than_lr():
+def test_a_late_parameter_of_a_file_that_lacks_the_product_takes_no_step_longer_than_lr() -> None:
     early, late = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
     optimizer = BalancedAdam([early, late], lr=1.0, betas=0.99, eps=0.0, weight_decay=0.0)
     for number in range(106):
@@ -677,7 +701,9 @@ def test_a_late_parameter_of_a_file_that_lacks_the_product_takes_no_step_longer_
 
 
 @pytest.mark.parametrize("change", [lambda o, p: None, lambda o, p: o.state.update({p: dict(o.state[p])})])
-def test_a_state_put_there_by_hand_counts_as_made_with_the_betas_of_then(change):
+def test_a_state_put_there_by_hand_counts_as_made_with_the_betas_of_then(
+    change: Callable[[BalancedAdam, nn.Parameter], None],
+) -> None:
     param = torch.nn.Parameter(torch.zeros(3))
     adamw = torch.optim.AdamW([param], lr=1.0, betas=(0.9, 0.9), eps=0.0, weight_decay=0.0)
     for _ in range(3):
@@ -693,7 +719,7 @@ def test_a_state_put_there_by_hand_counts_as_made_with_the_betas_of_then(change)
 
 
 @pytest.mark.parametrize("name", ["eps", "weight_decay"])
-def test_a_setting_that_is_a_tensor_is_read_where_it_is_now(name):
+def test_a_setting_that_is_a_tensor_is_read_where_it_is_now(name: str) -> None:
     value = torch.tensor(0.0)
     results = []
     for fused in (None, False):
@@ -709,7 +735,7 @@ def test_a_setting_that_is_a_tensor_is_read_where_it_is_now(name):
     assert torch.equal(*results) and float(results[0][0]) != pytest.approx(0.8, abs=1e-3)
 
 
-OF_OTHERS = {  # the settings of a group, as each saves them
+SAVED_BY_OTHERS: dict[str, dict[str, Any]] = {  # the settings of a group, as each saves them
     "deepspeed.ops.adam.FusedAdam": {"bias_correction": True, "step": 3},
     "deepspeed.ops.adam.DeepSpeedCPUAdam": {"bias_correction": True, "amsgrad": False},
     "torch 1.8's AdamW": {"amsgrad": False},
@@ -720,7 +746,7 @@ OF_OTHERS = {  # the settings of a group, as each saves them
 }
 
 
-@pytest.mark.parametrize("name", OF_OTHERS)
+@pytest.mark.parametrize("name", SAVED_BY_OTHERS)
 @pytest.mark.parametrize("state", ["fp32", "packed16"])
 def test_the_state_of_another_adam_is_gone_on_with(name: str, state: str) -> None:
     """Settings that it doesn't have stay as they are here; DeepSpeed's count steps in ints."""
@@ -732,7 +758,7 @@ def test_the_state_of_another_adam_is_gone_on_with(name: str, state: str) -> Non
     for group in saved["param_groups"]:
         kept = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "params")}
         group.clear()
-        group.update({**kept, **OF_OTHERS[name]})
+        group.update({**kept, **SAVED_BY_OTHERS[name]})
     for each in saved["state"].values():
         each["step"] = int(each["step"])
     for ours, other in zip(params, others, strict=True):
@@ -749,13 +775,15 @@ def test_the_state_of_another_adam_is_gone_on_with(name: str, state: str) -> Non
 
 @pytest.mark.parametrize("fused", [None, False], ids=["kernel", "torch"])
 @pytest.mark.parametrize("state", ["fp32", "packed32", "packed16", "packed8"])
-def test_a_state_dict_of_an_earlier_version_goes_on_with_the_bits_that_it_had_there(state, fused):
+def test_a_state_dict_of_an_earlier_version_goes_on_with_the_bits_that_it_had_there(
+    state: str, fused: bool | None
+) -> None:
     """files/state_0d6eb9e.pt: words of 16 bits are int16, and what is known of changed betas stands in the groups. ``after`` are that
     version's own weights six steps later."""
     file = Path(__file__).parent / "files" / "state_0d6eb9e.pt"
     old = torch.load(file, weights_only=True)[state]
     params = [nn.Parameter(w.clone()) for w in old["weights"]]
-    groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
     optimizer = BalancedAdam(groups, state=state, fused=fused)
     optimizer.load_state_dict(old["saved"])
     for step in range(8, 14):

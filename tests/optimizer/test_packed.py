@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -44,7 +45,8 @@ def moments(size: int, seed: int, largest: float = 0.5) -> tuple[Tensor, Tensor]
 def numbers(count: int) -> tuple[Tensor, Tensor]:
     """All pairs of ``count`` evenly spaced numbers from 0 to 2^32 - 1, as dither has them."""
     step = 2**32 // count
-    return tuple(t.flatten() for t in torch.meshgrid(*[torch.arange(count) * step + step // 2] * 2, indexing="ij"))
+    u_w, u_r = torch.meshgrid(*[torch.arange(count) * step + step // 2] * 2, indexing="ij")
+    return u_w.flatten(), u_r.flatten()
 
 
 def bits(x: np.ndarray) -> np.ndarray:
@@ -206,7 +208,7 @@ def test_weights_that_are_all_alike_swing_together_by_no_more_than_the_docs_say(
     swings = []
     for step in range(1, 241):
         grad = 1e-3 * torch.randn(size, generator=generator)
-        settings = {"step": step, "lr": 0.0, "betas": (beta, beta), "eps": 1e-8, "weight_decay": 0.0}
+        settings: dict[str, Any] = {"step": step, "lr": 0.0, "betas": (beta, beta), "eps": 1e-8, "weight_decay": 0.0}
         weight, words = packed.update(weight, grad, words, **settings)
         m, v = m * beta + grad * (1 - beta), v * beta + grad * grad * (1 - beta)
         swings.append(float((packed.unpack(words)[0].abs() - m.abs()).double().mean() / m.abs().double().mean()))
@@ -374,7 +376,8 @@ def test_the_elements_that_are_counted_are_those_whose_moment_is_cut_off(state: 
     format, size = FORMATS[state], 20_000
     exp_avg_sq = moments(size, seed=3)[1]
     exp_avg = exp_avg_sq.sqrt() * torch.linspace(0.0, 2.5, size)
-    words = packed.pack(format, exp_avg, exp_avg_sq, tuple(t[:size] for t in numbers(256)))
+    u_w, u_r = numbers(256)
+    words = packed.pack(format, exp_avg, exp_avg_sq, (u_w[:size], u_r[:size]))
     cut = packed.beyond(words, exp_avg)
     stored, v = packed.unpack(words)
     top = (code(words).to(torch.int64) & format.r_top) == format.r_top
@@ -577,7 +580,7 @@ class Opaque(Tensor):
     """A tensor whose class decides what operations do."""
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(cls, *_: Any, **__: Any) -> NoReturn:
         raise AssertionError("not in a test of what is refused")
 
 
@@ -591,7 +594,7 @@ def test_a_tensor_that_may_do_with_integers_what_it_likes_is_not_packed() -> Non
         ValueError, match="a parameter is of the class Opaque, which may do with integers what it likes"
     ):
         BalancedAdam([opaque], state="packed16")
-    params = [Plain(torch.ones(3))]
+    params: list[nn.Parameter] = [Plain(torch.ones(3))]
     optimizer = BalancedAdam(params, state="packed16")
     train(optimizer, params, range(2))
     assert optimizer.state[params[0]]["packed"].dtype == torch.bfloat16

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -82,7 +83,9 @@ def like(param: Tensor, value: Tensor | None) -> Tensor | None:
 def optimizer_of(model: Weights, state: str, **more: Any) -> BalancedAdam:
     """Two groups, as users have them."""
     named = dict(model.named_parameters())
-    groups = [{"params": [p for p in named.values() if p.dim() > 1]}, {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0}]  # fmt: skip
+    matrices = [p for p in named.values() if p.dim() > 1]
+    others = [p for p in named.values() if p.dim() < 2]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     return BalancedAdam(groups, lr=0.1, betas=0.9, weight_decay=0.1, state=state, **more)
 
 
@@ -155,7 +158,9 @@ def several(jobs: list[tuple[Any, Any]]) -> list[Any]:
 @session.shared
 def on(world: int) -> list[dict[str, Any]]:
     """Of each rank of so many: what all jobs that need them have returned, by name."""
-    jobs = {name: (train, name) for name, (shape, _) in LAYOUTS.items() if torch.Size(shape).numel() == world}
+    jobs: dict[str, tuple[Any, Any]] = {
+        name: (train, name) for name, (shape, _) in LAYOUTS.items() if torch.Size(shape).numel() == world
+    }
     if world == 2:
         folder = session.folder() / "sharded"
         folder.mkdir()
@@ -189,7 +194,7 @@ def save(folder: str) -> Any:
         optimizer = optimizer_of(model, state)
         take(model, optimizer, range(STEPS))
         result[state] = everything(model, optimizer)
-        dcp.save(
+        state_dict_saver.save(
             {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)},
             checkpoint_id=f"{folder}/{state}",
         )
@@ -216,7 +221,7 @@ def load(folder: str) -> Any:
                 fully_shard(model, mesh=init_device_mesh(device(world), (world,)))
             optimizer = optimizer_of(model, state)
             content = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-            dcp.load(content, checkpoint_id=f"{folder}/{state}")
+            state_dict_loader.load(content, checkpoint_id=f"{folder}/{state}")
             model.load_state_dict(content["model"])
             options = StateDictOptions()
             if way == "whole on rank 0":
@@ -258,7 +263,7 @@ def from_adamw(folder: str) -> list[float]:
         for name, param in model.named_parameters():
             param.grad = like(param, gradient(name, step))
         theirs.step()
-    dcp.save({"optimizer": get_optimizer_state_dict(model, theirs)}, checkpoint_id=f"{folder}/adamw")
+    state_dict_saver.save({"optimizer": get_optimizer_state_dict(model, theirs)}, checkpoint_id=f"{folder}/adamw")
     whole_state = get_optimizer_state_dict(model, theirs, options=StateDictOptions(full_state_dict=True))
     products = []
     theirs.zero_grad()  # else torch makes no state to load into
@@ -267,8 +272,8 @@ def from_adamw(folder: str) -> list[float]:
         content = {"optimizer": get_optimizer_state_dict(model, optimizer)}
         options = StateDictOptions()
         if way == "partial":
-            planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
-            dcp.load(content, checkpoint_id=f"{folder}/adamw", planner=planner)
+            planner = DefaultLoadPlanner(allow_partial_load=True)
+            state_dict_loader.load(content, checkpoint_id=f"{folder}/adamw", planner=planner)
         else:
             content["optimizer"] = whole_state if dist.get_rank() == 0 else {}
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -355,12 +360,18 @@ def test_autograd_notices_a_step_of_a_dtensor() -> None:
 def zero_redundancy(state: str) -> Any:
     """The steps through torch's own ZeRO-1, cut, consolidated and loaded in the middle."""
     model = Weights()
-    settings = {"optimizer_class": BalancedAdam, "lr": 0.1, "betas": 0.9, "weight_decay": 0.1, "state": state}
+    settings: dict[str, Any] = {
+        "optimizer_class": BalancedAdam,
+        "lr": 0.1,
+        "betas": 0.9,
+        "weight_decay": 0.1,
+        "state": state,
+    }
     optimizer = ZeroRedundancyOptimizer(model.parameters(), **settings)
     for step in range(STEPS):
         if step == 3:
             optimizer.consolidate_state_dict(to=0)
-            box = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+            box: list[Any] = [optimizer.state_dict() if dist.get_rank() == 0 else None]
             dist.broadcast_object_list(box)
             optimizer = ZeroRedundancyOptimizer(model.parameters(), **settings)
             optimizer.load_state_dict(box[0])

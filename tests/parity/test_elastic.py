@@ -22,7 +22,7 @@ from tests.parity.model import SHAPES
 from tests.ranks import device, spawn
 from tests.session import shared
 from train.checkpoint.convert import convert_layout
-from train.checkpoint.load import find_checkpoint, load_checkpoint
+from train.checkpoint.load import find_checkpoint, restore_checkpoint
 from train.checkpoint.save import save_checkpoint
 from train.distributed.ranks import Ranks
 from train.distributed.watchdog import Watchdog
@@ -94,7 +94,7 @@ def go_on(leg: Leg) -> dict[str, tuple[State, State]]:
             found = convert_layout(ranks, found, layout)
         engine = start(case, checkpoint={"load_universal": bool(found and found.universal)})
         if found:
-            assert load_checkpoint(engine, ranks, found) == CUTS[leg.number]
+            assert restore_checkpoint(engine, ranks, found) == CUTS[leg.number]
         begin = read(engine) if found else {}
         advance(engine, CUTS[leg.number], CUTS[leg.number + 1])
         parameters = sum(math.prod(shape) for shape in SHAPES.values())

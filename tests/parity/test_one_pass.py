@@ -112,7 +112,7 @@ def observe(case: Case) -> Observed:
 
 @shared
 def observations(path: str) -> dict[Case, Observed]:
-    return spawn(job, WORLD, cases(path))[0]  # type: ignore[no-any-return]
+    return spawn(job, WORLD, cases(path))[0]
 
 
 @pytest.mark.parametrize("case", cases("one_pass"), ids=str)
@@ -206,7 +206,7 @@ def hooked(cases: list[Case]) -> list[tuple[bool, list[str]]]:
     found = []
     for case in cases:
         said: list[str] = []
-        one_pass._log = said.append
+        one_pass._log = said.append  # type: ignore[assignment]
         engine = start(case)
         engine.optimizer.optimizer.register_step_pre_hook(lambda *_: None)
         advance(engine, 0, EXACT_STEPS)

@@ -66,7 +66,7 @@ class Model(nn.Module):
         )
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
-        return sum((p * x).sum().float() for p, x in zip(self.weights, inputs, strict=True))  # type: ignore
+        return sum((p * x).sum().float() for p, x in zip(self.weights, inputs, strict=True))
 
 
 class Run(NamedTuple):

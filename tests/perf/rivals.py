@@ -28,7 +28,8 @@ from train.common.command_line import parse
 from train.common.errors import ConfigError, require
 from train.common.files import REPOSITORY, environment_facts, write_json
 from train.sweep import execute
-from train.sweep.plan import Comparison, manifest
+from train.sweep.options import Comparison
+from train.sweep.plan import manifest
 
 Groups = list[dict[str, Any]]
 
@@ -103,21 +104,21 @@ def bitsandbytes(groups: Groups) -> Rival:
     """AdamW8bit: int8 by a table, an absolute maximum for each 256 elements; tensors below 4096 elements in fp32."""
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW8bit(groups)  # type: ignore[no-any-return]
+    return bitsandbytes.optim.AdamW8bit(groups)
 
 
 def torchao(groups: Groups) -> Rival:
     """AdamW8bit: as that of bitsandbytes, compiled by torch."""
     from torchao.optim import AdamW8bit
 
-    return AdamW8bit(groups)  # type: ignore[no-any-return]
+    return AdamW8bit(groups)
 
 
 def torchao4(groups: Groups) -> Rival:
     """AdamW4bit: 4 bits, an absolute maximum for each 128 elements."""
     from torchao.optim import AdamW4bit
 
-    return AdamW4bit(groups)  # type: ignore[no-any-return]
+    return AdamW4bit(groups)
 
 
 RIVALS: dict[str, Callable[[Groups], Rival]] = {
@@ -209,7 +210,7 @@ def main(arguments: list[str]) -> None:
             place = ["--out", str(out / run["name"])]
             return [sys.executable, "-m", "tests.perf.rivals", run["rival"], *place, *run["arguments"]]
 
-        execute.launch_command = command  # type: ignore[assignment]
+        execute.launch_command = command  # type: ignore[assignment, attr-defined]
         file = settings.out / "manifest.json"
         require(
             not file.exists() or json.loads(file.read_text())["runs"] == json.loads(json.dumps(chosen["runs"])),

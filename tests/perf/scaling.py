@@ -55,7 +55,7 @@ def measured(job: tuple[int, bool, str]) -> dict[str, float]:
     engine = start(ONE_PASS._replace(optimizer=balanced(state=state), offload=offload), stage, bucket=2 * SIZE)
     inputs = [torch.full((SIZE + 7 * k,), 1e-3, dtype=torch.bfloat16) for k in range(TENSORS)]
     ours = 2 * sum(x.numel() for x in inputs)
-    sizes = {}
+    sizes: dict[str, float] = {}
     for _ in range(2):  # the optimizer makes its state in the first step
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from now
         engine.backward(engine(inputs))
@@ -145,13 +145,13 @@ def main() -> None:
     print(markdown_table(rows) + "\n")
     rows = []
     for name, (weights, _, gpus) in MODELS.items():
-        size = 14 * weights
+        stored = 14 * weights
         for gigabytes in (2, 50):
-            seconds = size / (gigabytes * 1e9)
+            seconds = stored / (gigabytes * 1e9)
             interval = best_interval(seconds, gpus)
             rows.append(
                 {
-                    "checkpoint": f"{name} on {gpus}: {size / 1e9:.0f} GB",
+                    "checkpoint": f"{name} on {gpus}: {stored / 1e9:.0f} GB",
                     "to storage of": f"{gigabytes} GB/s: {seconds:.1f} s",
                     "best interval": f"{interval / 60:.0f} min",
                     "lost then": f"{lost(interval, seconds, gpus):.2%}",
