@@ -1,8 +1,8 @@
 """Starts the ranks of tests: forked from a server that has imported everything, which takes a tenth of a fresh start.
 
-A forked rank has the environment that a launcher would give it, and its own process group, threads and random numbers. What
-it shares with the others, as fresh ones don't, is the seed of Python's hashes. ``fresh`` ranks are started by torchrun: where
-there are GPUs, since CUDA can't be forked, and in benchmarks.
+A forked rank has the environment that a launcher would give it, and its own process group, threads and random numbers.
+What it shares with the others, as fresh ones don't, is the seed of Python's hashes. ``fresh`` ranks are started by
+torchrun: where there are GPUs, since CUDA can't be forked, and in benchmarks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from train.distributed.launch import free_port
 from train.sweep.launch import RANK_VARIABLES
 
 LIMIT = 900.0
-"""Seconds that ranks may take, ten times what any test needs on a usual machine: for what hangs, not for what is slow."""
+"""Seconds that ranks may take, ten times what any test needs on a usual machine: for what hangs, not what is slow."""
 
 
 class Program(NamedTuple):
@@ -263,7 +263,7 @@ def _begin(program: Program) -> None:
 
 
 def _run(program: Program, numbers: dict[str, str]) -> None:
-    """``python -m module arguments``, with a rank's numbers in the environment. What it starts in its turn is forked, too."""
+    """``python -m module arguments``, with a rank's numbers in the environment. What it starts is forked, too."""
     os.environ.clear()
     os.environ.update(program.environment | numbers)
     os.chdir(program.folder)
@@ -281,7 +281,7 @@ def _run(program: Program, numbers: dict[str, str]) -> None:
 
 
 def _launch(ranks: dict[int, int], grace: float) -> int:
-    """Wait for all ranks; the exit code. After the first failure the others are asked to end, and killed after the grace."""
+    """Wait for all ranks; the exit code. After a failure the others are asked to end, and killed after the grace."""
     code, until = 0, float("inf")
 
     def send(number: int) -> None:

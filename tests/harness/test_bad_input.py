@@ -1,4 +1,4 @@
-"""Every bad input gets one sentence that names the field, the value and what would be right, and changes nothing on disk."""
+"""Bad input gets one sentence that names the field, the value and what would be right, and changes nothing on disk."""
 
 import json
 import resource

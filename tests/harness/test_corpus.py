@@ -90,7 +90,12 @@ def json_with_a_mark(place: Path) -> dict[str, int]:
 
 
 def compressed(place: Path) -> dict[str, int]:
-    openers: dict[str, Callable[..., Any]] = {"a.jsonl.gz": gzip.open, "b.json.bz2": bz2.open, "c.jsonl.XZ": lzma.open, "d.gz": gzip.open}  # fmt: skip
+    openers: dict[str, Callable[..., Any]] = {
+        "a.jsonl.gz": gzip.open,
+        "b.json.bz2": bz2.open,
+        "c.jsonl.XZ": lzma.open,
+        "d.gz": gzip.open,
+    }
     for i, (name, opener) in enumerate(openers.items()):
         jsonl(place / name, TEXTS[5 * i : 5 * i + 5], opener)
     return {}
@@ -154,7 +159,28 @@ def special_tokens(place: Path) -> dict[str, int]:
     return {}
 
 
-RIGHT = [plain, holes, blank_lines, line_ends_of_windows, an_array, other_columns_elsewhere, utf_16, json_with_a_mark, compressed, compressed_text, upper_case, a_linked_folder, the_same_twice, hidden, of_other_kinds, empty_row_groups, special_tokens, over_several_lines, line_ends_in_text, a_link_upwards]  # fmt: skip
+RIGHT = [
+    plain,
+    holes,
+    blank_lines,
+    line_ends_of_windows,
+    an_array,
+    other_columns_elsewhere,
+    utf_16,
+    json_with_a_mark,
+    compressed,
+    compressed_text,
+    upper_case,
+    a_linked_folder,
+    the_same_twice,
+    hidden,
+    of_other_kinds,
+    empty_row_groups,
+    special_tokens,
+    over_several_lines,
+    line_ends_in_text,
+    a_link_upwards,
+]
 LEFT_OUT = {
     "the_same_twice": {TWICE: ["b.jsonl"]},
     "a_link_upwards": {TWICE: ["up/"]},
@@ -199,7 +225,8 @@ def test_what_looks_like_the_end_of_a_document_is_text_for_fast_tokenizers_too(t
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet))  # fmt: skip
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(TEXTS, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
     texts = [f"{text}<eos> and on" for text in TEXTS]
     jsonl(tmp_path / "one" / "a.jsonl", texts)

@@ -1,4 +1,4 @@
-"""The files that a run leaves, damaged or of another run: what is whole is used, what isn't is named, and nothing is lost."""
+"""A run's files, damaged or of another run: what is whole is used, what isn't is named, nothing is lost."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def options(out: Path) -> list[str]:
     """The command line of a run of six steps with checkpoints after three and six."""
     place = session.folder() / "files"
     place.mkdir(exist_ok=True)
-    text = "--steps 6 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 --save-every 3 --validate-every 0"
+    text = (
+        "--steps 6 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 "
+        "--save-every 3 --validate-every 0"
+    )
     return [*text.split(), "--data", str(place / "corpus"), "--data-cache", str(place / "cache"), "--out", str(out)]
 
 
@@ -340,7 +343,18 @@ def test_a_run_with_damaged_metrics_resumes(run: Run) -> None:
 
 # ---- run.json, result.json
 
-WRONG_JSON = [b"", b"null", b"[]", b"{", b"\xff{}", b"[" * 100_000, b'{"identity": 3}', b'{"status": "finished", "step": 6, "validation_loss": null}', b'{"status": "ended", "step": 6, "validation_loss": 1.0}', b'{"status": "finished", "step": -1, "validation_loss": 1.0}']  # fmt: skip
+WRONG_JSON = [
+    b"",
+    b"null",
+    b"[]",
+    b"{",
+    b"\xff{}",
+    b"[" * 100_000,
+    b'{"identity": 3}',
+    b'{"status": "finished", "step": 6, "validation_loss": null}',
+    b'{"status": "ended", "step": 6, "validation_loss": 1.0}',
+    b'{"status": "finished", "step": -1, "validation_loss": 1.0}',
+]
 
 
 @pytest.mark.parametrize("name", ["run.json", "result.json"])

@@ -178,7 +178,8 @@ def test_a_run_that_a_worker_or_its_ranks_are_at_is_nobody_elses(tmp_path: Path,
     run = tmp_path / "run"
     with run_dir.sole_worker(run) as mine:
         assert mine
-    hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); sys.stdin.read()"
+    hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+    hold += "print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(run / name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:

@@ -68,7 +68,7 @@ def test_a_name_stands_for_several_files_where_hosts_have_their_own(
 ) -> None:
     jsonl(tmp_path / "one" / "a.jsonl", TEXTS)
     read = files_read(monkeypatch)
-    for time in (10**9, 10**9 + 7, 10**9, 10**9 + 7):  # of two hosts in turn
+    for time in (10**9, 10**9 + 7, 10**9, 10**9 + 7):  # two hosts in turn
         os.utime(tmp_path / "one" / "a.jsonl", (time, time))
         find_corpus(Data(data=str(tmp_path / "one"), data_cache=tmp_path / "cache"))
     assert len(read) == 2
@@ -142,7 +142,7 @@ def test_a_changed_about_json_is_found(tmp_path: Path, change: str, guarded: boo
 
 
 def test_the_standard_library_has_the_name_that_it_had(tmp_path: Path) -> None:
-    """Results are published on these tokens: files by name and size, and byt5 as it is, in format 3, as 0d6eb9e had it."""
+    """Results are published on these tokens: files by name and size, byt5 as it is, in format 3, as 0d6eb9e had it."""
     import sys
     import sysconfig
     from hashlib import blake2b
@@ -189,9 +189,8 @@ def test_a_run_that_began_on_the_tokens_of_an_earlier_version_goes_on_with_them(
     old = cache / _name_of_format_3(settings, tokenizer)
     shutil.copytree(now, old)
     assert token_files.prepare(settings, tokenizer, old.name) == old
-    assert (
-        token_files.prepare(settings, tokenizer, "tokens-0123456789abcdef") == now
-    )  # of other text: the run refuses it
+    # Tokens of other text: the run refuses them.
+    assert token_files.prepare(settings, tokenizer, "tokens-0123456789abcdef") == now
     shutil.rmtree(old)
     with pytest.raises(ConfigError, match="an earlier version made and which are gone"):
         token_files.prepare(settings, tokenizer, old.name)

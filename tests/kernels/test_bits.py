@@ -142,7 +142,7 @@ def test_every_16_bit_gradient_is_read_as_torch_reads_it(dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("copy", [2, 3], ids=["bf16", "fp16"])
 def test_weights_of_every_exponent_are_rounded_to_16_bits_as_torch_rounds_them(copy: int) -> None:
-    """lr = 0: the copy is the weight itself. A step of 4099 through all bit patterns meets every exponent and many ties."""
+    """lr = 0: the copy is the weight. Steps of 4099 through all bit patterns meet every exponent and many ties."""
     words = torch.arange(-(2**31), 2**31, 4099 * 16, dtype=torch.int64).int()
     ties = (words & ~0x1FFF) | torch.tensor([0x1000, 0x8000, 0])[torch.arange(len(words)) % 3].int()
     param = torch.cat([words, ties]).view(torch.float32)
@@ -256,7 +256,7 @@ def test_directions_of_packed_moments_are_those_of_the_rule_within_their_bound(w
 
 
 def test_a_tie_between_two_levels_of_packed8_is_decided_alike() -> None:
-    """Gradients whose w is exactly on, or one bit beside, the threshold that their own hash sets; beta is 0, so that v is g^2."""
+    """Gradients whose w is on the threshold that their own hash sets, or one bit beside; beta is 0, so v is g^2."""
     found = []
     for exponent in range(-12, -2):
         grad = 2.0**exponent * (1.0 + torch.arange(2**20) * 2.0**-20)

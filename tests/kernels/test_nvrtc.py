@@ -15,7 +15,7 @@ from tests.kernels.compiled import ARCHITECTURES, KERNELS, accesses, compiled, m
 pytestmark = pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-bindings isn't installed")
 
 REGISTERS = 65536
-"""Of a multiprocessor, on every architecture here."""
+"""The registers of a multiprocessor, on every architecture here."""
 
 
 # Packed states on two architectures alone, for the time it takes.

@@ -37,7 +37,7 @@ class Weights(nn.Module):
 
 
 def gradient(name: str, step: int) -> Tensor | None:
-    """The whole gradient of a parameter in a step; small dyadic rationals, so that sums of squares are exact in any order."""
+    """The whole gradient of a parameter: small dyadic rationals, whose sums of squares are exact in any order."""
     if (name, step) == ("wide", 2):
         return None
     generator = torch.Generator().manual_seed(1000 * step + list(SHAPES).index(name))

@@ -40,7 +40,7 @@ def test_m_stays_within_the_root_of_v_whatever_common_betas_and_gradients_there_
         chance = float(torch.rand((), generator=generator))
         beta = {"rising": 0.5 + step / 125, "falling": 0.99 - step / 100, "random": chance}[course]
         optimizer.param_groups[0]["betas"] = (beta, beta)
-        # Of any size, and for half of them with one sign, which brings m closest to the root of v.
+        # All sizes; half of them have one sign, which brings m closest to the root of v.
         sizes = 10.0 ** (8.0 * torch.rand(2000, generator=generator) - 4.0)
         p.grad = torch.where(torch.arange(2000) % 2 == 0, sizes, sizes * torch.randn(2000, generator=generator))
         optimizer.step()
@@ -76,7 +76,7 @@ def test_while_betas_change_no_step_exceeds_lr_and_the_correction_is_off_by_one_
         p.grad = torch.ones_like(p)
         optimizer.step()
         weights, most = math.sqrt(1.0 - product), 1.0 + 1e-6
-        # The number of steps that makes the product is rounded up: the sum of the weights by one factor of beta, at the most.
+        # The number of steps that makes the product is rounded up: at most one factor of beta in the sum of weights.
         least = weights / math.sqrt(1.0 - product * beta)
         assert float(p.abs().max()) <= most
         if state == "fp32":
@@ -99,7 +99,7 @@ def written(optimizer: BalancedAdam, params: list[nn.Parameter]) -> tuple[Balanc
 def written_before_states_held_it(
     optimizer: BalancedAdam, params: list[nn.Parameter]
 ) -> tuple[BalancedAdam, list[nn.Parameter]]:
-    """As a file from before, and as DeepSpeed's universal checkpoints: what is known of the betas, the group alone says."""
+    """As a file from before, and as DeepSpeed's universal checkpoints: the group alone tells anything of the betas."""
     saved = copy.deepcopy(optimizer.state_dict())
     for state in saved["state"].values():
         del state["log_beta_excess"]
@@ -151,7 +151,7 @@ def test_a_run_whose_betas_change_may_be_cut_anywhere_and_keeps_its_bits(seed: i
         assert mine == other
     for number, values in ours["state"].items():
         for name, value in values.items():
-            rounded = name == "log_beta_excess"  # that of a difference, at each save
+            rounded = name == "log_beta_excess"  # a difference is, at each save
             same = raw(theirs["state"][number][name])
             assert raw(value) == (pytest.approx(same, rel=1e-9, abs=1e-9) if rounded else same), name
 
@@ -159,7 +159,7 @@ def test_a_run_whose_betas_change_may_be_cut_anywhere_and_keeps_its_bits(seed: i
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("state", ["fp32", "packed16"])
 def test_betas_that_a_schedule_has_set_before_the_save_leave_no_step_longer_than_lr(route: Route, state: str) -> None:
-    """Three steps at 0.9, then 0.99, then a save: where the averages were taken for those of 0.99, a step was 2.66 lr."""
+    """Three steps at 0.9, then 0.99, then a save: with the averages taken for those of 0.99, a step was 2.66 lr."""
     params = [torch.nn.Parameter(torch.zeros(50))]
     optimizer = BalancedAdam(params, lr=1.0, betas=0.9, eps=0.0, weight_decay=0.0, state=state)
     for number in range(6):
@@ -195,7 +195,7 @@ def test_betas_that_never_change_leave_the_groups_as_they_were() -> None:
 
 
 def test_a_loader_that_fills_in_what_a_file_lacks_leaves_bias_correction_right() -> None:
-    """As torch's set_optimizer_state_dict does for a whole state dict: with what another optimizer has after one step."""
+    """As torch's set_optimizer_state_dict does for a whole state dict, with what an optimizer has after one step."""
     params = parameters()
     old = torch.optim.AdamW(params, lr=0.1, betas=(0.9, 0.9))
     train(old, params, range(30))

@@ -67,12 +67,12 @@ def test_the_numbers_that_round_v_and_m_do_not_depend_on_each_other_nor_on_what_
             assert abs(float(torch.corrcoef(torch.stack([of_r, other.double()]))[0, 1])) < 3.3 / math.sqrt(size), name
 
 
-@pytest.mark.parametrize("format", SHORT, ids=lambda format: format.name)
-def test_weights_that_are_all_alike_swing_together_by_no_more_than_the_docs_say(format: Format) -> None:
-    """A fresh norm's weights, or zeroed ones: in a step all round m by the same number, so that |m| as a whole goes up and down."""
+@pytest.mark.parametrize("fmt", SHORT, ids=lambda fmt: fmt.name)
+def test_weights_that_are_all_alike_swing_together_by_no_more_than_the_docs_say(fmt: Format) -> None:
+    """A fresh norm's weights, or zeroed ones: in a step all round m by the same number, and |m| as a whole swings."""
     generator = torch.Generator().manual_seed(5)
     size, beta = 4000, 0.95
-    weight, words = torch.ones(size), torch.zeros(size, dtype=format.word)
+    weight, words = torch.ones(size), torch.zeros(size, dtype=fmt.word)
     m, v = torch.zeros(size), torch.zeros(size)
     swings = []
     for step in range(1, 241):
@@ -84,5 +84,5 @@ def test_weights_that_are_all_alike_swing_together_by_no_more_than_the_docs_say(
     after = torch.tensor(swings[40:])
     alone, over_20 = float(after.std()), float(after.view(10, 20).mean(dim=1).std())
     # 2 and 0.7 %, 14 and 5 %; independent numbers would leave 4000^-1/2 of the noise of an element.
-    limits = {"packed16": (0.025, 0.01), "packed8": (0.17, 0.06)}[format.name]
+    limits = {"packed16": (0.025, 0.01), "packed8": (0.17, 0.06)}[fmt.name]
     assert alone < limits[0] and over_20 < limits[1], (alone, over_20)

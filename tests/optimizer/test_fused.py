@@ -1,4 +1,4 @@
-"""The fused step as users meet it: the same numbers in every mode, a run that changes modes, refusals in one sentence."""
+"""The fused step as users meet it: the same numbers in every mode, a run that changes modes, refusals in a sentence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def parameters() -> list[nn.Parameter]:
-    """Of every dtype, in every order in memory, with and without elements."""
+    """Parameters of every dtype, in every order in memory, with and without elements."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(33, 5), (1,), (), (0,), (7,), (1000,)]
     params = [torch.randn(s, generator=generator).to(d) for s in shapes for d in (torch.float32, torch.bfloat16)]

@@ -61,7 +61,10 @@ BAD = [
     ("renew:3", f"beta is 'renew:3';{NO_RULE}"),
     ("refresh:", f"beta is 'refresh:';{NO_RULE}"),
     ("1", "beta is 1.0; it must lie in [0, 1)."),
-    ("refresh:1000", "beta is 'refresh:1000', and 1000 refreshes in 400 steps; there must be more than 0, and at most one a step."),
+    (
+        "refresh:1000",
+        "beta is 'refresh:1000', and 1000 refreshes in 400 steps; there must be more than 0, and at most one a step.",
+    ),
     ("half_life:0", "beta is 'half_life:0', and a half-life is 0.0 steps; it must be above 0, and finite."),
     ("half_life:1e30", "beta is 'half_life:1e30', and beta is 1.0; it must lie in [0, 1)."),
     ("horizon:0.5", "beta is 'horizon:0.5', and a horizon is 0.5 steps; it must be at least 1, and finite."),

@@ -77,7 +77,7 @@ def test_the_optimizer_never_shares_memory_with_the_state_it_loaded() -> None:
 
 
 def test_settings_that_somebody_loads_into_the_groups_count_as_those_of_load_state_dict() -> None:
-    """As DeepSpeed does with a universal checkpoint; the averages were made with another beta than this run began with."""
+    """As DeepSpeed does with a universal checkpoint; the averages were made with another beta than the new one."""
     ends = []
     for by_hand in (True, False):
         params = [torch.nn.Parameter(torch.ones(4))]
@@ -86,7 +86,7 @@ def test_settings_that_somebody_loads_into_the_groups_count_as_those_of_load_sta
         saved = copy.deepcopy(old.state_dict())
         new = BalancedAdam(params, lr=0.1, betas=0.95)
         if by_hand:
-            new.param_groups[0]["decay"] = (0.5, 3, -0.1)  # of before
+            new.param_groups[0]["decay"] = (0.5, 3, -0.1)  # left from before
             with new.keeping_own():
                 new.param_groups[0].update({k: v for k, v in saved["param_groups"][0].items() if k != "params"})
             new.state[params[0]] = saved["state"][0]
@@ -215,8 +215,10 @@ def test_the_state_of_another_adam_is_gone_on_with(name: str, state: str) -> Non
 def test_a_state_dict_of_an_earlier_version_goes_on_with_the_bits_that_it_had_there(
     state: str, fused: bool | None
 ) -> None:
-    """files/state_0d6eb9e.pt: words of 16 bits are int16, and what is known of changed betas stands in the groups. ``after`` are that
-    version's own weights six steps later."""
+    """files/state_0d6eb9e.pt: words of 16 bits are int16, and what is known of changed betas stands in the groups.
+
+    ``after`` are that version's own weights six steps later.
+    """
     file = Path(__file__).parent / "files" / "state_0d6eb9e.pt"
     old = torch.load(file, weights_only=True)[state]
     params = [nn.Parameter(w.clone()) for w in old["weights"]]

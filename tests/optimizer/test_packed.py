@@ -14,21 +14,21 @@ from balanced_adam.packed import FORMATS, Format
 from tests.optimizer.words import SHORT, code, moments, numbers
 
 
-def every_word(format: Format) -> Tensor:
+def every_word(fmt: Format) -> Tensor:
     """Each word there is; of 32 bits a sample."""
-    bits = format.w_bits + format.r_bits
+    bits = fmt.w_bits + fmt.r_bits
     words = torch.randint(0, 2**32, (200_000,), generator=torch.Generator().manual_seed(0))
     words = torch.arange(2**bits) if bits < 32 else words
     return torch.from_numpy(
         words.numpy().astype(f"uint{bits}").view(f"uint{bits}" if bits == 8 else f"int{bits}")
-    ).view(format.word)
+    ).view(fmt.word)
 
 
 def bits(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float32).view(np.uint32)
 
 
-CONSTANTS = {  # of docs/packed-state.md: A, B, δ², ζ, bits of r without its sign, greatest levels
+CONSTANTS = {  # as in docs/packed-state.md: A, B, δ², ζ, bits of r without its sign, greatest levels
     "packed32": (13, 10, 2.0**-80, 1 / 2, 14, 2**17 - 1, 2**14 - 1),
     "packed16": (20, 19, 2.0**-54, 13 / 128, 6, 511, 63),
     "packed8": (25, 22, 2.0**-54, 3 / 32, 3, 15, 7),
@@ -72,15 +72,15 @@ def test_the_words_are_those_of_the_formulas_in_the_docs(name: str) -> None:
     assert (code(words).to(torch.int64).numpy() & (2**width - 1) == levels).all()
 
 
-@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
-def test_words_that_go_out_to_fp32_and_come_back_are_the_same(format: Format) -> None:
-    words = every_word(format)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+def test_words_that_go_out_to_fp32_and_come_back_are_the_same(fmt: Format) -> None:
+    words = every_word(fmt)
     exp_avg, exp_avg_sq = packed.unpack(words)
     assert exp_avg.isfinite().all() and (exp_avg_sq >= 0.0).all()
-    assert torch.equal(code(packed.pack(format, exp_avg, exp_avg_sq)), code(words))
+    assert torch.equal(code(packed.pack(fmt, exp_avg, exp_avg_sq)), code(words))
     for dither in (0, 2**32 - 1, 0x9E3779B9):  # whatever would have rounded them
         dithers = torch.full(words.shape, dither)
-        assert torch.equal(code(packed.pack(format, exp_avg, exp_avg_sq, (dithers, dithers))), code(words))
+        assert torch.equal(code(packed.pack(fmt, exp_avg, exp_avg_sq, (dithers, dithers))), code(words))
 
 
 def test_packed32_is_within_a_few_thousandths_of_a_per_cent() -> None:
@@ -91,40 +91,40 @@ def test_packed32_is_within_a_few_thousandths_of_a_per_cent() -> None:
     assert ((v - exp_avg_sq).abs() <= exp_avg_sq * 2.0**-11).all()  # half a level of w
 
 
-@pytest.mark.parametrize("format", SHORT, ids=lambda format: format.name)
-def test_the_expectation_of_what_is_stored_is_what_was_to_be_stored(format: Format) -> None:
+@pytest.mark.parametrize("fmt", SHORT, ids=lambda fmt: fmt.name)
+def test_the_expectation_of_what_is_stored_is_what_was_to_be_stored(fmt: Format) -> None:
     count = 256
     dithers = numbers(count)
     # As far as no level is cut off: in packed8, w may go down to a sixteenth.
-    largest = {"packed16": 1.0, "packed8": 0.17}[format.name]
+    largest = {"packed16": 1.0, "packed8": 0.17}[fmt.name]
     for exp_avg, exp_avg_sq in zip(*(t.tolist() for t in moments(60, seed=1, largest=largest)), strict=True):
         shape = dithers[0].shape
-        m, v = packed.unpack(packed.pack(format, torch.full(shape, exp_avg), torch.full(shape, exp_avg_sq), dithers))
-        # Midpoints of 256 intervals: off by at most half an interval of the distance between two levels, which is at most this.
-        between_v, between_m = {"packed16": (1 / 8, 0.05), "packed8": (15.0, 1.0)}[format.name]
+        m, v = packed.unpack(packed.pack(fmt, torch.full(shape, exp_avg), torch.full(shape, exp_avg_sq), dithers))
+        # Midpoints of 256 intervals: off by at most half an interval of the distance between two levels, at most this.
+        between_v, between_m = {"packed16": (1 / 8, 0.05), "packed8": (15.0, 1.0)}[fmt.name]
         assert len(v.unique()) <= 2
         assert abs(float(v.double().mean()) - exp_avg_sq) <= between_v / count * exp_avg_sq
         assert abs(float(m.double().mean()) - exp_avg) <= between_m / count * math.sqrt(exp_avg_sq)
 
 
-@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
-def test_at_the_ends_of_the_range_values_are_cut_off_and_nothing_is_nan(format: Format) -> None:
-    top = math.sqrt(format.w_floor * 2.0 ** (2**format.w_bits / 2 ** (23 - format.w_shift)))
-    v = torch.tensor([0.0, 1e-45, format.w_floor / 64, top * top, 1e37, math.inf, math.nan, 1.0])
-    m = torch.tensor([0.0, 1e-30, math.sqrt(format.w_floor) / 8, 1.0, 3e18, math.inf, math.nan, math.nan])
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+def test_at_the_ends_of_the_range_values_are_cut_off_and_nothing_is_nan(fmt: Format) -> None:
+    top = math.sqrt(fmt.w_floor * 2.0 ** (2**fmt.w_bits / 2 ** (23 - fmt.w_shift)))
+    v = torch.tensor([0.0, 1e-45, fmt.w_floor / 64, top * top, 1e37, math.inf, math.nan, 1.0])
+    m = torch.tensor([0.0, 1e-30, math.sqrt(fmt.w_floor) / 8, 1.0, 3e18, math.inf, math.nan, math.nan])
     for dither in (None, 0, 2**32 - 1):
         dithers = None if dither is None else (torch.full(v.shape, dither),) * 2
-        got_m, got_v = packed.unpack(packed.pack(format, m, v, dithers))
+        got_m, got_v = packed.unpack(packed.pack(fmt, m, v, dithers))
         assert got_m.isfinite().all() and got_v.isfinite().all()
         assert got_v[0] == 0.0 and got_m[0] == 0.0
         assert (got_v.sqrt() <= top).all() and (got_m.abs() <= 2.2 * top).all()
 
 
-@pytest.mark.parametrize("format", SHORT, ids=lambda format: format.name)
-def test_averages_rounded_at_every_step_stay_where_the_true_ones_are_but_for_m_in_packed8(format: Format) -> None:
+@pytest.mark.parametrize("fmt", SHORT, ids=lambda fmt: fmt.name)
+def test_averages_rounded_at_every_step_stay_where_the_true_ones_are_but_for_m_in_packed8(fmt: Format) -> None:
     generator = torch.Generator().manual_seed(2)
     size, beta = 4000, 0.95
-    words, weight = torch.zeros(size, dtype=format.word), torch.randn(size, generator=generator)
+    words, weight = torch.zeros(size, dtype=fmt.word), torch.randn(size, generator=generator)
     m, v = torch.zeros(size), torch.zeros(size)
     sums = torch.zeros(4, dtype=torch.float64)
     for step in range(1, 201):
@@ -137,7 +137,7 @@ def test_averages_rounded_at_every_step_stay_where_the_true_ones_are_but_for_m_i
             ours = packed.unpack(words)
             sums += torch.stack([ours[0].double().sum(), m.double().sum(), ours[1].double().sum(), v.double().sum()])
     # Two octaves lie between levels of packed8's d: where it goes down to a quarter, r would exceed its greatest level.
-    low, high = {"packed16": (0.995, 1.005), "packed8": (0.7, 0.8)}[format.name]
+    low, high = {"packed16": (0.995, 1.005), "packed8": (0.7, 0.8)}[fmt.name]
     assert low <= float(sums[0] / sums[1]) <= high
     assert float(sums[2] / sums[3]) == pytest.approx(1.0, abs=0.01)
 
@@ -145,16 +145,16 @@ def test_averages_rounded_at_every_step_stay_where_the_true_ones_are_but_for_m_i
 @pytest.mark.parametrize("state", FORMATS)
 def test_the_elements_that_are_counted_are_those_whose_moment_is_cut_off(state: str) -> None:
     """m from 0 to 2.5 times √v; where it is cut, what is stored is the greatest level, and less than m."""
-    format, size = FORMATS[state], 20_000
+    fmt, size = FORMATS[state], 20_000
     exp_avg_sq = moments(size, seed=3)[1]
     exp_avg = exp_avg_sq.sqrt() * torch.linspace(0.0, 2.5, size)
     u_w, u_r = numbers(256)
-    words = packed.pack(format, exp_avg, exp_avg_sq, (u_w[:size], u_r[:size]))
+    words = packed.pack(fmt, exp_avg, exp_avg_sq, (u_w[:size], u_r[:size]))
     cut = packed.beyond(words, exp_avg)
     stored, v = packed.unpack(words)
-    top = (code(words).to(torch.int64) & format.r_top) == format.r_top
+    top = (code(words).to(torch.int64) & fmt.r_top) == fmt.r_top
     assert 0.3 < float(cut.double().mean()) < 0.9 and not (cut & ~top).any()
     assert (stored[cut] < exp_avg[cut]).all()
-    gap = {"packed32": 2.0**-13, "packed16": 1 / 16, "packed8": 1 / 4}[state]  # of the two greatest levels of r
-    power = 2.0 ** ((v + format.w_floor).log2() / 2 + 0.5).floor()
+    gap = {"packed32": 2.0**-13, "packed16": 1 / 16, "packed8": 1 / 4}[state]  # between the two greatest levels of r
+    power = 2.0 ** ((v + fmt.w_floor).log2() / 2 + 0.5).floor()
     assert ((exp_avg - stored)[~cut] <= 1.001 * gap * power[~cut]).all()

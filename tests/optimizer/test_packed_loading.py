@@ -96,7 +96,7 @@ def test_a_parameter_without_gradient_is_brought_to_the_new_format_too() -> None
 
 
 @pytest.mark.parametrize(
-    ("state", "format", "message"),
+    ("state", "called", "message"),
     [
         (
             {"step": torch.tensor(500.0), "state1": torch.ones(4), "absmax1": torch.ones(1)},
@@ -124,13 +124,13 @@ def test_a_parameter_without_gradient_is_brought_to_the_new_format_too() -> None
     ids=["another_optimizers", "half", "momentum", "without_step", "mismatched", "unnamed"],
 )
 def test_a_state_that_is_not_what_it_is_called_is_refused_and_nothing_changes(
-    state: dict, format: str, message: str
+    state: dict, called: str, message: str
 ) -> None:
     params = [nn.Parameter(torch.ones(4))]
     optimizer = BalancedAdam(params, state="packed16")
     train(optimizer, params, range(2))
     before = copy.deepcopy(optimizer.state_dict())
-    group = {**before["param_groups"][0], "state": format}
+    group = {**before["param_groups"][0], "state": called}
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict({"state": {0: state}, "param_groups": [group]})
     after = optimizer.state_dict()
@@ -221,7 +221,7 @@ def test_a_checkpoint_in_an_unknown_format_is_refused_and_nothing_changes() -> N
 
 @pytest.mark.parametrize("state", FORMATS)
 def test_words_that_a_loader_has_cast_by_value_are_refused(state: str) -> None:
-    """torch's own Optimizer.load_state_dict does that, where the weights are bfloat16; and a copy into a tensor of another dtype."""
+    """torch's own Optimizer.load_state_dict does that where weights are bfloat16, as does a copy into another dtype."""
     params = [nn.Parameter(torch.randn(100, generator=torch.Generator().manual_seed(0)))]
     optimizer = BalancedAdam(params, state=state)
     train(optimizer, params, range(3))

@@ -28,7 +28,7 @@ def test_no_step_exceeds_lr_however_the_gradient_runs(state: str, fused: bool | 
         growth = 1.2 ** (step % 40) * 1e-6
         param.grad = growth * torch.where(torch.arange(64) % 2 == 0, 1.0, torch.randn(64, generator=generator))
         optimizer.step()
-        assert (param - before).abs().max() <= 1.0 + 1e-4  # of fp32 numbers around 100
+        assert (param - before).abs().max() <= 1.0 + 1e-4  # fp32 numbers around 100
         assert optimizer.update_size().greatest <= 1.0 + 1e-6
 
 

@@ -158,6 +158,5 @@ def travel(_: None) -> list[Tensor]:
     cut = distribute_tensor(mine, mesh, [Shard(0)])
     copied = torch.empty_like(mine).copy_(mine)
     strided = torch.empty_like(mine.view(256, 256)).copy_(mine.view(256, 256).t()).t().reshape(-1)
-    return [
-        t.view(torch.int16).cpu() for t in (empty, *gathered, cut.full_tensor(), copied, strided, torch.cat(mine.split(7)))
-    ]  # fmt: skip
+    joined = torch.cat(mine.split(7))
+    return [t.view(torch.int16).cpu() for t in (empty, *gathered, cut.full_tensor(), copied, strided, joined)]

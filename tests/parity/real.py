@@ -144,7 +144,7 @@ def _greatest(values: Iterable[float | Tensor]) -> float:
 
 @cache
 def plain_run() -> Trace:
-    """One process, no DeepSpeed, no BalancedAdam: all sequences of a step in one batch, and the plain rule in float32."""
+    """One process, no DeepSpeed, no BalancedAdam: each step one batch of all sequences, the plain rule in float32."""
     model = llama()
     decay = {p: group["weight_decay"] for group in groups(model) for p in group["params"]}
     moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in decay}

@@ -55,7 +55,7 @@ def cases(path: str) -> list[Case]:
 
 
 def inputs(step: int, micro: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Any numbers, unlike the exact ones of model.py; in one step an infinity on one rank, in another a parameter left out."""
+    """Any numbers, unlike the exact ones of model.py; once an infinity on one rank, once a parameter left out."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
     values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     if step == OVERFLOW_IN and rank == 1:

@@ -169,8 +169,8 @@ def report(stage: int, contenders: list[Contender]) -> str:
 def main() -> None:
     print(f"{machine()}\n")
     print(
-        f"{TENSORS * SIZE / 1e6:.0f} M parameters in {TENSORS} tensors, bf16, clipping, {WORLD} ranks of one thread each, "
-        f"gloo, median of {ROUNDS} interleaved rounds [min .. max]:\n"
+        f"{TENSORS * SIZE / 1e6:.0f} M parameters in {TENSORS} tensors, bf16, clipping, {WORLD} ranks of one thread "
+        f"each, gloo, median of {ROUNDS} interleaved rounds [min .. max]:\n"
     )
     for stage, contenders in ((1, CONTENDERS), (2, CONTENDERS), (2, OFFLOADED), (3, CONTENDERS), (3, OFFLOADED)):
         print(report(stage, contenders) + "\n", flush=True)

@@ -1,7 +1,8 @@
-"""Other optimizers with a small state, and other packed formats, on the runs of a comparison: ``python -m tests.perf.rivals --help``.
+"""Other optimizers with a small state, and other packed formats, on the runs of a comparison.
 
-Each takes BalancedAdam's place in train.pretrain, at ZeRO stage 0; weights, batches, schedule, clipping and validation are the
-same, so that ``python -m train.report`` may put its runs beside those of a comparison. A run that is cut begins anew.
+``python -m tests.perf.rivals --help``. Each takes BalancedAdam's place in train.pretrain, at ZeRO stage 0; weights,
+batches, schedule, clipping and validation are the same, so that ``python -m train.report`` may put its runs beside
+those of a comparison. A run that is cut begins anew.
 """
 
 from __future__ import annotations
@@ -89,9 +90,9 @@ class AnotherFormat(Rounded):
 
     bounded = True
 
-    def __init__(self, groups: Groups, format: packed.Format, numbers: formats.Numbers) -> None:
+    def __init__(self, groups: Groups, fmt: packed.Format, numbers: formats.Numbers) -> None:
         super().__init__(groups)
-        self.format, self.numbers = format, numbers
+        self.format, self.numbers = fmt, numbers
 
     def read(self, stored: Any) -> tuple[Tensor, Tensor]:
         return packed.unpack(stored, self.format)
@@ -126,7 +127,7 @@ RIVALS: dict[str, Callable[[Groups], Rival]] = {
     "bitsandbytes8": bitsandbytes,
     "torchao8": torchao,
     "torchao4": torchao4,
-    **{name: partial(AnotherFormat, format=format, numbers=numbers) for name, format, numbers in formats.TRAINED},
+    **{name: partial(AnotherFormat, fmt=fmt, numbers=numbers) for name, fmt, numbers in formats.TRAINED},
 }
 
 
