@@ -13,7 +13,7 @@ from tests import session
 def pytest_configure() -> None:
     # The workers of pytest-xdist share the cores. Before torch is imported; tests that want more threads ask for them.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    session.folder()  # of the controller of pytest-xdist, whose workers inherit the name
+    session.folder()  # made by the controller of pytest-xdist, whose workers inherit the name
 
 
 def pytest_collection_finish() -> None:

@@ -1,7 +1,7 @@
-"""A process that has imported everything a rank needs, and forks ranks from itself: ``python -m tests.forkserver SOCKET``.
+"""A process that has imported everything a rank needs, and forks ranks: ``python -m tests.forkserver SOCKET``.
 
-One for all workers of a test session (tests/ranks.py starts it), and for the ranks themselves, which must not fork: a process
-that has run OpenMP or autograd can't be forked safely. So nothing here may, nor start a thread.
+One for all workers of a test session (tests/ranks.py starts it), and for the ranks themselves, which must not fork: a
+process that has run OpenMP or autograd can't be forked safely. So nothing here may, nor start a thread.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ MODULES = (
     "train.checkpoint.resumable_run",
     "train.run.preflight",
 )
-"""But not what ranks run as ``__main__``, which would then be there twice: train.pretrain, train.checkpoint.universal, tests.job."""
+"""What ranks run as ``__main__`` is left out, or it would be there twice: train.pretrain, train.checkpoint.universal,
+tests.job."""
 
 
 def prepare() -> None:
@@ -45,7 +46,7 @@ def prepare() -> None:
         import_module(name)
     # The first optimizer of a process imports torch._dynamo and all it needs, for more than two seconds.
     torch.optim.AdamW([torch.ones(1, requires_grad=True)])
-    # Else each collection that DeepSpeed asks for (twice in an engine's life) would look through all of these modules again.
+    # Else each collection that DeepSpeed asks for (twice in an engine's life) would look through these modules again.
     gc.collect()
     gc.freeze()
 
@@ -66,8 +67,10 @@ def check(server: int) -> None:
 
 
 def serve(address: Path) -> None:
-    """Fork for whoever connects and sends what to run, ``(function, argument)``: the child's number goes back at once, its
-    exit code when it has ended. Ends with the session whose folder the socket is in.
+    """Fork for whoever connects and sends what to run, ``(function, argument)``.
+
+    The child's number goes back at once, its exit code when it has ended. Ends with the session whose folder the socket
+    is in.
     """
     from tests.ranks import end_with
 
@@ -92,7 +95,8 @@ def serve(address: Path) -> None:
                 except (EOFError, OSError):
                     continue
                 if (child := os.fork()) == 0:
-                    for each in (listener, client, *children.values()):
+                    ends: list[Listener | Connection] = [listener, client, *children.values()]
+                    for each in ends:
                         each.close()
                     end_with(function, argument)
                 children[child] = client
@@ -105,7 +109,7 @@ def serve(address: Path) -> None:
                 client.close()
     for child in children:
         kill(child)
-    shutil.rmtree(address.parent, ignore_errors=True)  # of a session that was killed
+    shutil.rmtree(address.parent, ignore_errors=True)  # what a killed session has left
 
 
 def kill(child: int) -> None:

@@ -1,8 +1,8 @@
 """Starts the ranks of tests: forked from a server that has imported everything, which takes a tenth of a fresh start.
 
-A forked rank has the environment that a launcher would give it, and its own process group, threads and random numbers. What
-it shares with the others, as fresh ones don't, is the seed of Python's hashes. ``fresh`` ranks are started by torchrun: where
-there are GPUs, since CUDA can't be forked, and in benchmarks.
+A forked rank has the environment that a launcher would give it, and its own process group, threads and random numbers.
+What it shares with the others, as fresh ones don't, is the seed of Python's hashes. ``fresh`` ranks are started by
+torchrun: where there are GPUs, since CUDA can't be forked, and in benchmarks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from train.distributed.launch import free_port
 from train.sweep.launch import RANK_VARIABLES
 
 LIMIT = 900.0
-"""Seconds that ranks may take, ten times what any test needs on a usual machine: for what hangs, not for what is slow."""
+"""Seconds that ranks may take, ten times what any test needs on a usual machine: for what hangs, not what is slow."""
 
 
 class Program(NamedTuple):
@@ -148,7 +148,7 @@ def popen(line: list[str], program: Program) -> Started:
     return Started(process.pid, program.log, process.poll)
 
 
-class Forking(subprocess.Popen):  # type: ignore[type-arg]
+class Forking(subprocess.Popen):
     """``subprocess.Popen`` that forks what it can: plain python and torchrun, when they start a module of train/."""
 
     def __new__(cls, line: Any, **more: Any) -> Any:
@@ -253,8 +253,9 @@ def _begin(program: Program) -> None:
             end_with(_run, program, common | numbers)
         ranks[child] = rank
     # Where the ranks meet: with the launcher, as torchrun's. It has threads, so it comes after the forks.
-    meeting = torch.distributed.TCPStore(
-        "127.0.0.1", int(common["MASTER_PORT"]), is_master=True, wait_for_workers=False
+    port = int(common["MASTER_PORT"])
+    meeting = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, is_master=True, wait_for_workers=False
     )
     code = _launch(ranks, program.grace)
     del meeting
@@ -262,7 +263,7 @@ def _begin(program: Program) -> None:
 
 
 def _run(program: Program, numbers: dict[str, str]) -> None:
-    """``python -m module arguments``, with a rank's numbers in the environment. What it starts in its turn is forked, too."""
+    """``python -m module arguments``, with a rank's numbers in the environment. What it starts is forked, too."""
     os.environ.clear()
     os.environ.update(program.environment | numbers)
     os.chdir(program.folder)
@@ -274,13 +275,13 @@ def _run(program: Program, numbers: dict[str, str]) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.seed()  # a process begins with random ones; Python's own come anew after a fork
     np.random.seed()
-    subprocess.Popen = Forking  # type: ignore[misc]
+    subprocess.Popen = Forking  # type: ignore[misc, assignment]
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
     runpy.run_module(program.module, run_name="__main__", alter_sys=True)
 
 
 def _launch(ranks: dict[int, int], grace: float) -> int:
-    """Wait for all ranks; the exit code. After the first failure the others are asked to end, and killed after the grace."""
+    """Wait for all ranks; the exit code. After a failure the others are asked to end, and killed after the grace."""
     code, until = 0, float("inf")
 
     def send(number: int) -> None:

@@ -1,4 +1,4 @@
-"""Costly values that many tests look at are worked out once a session, by whichever worker of pytest-xdist needs them first."""
+"""Costly values that many tests look at are worked out once a session, by the pytest-xdist worker that is first."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def shared(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
                     value = function(*arguments)  # type: ignore[call-arg]
                 except KeyboardInterrupt:
                     raise
-                except BaseException:  # those of pytest, too
+                except BaseException:  # pytest's own, too
                     error = traceback.format_exc()
                 aside = file.with_suffix(".aside")
                 torch.save((value, error), aside)
                 aside.rename(file)
-        return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+        return torch.load(file, weights_only=False)
 
     @wraps(function)
     def wrapper(*arguments: Arguments.args, **named: Arguments.kwargs) -> Value:
@@ -62,6 +62,6 @@ def shared(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
         value, error = outcome(*arguments)
         if error:
             raise RuntimeError(f"{function.__name__} failed:\n{error}")
-        return value  # type: ignore[no-any-return]
+        return value
 
     return wrapper

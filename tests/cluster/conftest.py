@@ -28,7 +28,10 @@ def project(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A run of a few seconds."""
     base = tmp_path_factory.mktemp("data")
-    text = "--steps 20 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 --save-every 5 --validate-every 0"
+    text = (
+        "--steps 20 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 "
+        "--save-every 5 --validate-every 0"
+    )
     return [
         *text.split(),
         "--data",

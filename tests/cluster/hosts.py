@@ -1,7 +1,7 @@
 """Hosts in Linux namespaces on one machine, with ssh and a real Slurm: what tests of several nodes run on.
 
-A host has a network, a hostname, mounts and a process tree of its own, all held by one process: killing that one is pulling its
-plug. Hosts hang on a bridge inside the controller's namespace, so nothing of it is seen outside. Needs root.
+A host has a network, a hostname, mounts and a process tree of its own, all held by one process: killing that one is
+pulling its plug. Hosts hang on a bridge inside the controller's namespace, so nothing is seen outside. Needs root.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ class Host:
 
     def up(self, bridge: Host | None) -> None:
         """Boot; plug it into the bridge of the controller, or be that."""
-        setup = f"hostname {self.name}; mount --bind {self.folder}/hosts /etc/hosts; ip link set lo up; echo up; exec sleep infinity"
+        hosts = f"{self.folder}/hosts"
+        setup = (
+            f"hostname {self.name}; mount --bind {hosts} /etc/hosts; ip link set lo up; echo up; exec sleep infinity"
+        )
         flags = ["--fork", "--kill-child", "--mount-proc"]
         command = ["unshare", *NAMESPACES, *flags, "sh", "-c", setup]
         self.holder = subprocess.Popen(
@@ -252,8 +255,9 @@ class Cluster:
             os.mknod(here / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         (here / "gres.conf").write_text(f"Name=gpu File={here}/gpu[0-7]\n")
         start, log = self.controller.start, here / "daemons.log"
-        start("munged", "--foreground", f"--key-file={here}/munge.key", f"--socket={here}/munge.socket",
-              f"--pid-file={here}/munged.pid", f"--log-file={here}/munged.log", f"--seed-file={here}/munged.seed", log=log)  # fmt: skip
+        files = {"key": "munge.key", "pid": "munged.pid", "log": "munged.log", "seed": "munged.seed"}
+        places = [f"--{kind}-file={here}/{name}" for kind, name in files.items()]
+        start("munged", "--foreground", f"--socket={here}/munge.socket", *places, log=log)
         wait_until((here / "munge.socket").is_socket, 15, "munged")
         start("slurmctld", "-D", log=log)
         for node in self.nodes:

@@ -35,12 +35,11 @@ def on_both(cluster: Cluster, project: Path, *line: object) -> list[subprocess.P
     """The same command on both nodes; {node} is the node's number."""
     log = project.parent / "launch.log"
     log.write_text("")
-    return [
-        node.start(
-            "env", f"--chdir={project}", *(str(word).replace("{node}", str(number)) for word in line), log=log, GLOO_SOCKET_IFNAME="eth0"
-        )
-        for number, node in enumerate(cluster.nodes)
-    ]  # fmt: skip
+    started = []
+    for number, node in enumerate(cluster.nodes):
+        words = [str(word).replace("{node}", str(number)) for word in line]
+        started.append(node.start("env", f"--chdir={project}", *words, log=log, GLOO_SOCKET_IFNAME="eth0"))
+    return started
 
 
 def ends(launchers: list[subprocess.Popen[bytes]], seconds: float = 600.0) -> list[int]:

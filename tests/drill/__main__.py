@@ -1,8 +1,7 @@
-"""A fire drill: one run on two hosts is killed, or one of its ranks hangs, again and again; it has to end with the bits of an undisturbed
-one.
+"""A fire drill: a run on two hosts is killed or hangs again and again, and ends with the bits of an undisturbed one.
 
-``python -m tests.drill --faults 50 --seed 0``. As root each rank has a host of its own (tests/cluster/hosts.py), whose plug can be
-pulled; otherwise both ranks share this machine, and no host crashes. Everything done is in drill.jsonl.
+``python -m tests.drill --faults 50 --seed 0``. As root each rank has a host of its own (tests/cluster/hosts.py), whose
+plug can be pulled; otherwise both ranks share this machine, and no host crashes. Everything done is in drill.jsonl.
 """
 
 from __future__ import annotations
@@ -38,7 +37,8 @@ from train.distributed.launch import free_port
 from train.run import run_dir
 
 VICTIM = "tests.drill.victim"
-# Where a rank is killed, or hangs: how often it may have been there before in this attempt, and whether rank 0 alone comes there.
+# Where a rank is killed, or hangs: how often it may have been there before in this attempt, and whether rank 0 alone
+# comes there.
 MOMENTS = {
     "tokenizing": (1, True),
     "forward": (60, False),
@@ -76,7 +76,8 @@ class Machine:
 
     Args:
         cluster: the hosts; None for this machine.
-        forked: fork the ranks from a process that has imported everything, in place of torchrun: a start takes two seconds, not twenty.
+        forked: fork the ranks from a process that has imported everything, in place of torchrun: a start takes two
+            seconds, not twenty.
     """
 
     def __init__(self, cluster: Cluster | None, *, forked: bool = False) -> None:
@@ -161,7 +162,7 @@ class Machine:
 
 
 class Stopwatch:
-    """Seconds that each fault has cost: from the last step before it to the first one beyond, in whichever attempt that comes."""
+    """Seconds that each fault has cost: from the last step before it to the first one beyond, in whichever attempt."""
 
     def __init__(self, run: Path) -> None:
         self.file, self.log = run / "metrics.jsonl", run.with_name("drill.jsonl")
@@ -169,7 +170,7 @@ class Stopwatch:
 
     @property
     def lines(self) -> int:
-        """Of metrics.jsonl, now."""
+        """How many lines metrics.jsonl has now."""
         return self.file.read_bytes().count(b"\n") if self.file.exists() else 0
 
     def start(self, fault: dict[str, Any], began: float) -> None:

@@ -1,6 +1,7 @@
 """A user's script for Accelerate: import, and "BalancedAdam" in the ds_config of its DeepSpeed plugin."""
 
 import sys
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
@@ -16,7 +17,8 @@ model = LlamaForCausalLM(
     LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
 )
 optimizer = DummyOptim(model.parameters(), lr=1e-3)
-loader = torch.utils.data.DataLoader(list(torch.randint(64, (20, 16))), batch_size=2)
+rows: Any = list(torch.randint(64, (20, 16)))
+loader: Any = torch.utils.data.DataLoader(rows, batch_size=2)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 for tokens in loader:
     accelerator.backward(model(input_ids=tokens, labels=tokens).loss)

@@ -17,7 +17,7 @@ SETTINGS = {"lr": 0.5, "betas": 0.75}
 STEPS = 2
 
 
-def model() -> torch.nn.Module:
+def model() -> torch.nn.Linear:
     """Two weights whose gradients are the inputs."""
     linear = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.constant_(linear.weight, 1.0)

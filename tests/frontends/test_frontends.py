@@ -24,11 +24,12 @@ def test_two_ranks_train_with_it_under_zero_2(script: str, tmp_path: Path) -> No
         "trainer": [str(tmp_path), str(REPOSITORY / "ds_configs" / "zero2.json")],  # it fills in every "auto"
         "accelerated": [str(for_accelerate)],
     }
-    # DeepSpeed compiles an op for its inference at the first start on CPU; a folder of our own, so that tests don't race.
+    # DeepSpeed compiles an op for its inference at the first start on CPU: in a folder of our own, lest tests race.
     settings = environment(DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(REPOSITORY / "build" / "extensions"))
     program = Program(f"tests.frontends.{script}", arguments[script], settings, tmp_path / "log", world=2)
     started = start(program, fresh=script == "plain_deepspeed")  # as a user starts it
-    # A thread of gloo may abort a CPU process that has done everything, while Python is finalizing; see train.distributed.launch.exit_process.
+    # A thread of gloo may abort a CPU process that has done everything, while Python is finalizing;
+    # see train.distributed.launch.exit_process.
     code, said = started.wait(), started.said()
     assert code == 0 or "terminate called without an active exception" in said, said[-3000:]
     assert said.count("USED ('BalancedAdam', 2, 2, 5)\n") == 2, said

@@ -1,6 +1,7 @@
 """A user's script for Transformers' Trainer: import, and "BalancedAdam" with "auto" betas in the ds_config."""
 
 import sys
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -26,7 +27,7 @@ model = LlamaForCausalLM(
 tokens = torch.randint(64, (64, 16))
 trainer = Trainer(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in tokens])
 trainer.train()
-engine = trainer.model_wrapped
+engine: Any = trainer.model_wrapped
 used = type(engine.basic_optimizer).__name__, engine.world_size, engine.zero_optimization_stage(), engine.global_steps
 sys.stdout.write(f"USED {used}\n")  # in one piece: the ranks share a pipe
 torch.distributed.barrier()  # nobody leaves before all have said it

@@ -23,7 +23,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_run(corpus: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Command-line options of a run of a few seconds."""
     cache = tmp_path_factory.getbasetemp() / "cache"
-    text = "--steps 6 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 --save-every 3 --validate-every 0"
+    text = (
+        "--steps 6 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 "
+        "--save-every 3 --validate-every 0"
+    )
     return [*text.split(), "--out", str(tmp_path / "run"), "--data", str(corpus), "--data-cache", str(cache)]
 
 

@@ -33,7 +33,8 @@ def start(
         ranks: how many; None for plain python.
         module: what each of them runs.
         launcher: a real one, by the command line that train.compare uses; by default the ranks are forked.
-        own_threads: the run decides on the number of threads, as under a real launcher; else it is one, for the tests' sake.
+        own_threads: the run decides on the number of threads, as under a real launcher; else it is one, for the tests'
+            sake.
         more: variables for the environment.
     """
     with NamedTemporaryFile(prefix="log-", delete=False, dir=_logs()) as file:

@@ -1,4 +1,4 @@
-"""Every bad input gets one sentence that names the field, the value and what would be right, and changes nothing on disk."""
+"""Bad input gets one sentence that names the field, the value and what would be right, and changes nothing on disk."""
 
 import json
 import resource
@@ -14,6 +14,7 @@ from filelock import FileLock
 from tests.harness.conftest import Make
 from train import compare, pretrain, report
 from train.checkpoint import resumable_run
+from train.checkpoint.save import save_checkpoint
 from train.common.errors import ConfigError
 from train.run.metrics import Metrics, read_metrics
 
@@ -248,7 +249,7 @@ def files_at_most(size: int) -> Iterator[None]:
 def test_a_write_that_fails_while_saving_leaves_the_last_good_checkpoint(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, save = make(), resumable_run.save_checkpoint
+    run, save = make(), save_checkpoint
 
     def save_on_a_full_disk(*arguments: object) -> None:
         if arguments[3] == 6:

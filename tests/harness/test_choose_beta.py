@@ -41,7 +41,7 @@ def test_noise_and_drift_are_estimated_without_bias() -> None:
 
 
 def test_the_horizon_is_where_noise_and_lag_cost_least_together() -> None:
-    """By trying all: an average with weights (1 - beta) beta^j of a mean that moves straight on, and independent noise."""
+    """By trying all: an average with weights (1 - beta) beta^j of a mean that moves evenly, and independent noise."""
     noise, drift = 0.04, 4e-6
 
     def cost(beta: float) -> float:
@@ -68,9 +68,10 @@ def test_a_fast_drift_needs_no_memory() -> None:
 
 
 def test_gradients_are_drawn_from_different_batches_at_the_same_weights(make: Make, tmp_path: Path) -> None:
-    """Each is the mean of those of its sequences, whose loss is taken anew here; the weights are as before, and no gradient is left in them."""
+    """Each is the mean over its sequences, whose loss is taken anew here; the weights stay, no gradient is left."""
     data = make().data
-    options = f"--batch 4 --sequence-length 32 --validation-fraction 0.2 --data {data.data} --data-cache {data.data_cache} --warmup 1"
+    options = f"--data {data.data} --data-cache {data.data_cache} --batch 4 --sequence-length 32 --warmup 1"
+    options += " --validation-fraction 0.2"
     with single_rank_run("test", tmp_path, 30, tuple(options.split())) as trainer:
         module = trainer.engine.module
         before = [parameter.clone() for parameter in module.parameters()]
@@ -93,7 +94,8 @@ def test_a_pilot_recommends_a_beta_and_says_what_other_rules_would(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = make().data
-    options = f"--batch 4 --sequence-length 32 --validation-fraction 0.2 --data {data.data} --data-cache {data.data_cache} --warmup 1"
+    options = f"--data {data.data} --data-cache {data.data_cache} --batch 4 --sequence-length 32 --warmup 1"
+    options += " --validation-fraction 0.2"
     line = f"--steps 9 --probes 3 --checkpoints 3 --planned-steps 4000 --out {tmp_path} -- {options}"
     assert choose_beta.main(line.split()) == 0
     said = capsys.readouterr().out.splitlines()
@@ -116,11 +118,13 @@ def test_a_pilot_recommends_a_beta_and_says_what_other_rules_would(
         ("--planned-steps 100", "planned_steps is 100; it must be at least the pilot's 200."),
         (
             "-- --betas 0.9",
-            "--betas is given after --; the pilot runs at 0.95 with fp32 state, and --planned-steps has the run's length.",
+            "--betas is given after --; the pilot runs at 0.95 with fp32 state, "
+            "and --planned-steps has the run's length.",
         ),
         (
             "-- --steps 9",
-            "--steps is given after --; the pilot runs at 0.95 with fp32 state, and --planned-steps has the run's length.",
+            "--steps is given after --; the pilot runs at 0.95 with fp32 state, "
+            "and --planned-steps has the run's length.",
         ),
     ],
 )

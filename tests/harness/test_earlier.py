@@ -21,7 +21,7 @@ FILES = Path(__file__).parent / "files"
 
 
 def last_state(out: Path) -> dict[str, Any]:
-    """Of the first group, on the first rank."""
+    """The state of the first group, on the first rank."""
     file = out / "checkpoints" / "step-0000012" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     content = torch.load(file, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]["state"][0]
     return dict(content)
@@ -29,8 +29,11 @@ def last_state(out: Path) -> dict[str, Any]:
 
 @pytest.mark.ranks
 def test_a_run_that_0d6eb9e_began_goes_on_with_the_bits_that_it_had_there(tmp_path: Path) -> None:
-    """files/run_0d6eb9e.tar.xz: two ranks, ZeRO-1, packed16 with words as int16, a moving beta, after 8 of 12 steps; and what 0d6eb9e's own
-    uncut run had for losses. Where this machine has the bits of those before the cut, it must have those after it too."""
+    """files/run_0d6eb9e.tar.xz: two ranks, ZeRO-1, packed16 with words as int16, a moving beta, after 8 of 12 steps.
+
+    It also holds the losses of 0d6eb9e's own uncut run. Where this machine has the bits of those before the cut, it
+    must have those after it too.
+    """
     with tarfile.open(FILES / "run_0d6eb9e.tar.xz") as packed:
         packed.extractall(tmp_path, filter="data")
     corpus, cache, model = write_corpus(tmp_path / "corpus"), tmp_path / "cache", tmp_path / "model"
@@ -50,7 +53,10 @@ def test_a_run_that_0d6eb9e_began_goes_on_with_the_bits_that_it_had_there(tmp_pa
     about["identity"]["model"]["model"], about["identity"]["data"]["data"] = str(model), str(corpus)
     written.write_text(json.dumps({**about, "tokens": name}))
 
-    text = "--steps 12 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 --save-every 4 --validate-every 0"
+    text = (
+        "--steps 12 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 "
+        "--save-every 4 --validate-every 0"
+    )
     options = [*text.split(), "--betas", "from:0.8:to:0.95", "--state", "packed16", "--model", str(model)]
     options += ["--data", str(corpus), "--data-cache", str(cache), "--out", str(tmp_path / "run")]
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
@@ -65,7 +71,7 @@ def test_a_run_that_0d6eb9e_began_goes_on_with_the_bits_that_it_had_there(tmp_pa
     state = last_state(tmp_path / "run")
     assert state["packed"].dtype == torch.bfloat16 and state["step"] == 12
 
-    # On one rank it goes through DeepSpeed's universal format, which knows nothing of the betas but what the groups say.
+    # On one rank it goes through DeepSpeed's universal format, where the groups alone tell anything of the betas.
     alone = change(options, out=tmp_path / "alone")
     code, said = finish(alone, None)
     assert code == 0 and "step-0000008-universal" in said, said

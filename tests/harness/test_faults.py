@@ -1,4 +1,4 @@
-"""What goes wrong at night: ranks killed, stuck or poisoned, damaged checkpoints, folders that vanish. Nothing is lost."""
+"""What goes wrong at night: ranks killed, stuck or poisoned, damaged checkpoints, lost folders. Nothing is lost."""
 
 from __future__ import annotations
 

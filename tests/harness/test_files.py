@@ -1,4 +1,4 @@
-"""The files that a run leaves, damaged or of another run: what is whole is used, what isn't is named, and nothing is lost."""
+"""A run's files, damaged or of another run: what is whole is used, what isn't is named, nothing is lost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ def options(out: Path) -> list[str]:
     """The command line of a run of six steps with checkpoints after three and six."""
     place = session.folder() / "files"
     place.mkdir(exist_ok=True)
-    text = "--steps 6 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 --save-every 3 --validate-every 0"
+    text = (
+        "--steps 6 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 "
+        "--save-every 3 --validate-every 0"
+    )
     return [*text.split(), "--data", str(place / "corpus"), "--data-cache", str(place / "cache"), "--out", str(out)]
 
 
@@ -243,7 +247,7 @@ def failing(times: int, number: int) -> Callable[[Callable[..., Any]], Callable[
 def test_what_cannot_be_read_now_is_neither_damaged_nor_passed_over(
     run: Run, alone: Ranks, monkeypatch: pytest.MonkeyPatch, number: int, reader: str, times: int
 ) -> None:
-    monkeypatch.setattr(load.time, "sleep", lambda _: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     before = sorted(path.name for path in last(run).iterdir())
     with monkeypatch.context() as patch:
         failing_reader = failing(times, number)(getattr(manifest, reader))
@@ -339,7 +343,18 @@ def test_a_run_with_damaged_metrics_resumes(run: Run) -> None:
 
 # ---- run.json, result.json
 
-WRONG_JSON = [b"", b"null", b"[]", b"{", b"\xff{}", b"[" * 100_000, b'{"identity": 3}', b'{"status": "finished", "step": 6, "validation_loss": null}', b'{"status": "ended", "step": 6, "validation_loss": 1.0}', b'{"status": "finished", "step": -1, "validation_loss": 1.0}']  # fmt: skip
+WRONG_JSON = [
+    b"",
+    b"null",
+    b"[]",
+    b"{",
+    b"\xff{}",
+    b"[" * 100_000,
+    b'{"identity": 3}',
+    b'{"status": "finished", "step": 6, "validation_loss": null}',
+    b'{"status": "ended", "step": 6, "validation_loss": 1.0}',
+    b'{"status": "finished", "step": -1, "validation_loss": 1.0}',
+]
 
 
 @pytest.mark.parametrize("name", ["run.json", "result.json"])

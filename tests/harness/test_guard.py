@@ -29,7 +29,7 @@ MODULES = {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
 
 
 def unguarded(source: str) -> Iterator[str]:
-    """Calls that read a checkpoint outside of ``only_known_classes``, and modules that unpickle, in a module's source."""
+    """Calls in a module that read a checkpoint outside of ``only_known_classes``, and modules that unpickle."""
 
     def guards(node: ast.AST) -> bool:
         heads = [item.context_expr for item in node.items] if isinstance(node, ast.With) else []
@@ -91,7 +91,10 @@ def poison(checkpoint: Path, name: str, mark: Path) -> None:
     manifest.write_text(json.dumps(guard(about)))
 
 
-OPTIONS = "--steps 30 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 --save-every 6 --keep 9 --validate-every 0"
+OPTIONS = (
+    "--steps 30 --warmup 1 --batch 4 --sequence-length 32 --validation-fraction 0.2 "
+    "--save-every 6 --keep 9 --validate-every 0"
+)
 
 
 @session.shared

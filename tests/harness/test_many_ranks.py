@@ -27,7 +27,7 @@ STEPS = 4
 
 
 class Cost(NamedTuple):
-    """Of the harness's own collectives and files on one rank, in one step without a checkpoint."""
+    """What the harness itself needs on one rank for a step without a checkpoint: collectives and files."""
 
     calls: Counter[str]
     numbers: int
@@ -101,5 +101,5 @@ def test_a_step_costs_the_same_collectives_and_no_file_on_2_and_on_16_ranks(tmp_
         assert len(list((place / "run" / "checkpoints").glob("step-*/zero_pp_rank_*"))) == world
     assert costs[16] == costs[2]
     assert costs[2].files == set()
-    # Of train_step: sums of 3 numbers, maxima of 2.
+    # train_step: sums of 3 numbers, maxima of 2.
     assert costs[2].calls == {"sum_and_max": 1} and costs[2].numbers == 5

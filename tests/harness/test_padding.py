@@ -1,4 +1,4 @@
-"""Numbers of ranks that do not divide the tensors: what fills up the last ranks' parts is never read, whatever it holds."""
+"""Numbers of ranks that don't divide the tensors: what fills up the last ranks' parts is never read, whatever it is."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -105,7 +106,9 @@ def stable(step: int) -> float:
     ("name", "before", "after"),
     [("cosine", warmup, cosine), ("linear", warmup, linear), ("wsd", warmup_of_wsd, stable)],
 )
-def test_a_schedule_warms_up_and_ends_at_the_final_fraction(name: str, before: Course, after: Course) -> None:
+def test_a_schedule_warms_up_and_ends_at_the_final_fraction(
+    name: Literal["cosine", "linear", "wsd"], before: Course, after: Course
+) -> None:
     settings = Schedule(steps=100, warmup=10, schedule=name, final_lr=0.1)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
     scheduler = learning_rate(settings, 2.0)(optimizer)
@@ -185,7 +188,8 @@ def test_the_peak_of_a_gpu_is_found_by_whole_words(name: str, peak: float | None
 @pytest.mark.parametrize("batches", [2, 0])
 def test_held_out_text_is_sampled_from_its_beginning_to_its_end(batches: int, make: Make, tmp_path: Path) -> None:
     data = make().data
-    options = f"--batch 4 --sequence-length 32 --validation-fraction 0.2 --data {data.data} --data-cache {data.data_cache} --warmup 1"
+    options = f"--data {data.data} --data-cache {data.data_cache} --batch 4 --sequence-length 32 --warmup 1"
+    options += " --validation-fraction 0.2"
     with single_rank_run("test", tmp_path, 30, (*options.split(), "--validation-batches", str(batches))) as trainer:
         count = len(trainer.validation)
         sampled = 8 if batches else count // 4 * 4

@@ -104,7 +104,7 @@ def test_the_lag_of_a_stable_gradient_explains_its_update_to_first_order() -> No
 
 
 def test_where_sizes_scatter_the_lag_explains_less_with_its_own_factor_than_with_the_best_one() -> None:
-    """Against numpy, over the steps of the whole window; the early signs change, and a gradient that was 0 is left out."""
+    """Against numpy, over the steps of the whole window; early signs change, and a gradient that was 0 is left out."""
     random = np.random.default_rng(0)
     sizes, signs = np.exp(random.normal(size=(60, 200))), np.sign(random.normal(size=(60, 200)))
     signs[-STABLE:] = signs[-1]
@@ -141,8 +141,9 @@ def test_a_language_run_is_measured_from_its_start_and_from_a_checkpoint(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make("--save-every", "10", "--keep", "3", "--steps", "30")
-    options = f"--batch 4 --sequence-length 32 --validation-fraction 0.2 --data {run.data.data} --data-cache {run.data.data_cache}"
-    line = f"--out {tmp_path / 'out'} --betas 0.9 0.9,0.99 --at 12 22 --window 12 --elements 64 -- {options} --warmup 1 --steps 30"
+    options = f"--data {run.data.data} --data-cache {run.data.data_cache} --batch 4 --sequence-length 32 --steps 30"
+    options += " --warmup 1 --validation-fraction 0.2"
+    line = f"--out {tmp_path / 'out'} --betas 0.9 0.9,0.99 --at 12 22 --window 12 --elements 64 -- {options}"
     assert response.main(line.split()) == 0
     said = capsys.readouterr().out
     assert [row.split(" | ")[:2] for row in said.splitlines() if row[:3] in ("| 1", "| 2")] == [

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,7 +20,6 @@ from train import compare, report
 from train.common.files import REPOSITORY, read_lines, write_json
 from train.run import run_dir
 from train.run.metrics import read_metrics
-from train.sweep import launch
 from train.sweep.launch import launch_command
 
 CONFIGS = sorted((REPOSITORY / "ds_configs").glob("zero*.json"))
@@ -88,11 +88,56 @@ def test_a_dry_run_estimates_memory_and_writes_nothing(small_run: list[str]) -> 
     assert not out_of(small_run).exists()
 
 
+def check_that_a_killed_report_leaves_each_file_whole(out: Path) -> None:
+    reports = {file: file.read_bytes() for file in out.glob("report.*")}
+    codes = []
+    for seconds in (0.1, 0.3, 0.7, 1.5):  # whenever it is killed, each file is a whole one
+        process = start([str(out)], None, "train.report")
+        time.sleep(seconds)
+        process.end()
+        codes.append(process.returncode)
+        assert {file: file.read_bytes() for file in out.glob("report.*")} == reports
+    assert -signal.SIGKILL in codes
+
+
+def check_that_learning_rates_come_from(
+    out: Path, tuned: Path, rest: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare.main(["--arms", "0.9", "--lr-from", str(out), "--out", str(tuned), "--plan-only", *rest])
+    assert {run["lr"] for run in json.loads((tuned / "manifest.json").read_text())["runs"]} == {0.002}
+    # A plan that was made with other learning rates, or from elsewhere, is not taken for one that was tuned here.
+    compare.main(["--arms", "0.9", "--lr", "0.5", "--out", str(tuned), "--plan-only", *rest])
+    elsewhere = json.loads((tuned / "manifest.json").read_text())
+    write_json(tuned / "manifest.json", {**elsewhere, "lr_from": ["somewhere"]})
+    compare.main(["--arms", "0.9", "--lr-from", str(out), "--out", str(tuned), "--plan-only", *rest])
+    assert {run["lr"] for run in json.loads((tuned / "manifest.json").read_text())["runs"]} == {0.002}
+    compare.main(["--grid", "0.9", "0.8", "--out", str(tuned), "--plan-only", *rest])
+    assert {run["lr"] for run in json.loads((tuned / "manifest.json").read_text())["runs"]} == {5e-4, 1e-3, 2e-3}
+    with pytest.raises(SystemExit):
+        compare.main(["--arms", "0.8", "--lr-from", str(out), "--out", str(tuned), "--plan-only", *rest])
+    assert "where no run of the arm 0.8 has ended; there are 0.9, 0.9,0.99." in capsys.readouterr().err
+
+
+def check_that_two_comparisons_are_reported_as_one(
+    out: Path, plan: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in ("beta-0.9_lr-0.002_seed-0", "beta-0.9-0.99_lr-0.002_seed-0"):  # as if the arms were two comparisons
+        half = tmp_path / run
+        shutil.copytree(out / run, half / run)
+        write_json(half / "manifest.json", {**plan, "runs": [each for each in plan["runs"] if each["name"] == run]})
+    halves = sorted(tmp_path.glob("beta-*"), reverse=True)
+    report.main(list(map(str, halves)))
+    assert "| 0.9 | 0.002 | 1 |" in (said := capsys.readouterr().out) and "| 0.9,0.99 | 0.002 | 1 |" in said
+    with pytest.raises(SystemExit):
+        report.main([str(halves[0]), str(out)])
+    assert "runs has beta-0.9_lr-0.002_seed-0 twice" in capsys.readouterr().err
+
+
 @pytest.mark.ranks
 def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_what_was_cut_and_reports(
     small_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.subprocess, "Popen", Forking)
+    monkeypatch.setattr(subprocess, "Popen", Forking)
     out = tmp_path / "comparison"
     kept = small_run[small_run.index("--data") : small_run.index("--data") + 4]
     text = "--seeds 0 1 --steps 4 --batch 4 --sequence-length 32 --ranks 1 --launcher python"
@@ -123,41 +168,9 @@ def test_workers_share_a_comparison_which_skips_what_is_finished_goes_on_with_wh
     again = [(out / run["name"] / "metrics.jsonl").stat().st_mtime_ns for run in plan["runs"]]
     assert stamps[:-1] == again[:-1] and stamps[-1] != again[-1]
     assert [(out / run["name"] / "checkpoints").exists() for run in plan["runs"]] == [True] * 3 + [False]
-    reports = {file: file.read_bytes() for file in out.glob("report.*")}
-    codes = []
-    for seconds in (0.1, 0.3, 0.7, 1.5):  # whenever it is killed, each file is a whole one
-        process = start([str(out)], None, "train.report")
-        time.sleep(seconds)
-        process.end()
-        codes.append(process.returncode)
-        assert {file: file.read_bytes() for file in out.glob("report.*")} == reports
-    assert -signal.SIGKILL in codes
-
-    tuned = tmp_path / "tuned"
-    compare.main(["--arms", "0.9", "--lr-from", str(out), "--out", str(tuned), "--plan-only", *rest])
-    assert {run["lr"] for run in json.loads((tuned / "manifest.json").read_text())["runs"]} == {0.002}
-    # A plan that was made with other learning rates, or from elsewhere, is not taken for one that was tuned here.
-    compare.main(["--arms", "0.9", "--lr", "0.5", "--out", str(tuned), "--plan-only", *rest])
-    elsewhere = json.loads((tuned / "manifest.json").read_text())
-    write_json(tuned / "manifest.json", {**elsewhere, "lr_from": ["somewhere"]})
-    compare.main(["--arms", "0.9", "--lr-from", str(out), "--out", str(tuned), "--plan-only", *rest])
-    assert {run["lr"] for run in json.loads((tuned / "manifest.json").read_text())["runs"]} == {0.002}
-    compare.main(["--grid", "0.9", "0.8", "--out", str(tuned), "--plan-only", *rest])
-    assert {run["lr"] for run in json.loads((tuned / "manifest.json").read_text())["runs"]} == {5e-4, 1e-3, 2e-3}
-    with pytest.raises(SystemExit):
-        compare.main(["--arms", "0.8", "--lr-from", str(out), "--out", str(tuned), "--plan-only", *rest])
-    assert "where no run of the arm 0.8 has ended; there are 0.9, 0.9,0.99." in capsys.readouterr().err
-
-    for run in ("beta-0.9_lr-0.002_seed-0", "beta-0.9-0.99_lr-0.002_seed-0"):  # as if the arms were two comparisons
-        half = tmp_path / run
-        shutil.copytree(out / run, half / run)
-        write_json(half / "manifest.json", {**plan, "runs": [each for each in plan["runs"] if each["name"] == run]})
-    halves = sorted(tmp_path.glob("beta-*"), reverse=True)
-    report.main(list(map(str, halves)))
-    assert "| 0.9 | 0.002 | 1 |" in (said := capsys.readouterr().out) and "| 0.9,0.99 | 0.002 | 1 |" in said
-    with pytest.raises(SystemExit):
-        report.main([str(halves[0]), str(out)])
-    assert "runs has beta-0.9_lr-0.002_seed-0 twice" in capsys.readouterr().err
+    check_that_a_killed_report_leaves_each_file_whole(out)
+    check_that_learning_rates_come_from(out, tmp_path / "tuned", rest, capsys)
+    check_that_two_comparisons_are_reported_as_one(out, plan, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("name", [".worker", ".lock"])
@@ -165,7 +178,8 @@ def test_a_run_that_a_worker_or_its_ranks_are_at_is_nobody_elses(tmp_path: Path,
     run = tmp_path / "run"
     with run_dir.sole_worker(run) as mine:
         assert mine
-    hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); sys.stdin.read()"
+    hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+    hold += "print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(run / name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:

@@ -53,7 +53,7 @@ class State(NamedTuple):
 
     def clone(self, shift: int = 0) -> State:
         """The same, at other addresses: ``shift`` elements past a multiple of 64 bytes."""
-        return State(*(None if t is None else placed(t, shift) for t in self))  # type: ignore[arg-type]
+        return State._make(None if t is None else placed(t, shift) for t in self)
 
 
 def placed(values: Tensor, shift: int) -> Tensor:

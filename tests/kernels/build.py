@@ -29,7 +29,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 @cache
 def flags() -> list[str]:
-    """Those of the installed library (pyproject.toml)."""
+    """The flags of the installed library (pyproject.toml)."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     (extension,) = project["tool"]["setuptools"]["ext-modules"]
     return list(extension["extra-compile-args"])
@@ -41,7 +41,7 @@ def compiler_version() -> str:
 
 
 def compiled(name: str, source: Path, extra: Sequence[str] = (), sources: Path = SOURCES) -> Path:
-    """What ``name`` is called, built from ``source``; ``extra`` flags come last. What was built from the same text is kept."""
+    """The library ``name``, built from ``source`` with ``extra`` flags last, or one built from the same text before."""
     texts = [file.read_bytes() for place in (sources, HERE) for file in sorted(place.glob("*.[ch]*"))]
     settings = repr((compiler_version(), source.name, flags(), extra)).encode()
     target = BUILT / f"{sha256(settings + b''.join(texts)).hexdigest()[:16]}-{name}"
@@ -62,7 +62,7 @@ SHARED = ["-shared", "-fPIC", "-fvisibility=default"]
 
 @cache
 def cpu_library(*extra: str) -> Path:
-    """The CPU kernels, with other flags if there are any; without, those that were installed, if the sources are no newer."""
+    """The CPU kernels with these flags; without any, those that are installed, unless the sources are newer."""
     installed = [] if extra else sorted(SOURCES.glob("_cpu*.so"))
     if installed and installed[0].stat().st_mtime > max(
         file.stat().st_mtime for file in [*SOURCES.glob("*.[ch]*"), REPOSITORY / "pyproject.toml"]

@@ -1,6 +1,7 @@
-"""What NVRTC makes of the CUDA source, and the C++ compiler of the rule; ``python -m tests.kernels.compiled`` prints it as tables.
+"""What NVRTC makes of the CUDA source, and the C++ compiler of the rule.
 
-Needs no GPU."""
+``python -m tests.kernels.compiled`` prints it as tables, and needs no GPU.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ KERNELS = ("flat", "multi", "squares", "prepare")
 
 
 class Resources(NamedTuple):
-    """Of one kernel, as ptxas tells them."""
+    """What one kernel needs, as ptxas tells it."""
 
     registers: int
     stack: int
@@ -56,7 +57,7 @@ def _listing(variant: Variant, architecture: str) -> dict[str, list[tuple[int, s
     with TemporaryDirectory() as folder:
         file = Path(folder) / "kernels.cubin"
         file.write_bytes(compiled(variant, architecture)[0])
-        command = [tools / "cuobjdump", "-sass", file]
+        command: list[str | Path] = [tools / "cuobjdump", "-sass", file]
         done = subprocess.run(
             command, capture_output=True, text=True, env={"PATH": f"{tools}:/usr/bin:/bin"}, check=True
         )
@@ -71,7 +72,7 @@ def machine_code(variant: Variant, architecture: str) -> dict[str, list[str]]:
 
 
 def vector_loop(variant: Variant, architecture: str) -> int:
-    """Instructions in one turn of the flat kernel's loop over vectors of four elements: the shortest with four roots in it."""
+    """Instructions in a turn of the flat kernel's loop over vectors of four elements, the shortest with four roots."""
     found = _listing(variant, architecture)["flat"]
     ends = [(at, re.match(r"BRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)", what)) for at, what in found]
     loops = [[what for at, what in found if int(target[1], 16) <= at <= end] for end, target in ends if target]
@@ -92,8 +93,8 @@ LOOP = """
 #include "rule.h"
 using namespace balanced_adam;
 typedef {state} State;
-extern "C" void loop(float* __restrict p, const float* __restrict g, State::Word* __restrict first, State::Word* __restrict second,
-                     i64 n, const Scalars* scalars) {{
+extern "C" void loop(float* __restrict p, const float* __restrict g, State::Word* __restrict first,
+                     State::Word* __restrict second, i64 n, const Scalars* scalars) {{
   const Scalars s = *scalars;
 #pragma GCC ivdep
   for (i64 i = 0; i < n; i++) {{
@@ -107,7 +108,7 @@ extern "C" void loop(float* __restrict p, const float* __restrict g, State::Word
 
 
 def cpu_loop(state: str) -> Counter[str]:
-    """Instructions with AVX-512 in the loop over fp32 weights, for 16 elements; by their names. ``state`` is a type in rule.h."""
+    """AVX-512 instructions for 16 elements in the loop over fp32 weights, by name. ``state`` is a type in rule.h."""
     with TemporaryDirectory() as folder:
         source, listing = Path(folder) / "loop.cpp", Path(folder) / "loop.s"
         source.write_text(LOOP.format(state=state))
@@ -120,7 +121,7 @@ def cpu_loop(state: str) -> Counter[str]:
     loops = [[x for x in lines[a:b] if not x.startswith(".")] for a, b in jumps if a < b]
     body = min((loop for loop in loops if any("vsqrtps" in x and "zmm" in x for x in loop)), key=len)
     turns = sum("vsqrtps" in x for x in body)
-    return Counter({name: count / turns for name, count in Counter(x.split()[0] for x in body).items()})  # type: ignore[arg-type]
+    return Counter({name: count / turns for name, count in Counter(x.split()[0] for x in body).items()})
 
 
 def main() -> None:
@@ -135,8 +136,8 @@ def main() -> None:
         print(f"| {architecture} | " + " | ".join(map(str, greatest)) + " |")
 
     print(
-        f"\nInstructions for one element on {SM} SM x 4 x {GHZ} GHz, and the part of the issue slots that they take while memory "
-        f"moves {TERABYTES} TB/s (an estimate for an H100):\n"
+        f"\nInstructions for one element on {SM} SM x 4 x {GHZ} GHz, and the part of the issue slots that they take "
+        f"while memory moves {TERABYTES} TB/s (an estimate for an H100):\n"
     )
     print("| moments | gradient, copy | bytes | instructions | issue slots |\n|---|---|---|---|---|")
     for state, (name, stored) in enumerate((("fp32", 8), ("packed32", 4), ("packed16", 2), ("packed8", 1))):
@@ -148,11 +149,11 @@ def main() -> None:
 
     print(f"\nInstructions of the CPU's loop for 16 elements, AVX-512, {version_of_compiler()}:\n")
     print("| moments | all | of vectors | what most of them are |\n|---|---|---|---|")
-    for name, state in zip(("fp32", "packed32", "packed16", "packed8"), STATE_TYPES, strict=True):
-        found = cpu_loop(state)
-        vectors = sum(count for kind, count in found.items() if kind.startswith("v"))
-        most = ", ".join(f"{kind} {count:.3g}" for kind, count in found.most_common(6))
-        print(f"| {name} | {found.total():.0f} | {vectors:.0f} | {most} |")
+    for name, state_type in zip(("fp32", "packed32", "packed16", "packed8"), STATE_TYPES, strict=True):
+        counts = cpu_loop(state_type)
+        vectors = sum(count for kind, count in counts.items() if kind.startswith("v"))
+        most = ", ".join(f"{kind} {count:.3g}" for kind, count in counts.most_common(6))
+        print(f"| {name} | {counts.total():.0f} | {vectors:.0f} | {most} |")
 
 
 def version_of_compiler() -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -42,8 +45,8 @@ def on_cpu(isa: int) -> Run:
     return lambda update: kernels.step([update])
 
 
-RUNS = {
-    **{name: lambda number=number: on_cpu(number) for number, name in enumerate(ISA)},
+RUNS: dict[str, Callable[[], Run]] = {
+    **{name: partial(on_cpu, number) for number, name in enumerate(ISA)},
     "CUDA flat": lambda: emulated_flat,
     "CUDA multi": lambda: emulated_multi,
 }
@@ -98,7 +101,16 @@ def test_a_hundred_steps_have_the_bits_of_the_rule(name: str, words: torch.dtype
     weight_decay=st.floats(0, 10),
     factor=st.none() | st.floats(width=32, allow_nan=False, allow_infinity=False),
 )
-def test_any_bits_at_all_have_the_bits_of_the_rule(words, stored, step, lr, betas, eps, weight_decay, factor) -> None:
+def test_any_bits_at_all_have_the_bits_of_the_rule(
+    words: list[tuple[int, int, int, int]],
+    stored: torch.dtype,
+    step: int,
+    lr: float,
+    betas: rule.Betas,
+    eps: float,
+    weight_decay: float,
+    factor: float | None,
+) -> None:
     param, grad, first, second = torch.tensor(words, dtype=torch.int64).int().view(torch.float32).T.contiguous()
     second.abs_()
     scale = None if factor is None else torch.tensor([factor])
@@ -130,7 +142,7 @@ def test_every_16_bit_gradient_is_read_as_torch_reads_it(dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("copy", [2, 3], ids=["bf16", "fp16"])
 def test_weights_of_every_exponent_are_rounded_to_16_bits_as_torch_rounds_them(copy: int) -> None:
-    """lr = 0: the copy is the weight itself. A step of 4099 through all bit patterns meets every exponent and many ties."""
+    """lr = 0: the copy is the weight. Steps of 4099 through all bit patterns meet every exponent and many ties."""
     words = torch.arange(-(2**31), 2**31, 4099 * 16, dtype=torch.int64).int()
     ties = (words & ~0x1FFF) | torch.tensor([0x1000, 0x8000, 0])[torch.arange(len(words)) % 3].int()
     param = torch.cat([words, ties]).view(torch.float32)
@@ -244,7 +256,7 @@ def test_directions_of_packed_moments_are_those_of_the_rule_within_their_bound(w
 
 
 def test_a_tie_between_two_levels_of_packed8_is_decided_alike() -> None:
-    """Gradients whose w is exactly on, or one bit beside, the threshold that their own hash sets; beta is 0, so that v is g^2."""
+    """Gradients whose w is on the threshold that their own hash sets, or one bit beside; beta is 0, so v is g^2."""
     found = []
     for exponent in range(-12, -2):
         grad = 2.0**exponent * (1.0 + torch.arange(2**20) * 2.0**-20)
@@ -256,7 +268,7 @@ def test_a_tie_between_two_levels_of_packed8_is_decided_alike() -> None:
     grad = torch.cat(found)
     assert len(grad) > 5
     param, words = torch.full(grad.shape, 0.5), torch.zeros(grad.shape, dtype=torch.uint8)
-    settings = {"lr": 0.1, "betas": (0.0, 0.0), "eps": 1e-8, "weight_decay": 0.0}
+    settings: dict[str, Any] = {"lr": 0.1, "betas": (0.0, 0.0), "eps": 1e-8, "weight_decay": 0.0}
     _, right = packed.update(param, grad, words, step=1, **settings)
     load().step([Update(param, grad, words, None, scalars(1, **settings, maximize=False))])
     assert torch.equal(words, right)

@@ -10,9 +10,10 @@ import sys
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from balanced_adam import BalancedAdam, kernels
+from balanced_adam.kernels.table import Variant
 from balanced_adam.packed import FORMATS
 from tests.kernels.bits import SIZES, VARIANTS, Setting, State, expected, first, same, update
 from train.common.files import REPOSITORY
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def on_gpu(state: State, shift: int = 0) -> State:
     """At ``shift`` elements past an allocation's start."""
-    moved = []
+    moved: list[Tensor | None] = []
     for tensor in state:
         if tensor is None:
             moved.append(None)
@@ -30,15 +31,15 @@ def on_gpu(state: State, shift: int = 0) -> State:
         buffer = torch.empty(tensor.numel() + shift, dtype=tensor.dtype, device="cuda")
         buffer[shift:].copy_(tensor)
         moved.append(buffer[shift:])
-    return State(*moved)
+    return State._make(moved)
 
 
 def back(state: State) -> State:
-    return State(*(None if tensor is None else tensor.cpu() for tensor in state))
+    return State._make(None if tensor is None else tensor.cpu() for tensor in state)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_flat_and_multi_have_the_bits_of_the_rule(variant) -> None:
+def test_flat_and_multi_have_the_bits_of_the_rule(variant: Variant) -> None:
     for shift in range(4):
         states = [on_gpu(first(variant, size, seed=size), shift) for size in (*SIZES, 100_003)]
         controls = [expected(first(variant, size, seed=size), Setting(), 1) for size in (*SIZES, 100_003)]
@@ -113,17 +114,20 @@ def test_two_tensors_beyond_2_31_elements() -> None:
     for _ in range(2):
         param = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
         grad = torch.ones_like(param)
-        states.append(State(param, grad, *(torch.zeros(size, device="cuda") for _ in range(2)), None, None))
+        m, v = (torch.zeros(size, device="cuda") for _ in range(2))
+        states.append(State(param, grad, m, v, None, None))
     kernels.step([update(state, Setting(weight_decay=0.0), 1) for state in states])
-    small = State(*(t[:8].cpu() if t is not None else None for t in states[0]))
+    small = State._make(t[:8].cpu() if t is not None else None for t in states[0])
     control = expected(
         small._replace(param=torch.zeros(8).bfloat16(), first=torch.zeros(8), second=torch.zeros(8)),
         Setting(weight_decay=0.0),
         1,
     )
+    assert control.second is not None
     for state in states:
+        assert state.second is not None
         for tensor, value in ((state.param, control.param[0]), (state.second, control.second[0])):
-            assert bool((tensor == value.cuda()).all())
+            assert bool(torch.eq(tensor, value.cuda()).all())
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])

@@ -1,4 +1,4 @@
-"""The fused step beside pages that can't be touched: whatever tensors it is given, it refuses them, or stays within them."""
+"""The fused step beside pages that can't be touched: whatever tensors it gets, it refuses them or stays within them."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def one_update(draw: random.Random, memory: Memory) -> str:
         tensors[spoilt] = odd_one(draw, tensors[spoilt], memory)
     before = {name: tensor.clone() for name, tensor in tensors.items() if has_memory(tensor)}
     named = {"second": None, "copy": None, "factor": None, **tensors}
-    update = kernels.Update(scalars=kernels.scalars(1, **SETTINGS, maximize=False), offset=offset, keep=keep, **named)  # type: ignore[arg-type]
+    scalars = kernels.scalars(1, **SETTINGS, maximize=False)
+    update = kernels.Update(scalars=scalars, offset=offset, keep=keep, **named)  # type: ignore[arg-type]
     try:
         kernels.step([update])
     except ValueError as error:
@@ -148,6 +149,7 @@ def one_optimizer(draw: random.Random, memory: Memory) -> str:
         optimizer.state[param][name] = odd_one(draw, optimizer.state[param][name], memory)
     elif kind == "hand over":
         grad, param.grad = param.grad, None
+        assert grad is not None
         copy, factor = memory.put(torch.zeros(size)), memory.put(torch.ones(1))
         spoilt = draw.choice([None, "copy", "factor", "piece"])
         copy = odd_one(draw, copy, memory) if spoilt == "copy" else copy

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from balanced_adam.kernels.cpu import KernelUnavailable, Library, load
-from balanced_adam.kernels.table import Variant
+from balanced_adam.kernels.cpu import Library, load
+from balanced_adam.kernels.table import KernelUnavailable, Variant
 from tests.kernels.bits import IN_PLACE, KEEP, Run, Setting, first, runs
 from tests.kernels.build import (
     HERE,
@@ -55,8 +55,16 @@ KERNEL = {
         "kept_with_the_sign": ("cpu.cpp", "store(g * s.sign)", "store(g)"),
     },
     "cuda.cu": {
-        "tail_forgotten": ("cuda.cu", "for (int i = last + threadIdx.x; i < size; i += blockDim.x) step_one", "if (0) for (int i = 0; ;) step_one"),
-        "head_done_twice": ("cuda.cu", "i < first; i += blockDim.x) step_one", "i < first + 1 && i < size; i += THREADS) step_one"),
+        "tail_forgotten": (
+            "cuda.cu",
+            "for (int i = last + threadIdx.x; i < size; i += blockDim.x) step_one",
+            "if (0) for (int i = 0; ;) step_one",
+        ),
+        "head_done_twice": (
+            "cuda.cu",
+            "i < first; i += blockDim.x) step_one",
+            "i < first + 1 && i < size; i += THREADS) step_one",
+        ),
         "factor_forgotten": ("cuda.cu", "*row.factor * row.scalars.sign", "row.scalars.sign"),
     },
 }  # fmt: skip
@@ -136,11 +144,23 @@ SANITIZERS = ["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recove
 WRONG_ADDRESSES = {
     "alignment_ignored": ("cuda.cu", "return agree ? head : -1;", "return agree ? head : 0;"),
     "head_ignored": ("cuda.cu", "return past ? WIDTH - past : 0;", "return 0;"),
-    "one_element_too_far": ("cuda.cu", "i = last + threadIdx.x; i < size; i += blockDim.x) step_one", "i = last + threadIdx.x; i <= size; i += THREADS) step_one"),
-    "a_row_too_long": ("cuda.cu", "int size = (int)(rest < chunk_size ? rest : chunk_size), head = head_of(a);", "int size = (int)chunk_size, head = head_of(a);"),
+    "one_element_too_far": (
+        "cuda.cu",
+        "i = last + threadIdx.x; i < size; i += blockDim.x) step_one",
+        "i = last + threadIdx.x; i <= size; i += THREADS) step_one",
+    ),
+    "a_row_too_long": (
+        "cuda.cu",
+        "int size = (int)(rest < chunk_size ? rest : chunk_size), head = head_of(a);",
+        "int size = (int)chunk_size, head = head_of(a);",
+    ),
     "squares_one_too_far": ("cuda.cu", "i < size; i += blockDim.x) sum +=", "i <= size; i += THREADS) sum +="),
     "cpu_one_too_far": ("cpu.cpp", "for (i64 i = at; i < stop; i++) {", "for (i64 i = at; i <= stop; i++) {"),
-    "cpu_squares_past_the_end": ("cpu.cpp", "whole = count / LANES * LANES", "whole = (count + LANES - 1) / LANES * LANES"),
+    "cpu_squares_past_the_end": (
+        "cpu.cpp",
+        "whole = count / LANES * LANES",
+        "whole = (count + LANES - 1) / LANES * LANES",
+    ),
 }  # fmt: skip
 
 

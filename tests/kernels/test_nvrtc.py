@@ -8,14 +8,14 @@ from importlib.util import find_spec
 import pytest
 
 from balanced_adam.kernels import cuda
-from balanced_adam.kernels.table import Variant
+from balanced_adam.kernels.table import KernelUnavailable, Variant
 from tests.kernels.bits import VARIANTS
 from tests.kernels.compiled import ARCHITECTURES, KERNELS, accesses, compiled, machine_code
 
 pytestmark = pytest.mark.skipif(find_spec("cuda") is None, reason="cuda-bindings isn't installed")
 
 REGISTERS = 65536
-"""Of a multiprocessor, on every architecture here."""
+"""The registers of a multiprocessor, on every architecture here."""
 
 
 # Packed states on two architectures alone, for the time it takes.
@@ -66,12 +66,12 @@ def test_the_loop_over_vectors_reads_and_writes_16_bytes_at_a_time(architecture:
 
 
 def test_a_source_that_does_not_compile_is_one_error_with_the_compilers_words() -> None:
-    with pytest.raises(cuda.KernelUnavailable, match=r"NVRTC can't compile the CUDA kernel for sm_90 .*incomplete"):
+    with pytest.raises(KernelUnavailable, match=r"NVRTC can't compile the CUDA kernel for sm_90 .*incomplete"):
         cuda.compile(Variant(9, 1, 0, False), "sm_90")
 
 
 def test_an_architecture_that_nvrtc_does_not_know_is_one_error() -> None:
-    with pytest.raises(cuda.KernelUnavailable, match="sm_12345"):
+    with pytest.raises(KernelUnavailable, match="sm_12345"):
         cuda.compile(Variant(1, 1, 0, False), "sm_12345")
 
 

@@ -1,4 +1,4 @@
-"""The fused step as users meet it: the same numbers in every mode, a run that changes modes, refusals in one sentence."""
+"""The fused step as users meet it: the same numbers in every mode, a run that changes modes, refusals in a sentence."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def parameters() -> list[nn.Parameter]:
-    """Of every dtype, in every order in memory, with and without elements."""
+    """Parameters of every dtype, in every order in memory, with and without elements."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(33, 5), (1,), (), (0,), (7,), (1000,)]
     params = [torch.randn(s, generator=generator).to(d) for s in shapes for d in (torch.float32, torch.bfloat16)]
@@ -94,7 +95,7 @@ def test_a_run_changes_modes_in_the_middle_and_no_bit_changes() -> None:
 
 def test_a_fused_step_follows_torch_adamw() -> None:
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 257)) for _ in range(2))
-    settings = {"lr": 1e-2, "betas": (0.95, 0.95), "weight_decay": 0.1}
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.95, 0.95), "weight_decay": 0.1}
     pair = [(ours, BalancedAdam([ours], fused=True, **settings)), (theirs, torch.optim.AdamW([theirs], **settings))]
     for step in range(50):
         for param, optimizer in pair:
@@ -248,6 +249,7 @@ def corrupt(kind: str, optimizer: BalancedAdam, param: torch.nn.Parameter) -> No
         state[kind] = torch.zeros(size // 2)
     else:
         grad, param.grad = param.grad, None
+        assert grad is not None
         copies = {"copy too short": torch.zeros(size // 2), "copy too long": torch.zeros(2 * size)}
         factors = {"factor double": torch.ones(1, dtype=torch.float64), "factor empty": torch.ones(0)}
         assert optimizer.set_fused_grad(param, [grad], factors.get(kind), copies.get(kind))

@@ -61,7 +61,10 @@ BAD = [
     ("renew:3", f"beta is 'renew:3';{NO_RULE}"),
     ("refresh:", f"beta is 'refresh:';{NO_RULE}"),
     ("1", "beta is 1.0; it must lie in [0, 1)."),
-    ("refresh:1000", "beta is 'refresh:1000', and 1000 refreshes in 400 steps; there must be more than 0, and at most one a step."),
+    (
+        "refresh:1000",
+        "beta is 'refresh:1000', and 1000 refreshes in 400 steps; there must be more than 0, and at most one a step.",
+    ),
     ("half_life:0", "beta is 'half_life:0', and a half-life is 0.0 steps; it must be above 0, and finite."),
     ("half_life:1e30", "beta is 'half_life:1e30', and beta is 1.0; it must lie in [0, 1)."),
     ("horizon:0.5", "beta is 'horizon:0.5', and a horizon is 0.5 steps; it must be at least 1, and finite."),
@@ -79,7 +82,7 @@ def test_what_is_no_beta_is_said_in_one_sentence(rule: str, message: str) -> Non
 def test_a_moving_beta_has_a_horizon_that_grows_by_the_same_factor_in_every_step() -> None:
     beta = beta_schedule.schedule("from:0.9:to:refresh:4", steps=400, tokens_per_step=1.0)
     horizons = [beta_schedule.horizon(beta(step)) for step in range(401)]
-    assert (horizons[0], horizons[-1]) == (pytest.approx(10.0), pytest.approx(100.0))
+    assert horizons[0] == pytest.approx(10.0) and horizons[-1] == pytest.approx(100.0)
     assert all(b / a == pytest.approx(10 ** (1 / 400)) for a, b in pairwise(horizons))
     assert beta_schedule.schedule("0.9", steps=400, tokens_per_step=1.0)(399) == 0.9
     with pytest.raises(ValueError, match=r"^beta is 1.0; it must lie in \[0, 1\)\.$"):

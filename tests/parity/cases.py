@@ -103,8 +103,8 @@ class Case(NamedTuple):
     def control_clip(self, world: int) -> Clip | None:
         """How the norm of the gradient is rounded: per group, in float32 but for stage 3 without offload.
 
-        * stage 0, and BF16_Optimizer at stage 1: runtime/engine.py:3502, runtime/utils.py:909: one group; in fp32 at stage 0 a mean over
-          the ranks (runtime/utils.py:400);
+        * stage 0, and BF16_Optimizer at stage 1: runtime/engine.py:3502, runtime/utils.py:909: one group; in fp32 at
+          stage 0 a mean over the ranks (runtime/utils.py:400);
         * stages 1 and 2: runtime/zero/stage_1_and_2.py:2943 (``scaled_global_norm``): the parameter groups;
         * stage 3: runtime/zero/stage3.py:2573 (``_get_norm_groups``): its sub-groups; float64 without offload.
 
@@ -122,7 +122,7 @@ class Case(NamedTuple):
 
 
 def matrix(world: int) -> Iterator[Case]:
-    """Every case of one world size; on 4 ranks the shipped paths alone, and with a packed state on 3 and 4 one dtype each."""
+    """Every case of one world size; on 4 ranks the shipped paths alone, on 3 and 4 one dtype for each packed state."""
     for stage in range(4):
         paths = ["one_pass"] if stage else ["fused"]
         if world < 4:

@@ -33,7 +33,7 @@ class Clip(NamedTuple):
     dtype: torch.dtype
     groups: tuple[tuple[str, ...], ...]
     exact: bool = False
-    """Whether the groups' roots are correctly rounded. Those that torch takes on a CPU are MKL's, which on AMD's aren't."""
+    """Whether the groups' roots are correctly rounded. On a CPU torch takes MKL's, which aren't on AMD's."""
     ranks: int = 1
     """The norm is a mean over so many ranks, which all have the same, by a sum of quotients."""
 
@@ -78,11 +78,11 @@ def train(
     given = {name: torch.zeros(SHAPES[name]) for name in TRAINED}
     betas_of = stored
     for step in range(steps):
-        for when, format in later:
+        for when, fmt in later:
             if step == when:
-                stored, betas_of = format, "packed16"  # whichever came first, betas are equal from now on
-                if format != "fp32":
-                    _pack_again(packed.FORMATS[format], state, step)
+                stored, betas_of = fmt, "packed16"  # whichever came first, betas are equal from now on
+                if fmt != "fp32":
+                    _pack_again(packed.FORMATS[fmt], state, step)
         grads = {name: grad for name in TRAINED if (grad := gradient(step, name)) is not None}
         if absent is Absent.ZERO:
             given = {name: torch.zeros(SHAPES[name]) for name in TRAINED}
@@ -109,9 +109,9 @@ def train(
     return {key: {name: value.cpu() for name, value in values.items()} for key, values in state.items()}
 
 
-def _pack_again(format: packed.Format, state: State, step: int) -> None:
+def _pack_again(fmt: packed.Format, state: State, step: int) -> None:
     """Moments in another format from now on: rounded as a step would, but by m instead of the gradient."""
     for name in TRAINED:
         weights, exp_avg, exp_avg_sq = (state[key][name] for key in TENSORS)
-        words = packed.pack(format, exp_avg, exp_avg_sq, packed.dither(weights, exp_avg, step))
+        words = packed.pack(fmt, exp_avg, exp_avg_sq, packed.dither(weights, exp_avg, step))
         state["exp_avg"][name], state["exp_avg_sq"][name] = packed.unpack(words)

@@ -46,7 +46,7 @@ class Group(NamedTuple):
 
 
 def moving_beta(group: int, step: int) -> float:
-    """Of a group in a step where betas change over time: up by much, and to and fro."""
+    """The betas of a group in a step where they change over time: up by much, and to and fro."""
     return 1.0 - 0.5 * 0.6**step if group == 0 else (0.9, 0.5, 0.99)[step % 3]
 
 

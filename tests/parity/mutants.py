@@ -71,7 +71,7 @@ def mutant(wrong: Wrong) -> Callable[[], AbstractContextManager[None]]:
                         wrong(self, group, param)
             return right(self, closure)
 
-        BalancedAdam.step = step  # type: ignore[method-assign, assignment]
+        BalancedAdam.step = step  # type: ignore[method-assign]
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""A run that goes from 4 ranks to 2, 3 and 1, and from one ZeRO stage to another, is the run of one process, to the last bit.
+"""A run that goes from 4 ranks to 2, 3 and 1, and from one ZeRO stage to another, has the bits of one process.
 
 Through the harness's own checkpoints and conversion, with gradients whose sums are exact.
 """
@@ -30,7 +30,7 @@ from train.run import deepspeed_config
 
 pytestmark = pytest.mark.ranks
 
-# The parameter "sometimes" has a gradient in each of the steps from 4 to 11; see test_resume.py for why that matters here.
+# The parameter "sometimes" has a gradient in each of the steps from 4 to 11; test_resume.py tells why that matters.
 CUTS = (0, 5, 7, 9, 11)
 WORLDS = (4, 2, 3, 1)
 BF16, FP32 = Case(1, "bf16"), Case(1, "fp32")

@@ -1,4 +1,4 @@
-"""The net catches fish: the comparison of ``test_exact`` finds deliberately wrong optimizers, in the quantity they spoil."""
+"""The net catches fish: the comparison of ``test_exact`` finds optimizers made wrong, in the quantity they spoil."""
 
 import pytest
 

@@ -55,7 +55,7 @@ def cases(path: str) -> list[Case]:
 
 
 def inputs(step: int, micro: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Any numbers, unlike the exact ones of model.py; in one step an infinity on one rank, in another a parameter left out."""
+    """Any numbers, unlike the exact ones of model.py; once an infinity on one rank, once a parameter left out."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
     values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     if step == OVERFLOW_IN and rank == 1:
@@ -112,7 +112,7 @@ def observe(case: Case) -> Observed:
 
 @shared
 def observations(path: str) -> dict[Case, Observed]:
-    return spawn(job, WORLD, cases(path))[0]  # type: ignore[no-any-return]
+    return spawn(job, WORLD, cases(path))[0]
 
 
 @pytest.mark.parametrize("case", cases("one_pass"), ids=str)
@@ -206,7 +206,7 @@ def hooked(cases: list[Case]) -> list[tuple[bool, list[str]]]:
     found = []
     for case in cases:
         said: list[str] = []
-        one_pass._log = said.append
+        one_pass._log = said.append  # type: ignore[assignment]
         engine = start(case)
         engine.optimizer.optimizer.register_step_pre_hook(lambda *_: None)
         advance(engine, 0, EXACT_STEPS)

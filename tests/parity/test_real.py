@@ -1,8 +1,8 @@
-"""A small Llama on real text, with accumulation, clipping and a schedule: ranks against one process, and stage against stage.
+"""A small Llama on real text, with accumulation, clipping, a schedule: ranks against one process, stage against stage.
 
 What is left is the rounding of other sums in forward and backward passes and in the mean over ranks. The bounds are in
-float32's ulp relative to the greatest value (``greatest``), at least twice what was measured with two builds of torch; that of
-the weights is the loosest, since Adam magnifies the rounding of a gradient that is next to nothing.
+float32's ulp relative to the greatest value (``greatest``), at least twice what was measured with two builds of torch;
+the loosest is the one on weights, since Adam magnifies the rounding of a gradient that is next to nothing.
 """
 
 import math

@@ -186,7 +186,7 @@ FOREIGN = [
 
 
 def go_on_with_adamw(folder: str) -> list[tuple[list[int], bool]]:
-    """Job: torch's AdamW under DeepSpeed saves, BalancedAdam loads and goes on; its step counts, and whether all is finite."""
+    """Job: torch's AdamW under DeepSpeed saves, BalancedAdam goes on; its step counts, and whether all is finite."""
     found = []
     for case in FOREIGN:
         adamw = {"type": "AdamW", "params": {"lr": 0.5, "torch_adam": True}}

@@ -113,7 +113,7 @@ def switch(folder: str) -> list[State]:
 MOVED = [
     case for case in RIGID if case.stage in (1, 2) and not case.offload and not (case.stage == 1 and case.grad_accum)
 ]
-"""The others can't: BF16_Optimizer and stage 0 have no offload_states, and stage 3's takes DeepSpeed's own FusedAdam alone."""
+"""The others can't: BF16_Optimizer and stage 0 have no offload_states, stage 3's takes DeepSpeed's FusedAdam alone."""
 
 
 def move(_: str) -> dict[Case, State]:

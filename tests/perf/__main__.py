@@ -1,4 +1,4 @@
-"""``python -m tests.perf [step] [engine] [harness] [scaling] [formats]`` prints the benchmarks' tables as Markdown; README.md shows them."""
+"""``python -m tests.perf [step] [engine] [harness] [scaling] [formats]`` prints the tables of README.md as Markdown."""
 
 import sys
 

@@ -66,7 +66,7 @@ class Model(nn.Module):
         )
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
-        return sum((p * x).sum().float() for p, x in zip(self.weights, inputs, strict=True))  # type: ignore
+        return sum((p * x).sum().float() for p, x in zip(self.weights, inputs, strict=True))
 
 
 class Run(NamedTuple):
@@ -169,8 +169,8 @@ def report(stage: int, contenders: list[Contender]) -> str:
 def main() -> None:
     print(f"{machine()}\n")
     print(
-        f"{TENSORS * SIZE / 1e6:.0f} M parameters in {TENSORS} tensors, bf16, clipping, {WORLD} ranks of one thread each, "
-        f"gloo, median of {ROUNDS} interleaved rounds [min .. max]:\n"
+        f"{TENSORS * SIZE / 1e6:.0f} M parameters in {TENSORS} tensors, bf16, clipping, {WORLD} ranks of one thread "
+        f"each, gloo, median of {ROUNDS} interleaved rounds [min .. max]:\n"
     )
     for stage, contenders in ((1, CONTENDERS), (2, CONTENDERS), (2, OFFLOADED), (3, CONTENDERS), (3, OFFLOADED)):
         print(report(stage, contenders) + "\n", flush=True)

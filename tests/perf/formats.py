@@ -1,7 +1,8 @@
 """Formats of the packed state against fp32 moments, on the gradients of a real run; ``python -m tests.perf formats``.
 
-A run of ``tiny`` is recorded: the clipped gradients of some thousand elements. On these each format takes the same steps, and
-its updates are compared with those of fp32 moments. How well a format trains is another question, which train.compare answers.
+A run of ``tiny`` is recorded: the clipped gradients of some thousand elements. On these each format takes the same
+steps, and its updates are compared with those of fp32 moments. How well a format trains is another question, which
+train.compare answers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Numbers = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 class Recording(NamedTuple):
-    """Of EACH elements of every tensor."""
+    """Weights and gradients of EACH elements of every tensor."""
 
     weights: Tensor
     """Before the first step."""
@@ -95,15 +96,19 @@ def candidates() -> list[tuple[str, Format, Numbers | None]]:
         ("r to 0.69", LOW, packed.dither),
         ("r to 1.38", HIGH, packed.dither),
         ("5 + 3 bits, octaves of sqrt(v)", COARSE, packed.dither),
-        ("6 + 2 bits, half octaves", EIGHT._replace(w_bits=6, w_shift=23, r_bits=2, r_shift=22, r_floor=1.0), packed.dither),
+        (
+            "6 + 2 bits, half octaves",
+            EIGHT._replace(w_bits=6, w_shift=23, r_bits=2, r_shift=22, r_floor=1.0),
+            packed.dither,
+        ),
         ("4 bits: 2 + 2", EIGHT._replace(w_bits=2, w_shift=27, r_bits=2, r_shift=23, r_floor=0.5), packed.dither),
     ]  # fmt: skip
 
 
 def follow(
-    found: Recording, beta: float, format: Format | None, numbers: Numbers | None = None, eps: float = EPS
+    found: Recording, beta: float, fmt: Format | None, numbers: Numbers | None = None, eps: float = EPS
 ) -> Tensor:
-    """The update (step / lr) of every element in every step but the first SKIPPED; without a format, of fp32 moments."""
+    """The updates (step / lr) of all elements in all steps but the first SKIPPED; without a format, of fp32 moments."""
     weights, m = found.weights.clone(), torch.zeros_like(found.weights)
     v, moves = m.clone(), []
     for step, grad in enumerate(found.gradients, 1):
@@ -118,13 +123,13 @@ def follow(
             betas=(beta, beta),
             eps=eps,
             weight_decay=0.0,
-            bounded=format is not None,
+            bounded=fmt is not None,
         )
         if step > SKIPPED:
             moves.append((before.double() - weights.double()) / LR)
-        if format is not None:
+        if fmt is not None:
             dither = None if numbers is None else numbers(before, grad, step)
-            m, v = packed.unpack(packed.pack(format, m, v, dither), format)
+            m, v = packed.unpack(packed.pack(fmt, m, v, dither), fmt)
     return torch.stack(moves)
 
 
@@ -161,6 +166,11 @@ def spiked(gradients: Tensor) -> Tensor:
     return torch.cat([gradients[:150], gradients[150:151] * 1000.0, gradients[151:]])
 
 
+def signs_by_chance(gradients: Tensor) -> Tensor:
+    """The sizes that were recorded, with signs from a coin."""
+    return gradients.abs() * (torch.rand(gradients.shape, generator=torch.Generator().manual_seed(0)) - 0.5).sign()
+
+
 HARDSHIPS = [
     Hardship("as recorded"),
     *(Hardship(f"β = {beta}", beta=beta) for beta in (0.8, 0.9, 0.99, 0.999)),
@@ -175,7 +185,7 @@ HARDSHIPS = [
     Hardship("fading to a millionth", fading),
     Hardship("one step's gradient 1000 times as large", spiked),
     Hardship("no noise: one gradient for ever", lambda gradients: gradients[200:201].expand_as(gradients)),
-    Hardship("noise alone: signs by chance", lambda g: g.abs() * (torch.rand(g.shape, generator=torch.Generator().manual_seed(0)) - 0.5).sign()),
+    Hardship("noise alone: signs by chance", signs_by_chance),
 ]  # fmt: skip
 
 
@@ -192,10 +202,10 @@ def splits(found: Recording) -> list[dict[str, str]]:
     """Table: every candidate at three betas."""
     rows = []
     exact = {beta: follow(found, beta, None) for beta in (0.9, 0.95, 0.99)}
-    for name, format, numbers in candidates():
+    for name, fmt, numbers in candidates():
         row = {"format": name}
         for beta, right in exact.items():
-            ours = follow(found, beta, format, numbers)
+            ours = follow(found, beta, fmt, numbers)
             row |= {f"error, {beta}": f"{error(ours, right):.3f}", f"cosine, {beta}": f"{cosine(ours, right):.3f}"}
         rows.append(row)
     return rows
@@ -208,9 +218,9 @@ def hardships(found: Recording) -> list[dict[str, str]]:
         changed = found._replace(gradients=hardship.gradients(found.gradients))
         right = follow(changed, hardship.beta, None, eps=hardship.eps)
         row = {"β = 0.95, eps = 1e-8, but": hardship.name}
-        for format in FORMATS.values():
-            ours = follow(changed, hardship.beta, format, packed.dither, hardship.eps)
-            row[f"{format.name}: error"] = f"{error(ours, right):.3f}"
+        for fmt in FORMATS.values():
+            ours = follow(changed, hardship.beta, fmt, packed.dither, hardship.eps)
+            row[f"{fmt.name}: error"] = f"{error(ours, right):.3f}"
             row["size" + " " * (len(row) // 2)] = f"{float((ours * right).sum() / (right * right).sum()):.2f}"
         rows.append(row)
     return rows
@@ -220,15 +230,15 @@ def nearest(found: Recording) -> list[dict[str, str]]:
     """Table: which beta of fp32 moments makes the updates most like those of a format."""
     others = {beta / 100: follow(found, beta / 100, None) for beta in range(70, 98)}
     rows = []
-    for format in FORMATS.values():
+    for fmt in FORMATS.values():
         for beta in (0.9, 0.95):
-            ours = follow(found, beta, format, packed.dither)
+            ours = follow(found, beta, fmt, packed.dither)
             alike = {other: cosine(ours, update) for other, update in others.items()}
             best = max(alike, key=lambda other: alike[other])
             size = float(ours.norm() / others[beta].norm())
             rows.append(
                 {
-                    "format": format.name,
+                    "format": fmt.name,
                     "beta": f"{beta}",
                     "most like fp32 at beta": f"{best} (cosine {alike[best]:.3f})",
                     "cosine at its own": f"{alike[beta]:.3f}",
@@ -239,13 +249,13 @@ def nearest(found: Recording) -> list[dict[str, str]]:
 
 
 def sensitivity(found: Recording) -> list[dict[str, str]]:
-    """Table: how far runs come apart whose gradients differ in their last bit, relative to the way that they have gone."""
+    """Table: how far runs come apart whose gradients differ in the last bit, relative to the way they have gone."""
     changed = found._replace(gradients=torch.nextafter(found.gradients, torch.tensor(torch.inf)))
     rows = []
-    for format in (None, *FORMATS.values()):
-        ours, other = (follow(each, 0.95, format, packed.dither).sum(dim=0) for each in (found, changed))
+    for fmt in (None, *FORMATS.values()):
+        ours, other = (follow(each, 0.95, fmt, packed.dither).sum(dim=0) for each in (found, changed))
         apart = float((ours - other).norm() / ours.norm())
-        rows.append({"format": format.name if format else "fp32", "apart": f"{apart:.1e}"})
+        rows.append({"format": fmt.name if fmt else "fp32", "apart": f"{apart:.1e}"})
     return rows
 
 

@@ -1,4 +1,7 @@
-"""What the harness adds to a step: ``Trainer.train_step`` against a bare loop on the same engine; ``python -m tests.perf harness``."""
+"""What the harness adds to a step: ``Trainer.train_step`` against a bare loop on the same engine.
+
+``python -m tests.perf harness``
+"""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def measured(build: Build) -> Sizes:
     optimizer = build(master)
     if isinstance(optimizer, BalancedAdam):  # its kernels read the bf16 gradient, and write the bf16 weight
         for param, gradient, weight in zip(master, gradients, weights, strict=True):
-            assert optimizer.hand_over(param, [gradient], copy=weight)
+            assert optimizer.set_fused_grad(param, [gradient], lp_param_out=weight)
         optimizer.step()
     else:
         for param, gradient in zip(master, gradients, strict=True):

@@ -1,7 +1,8 @@
-"""Other optimizers with a small state, and other packed formats, on the runs of a comparison: ``python -m tests.perf.rivals --help``.
+"""Other optimizers with a small state, and other packed formats, on the runs of a comparison.
 
-Each takes BalancedAdam's place in train.pretrain, at ZeRO stage 0; weights, batches, schedule, clipping and validation are the
-same, so that ``python -m train.report`` may put its runs beside those of a comparison. A run that is cut begins anew.
+``python -m tests.perf.rivals --help``. Each takes BalancedAdam's place in train.pretrain, at ZeRO stage 0; weights,
+batches, schedule, clipping and validation are the same, so that ``python -m train.report`` may put its runs beside
+those of a comparison. A run that is cut begins anew.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from train.common.command_line import parse
 from train.common.errors import ConfigError, require
 from train.common.files import REPOSITORY, environment_facts, write_json
 from train.sweep import execute
-from train.sweep.plan import Comparison, manifest
+from train.sweep.options import Comparison
+from train.sweep.plan import manifest
 
 Groups = list[dict[str, Any]]
 
@@ -88,9 +90,9 @@ class AnotherFormat(Rounded):
 
     bounded = True
 
-    def __init__(self, groups: Groups, format: packed.Format, numbers: formats.Numbers) -> None:
+    def __init__(self, groups: Groups, fmt: packed.Format, numbers: formats.Numbers) -> None:
         super().__init__(groups)
-        self.format, self.numbers = format, numbers
+        self.format, self.numbers = fmt, numbers
 
     def read(self, stored: Any) -> tuple[Tensor, Tensor]:
         return packed.unpack(stored, self.format)
@@ -103,21 +105,21 @@ def bitsandbytes(groups: Groups) -> Rival:
     """AdamW8bit: int8 by a table, an absolute maximum for each 256 elements; tensors below 4096 elements in fp32."""
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW8bit(groups)  # type: ignore[no-any-return]
+    return bitsandbytes.optim.AdamW8bit(groups)
 
 
 def torchao(groups: Groups) -> Rival:
     """AdamW8bit: as that of bitsandbytes, compiled by torch."""
     from torchao.optim import AdamW8bit
 
-    return AdamW8bit(groups)  # type: ignore[no-any-return]
+    return AdamW8bit(groups)
 
 
 def torchao4(groups: Groups) -> Rival:
     """AdamW4bit: 4 bits, an absolute maximum for each 128 elements."""
     from torchao.optim import AdamW4bit
 
-    return AdamW4bit(groups)  # type: ignore[no-any-return]
+    return AdamW4bit(groups)
 
 
 RIVALS: dict[str, Callable[[Groups], Rival]] = {
@@ -125,7 +127,7 @@ RIVALS: dict[str, Callable[[Groups], Rival]] = {
     "bitsandbytes8": bitsandbytes,
     "torchao8": torchao,
     "torchao4": torchao4,
-    **{name: partial(AnotherFormat, format=format, numbers=numbers) for name, format, numbers in formats.TRAINED},
+    **{name: partial(AnotherFormat, fmt=fmt, numbers=numbers) for name, fmt, numbers in formats.TRAINED},
 }
 
 
@@ -209,7 +211,7 @@ def main(arguments: list[str]) -> None:
             place = ["--out", str(out / run["name"])]
             return [sys.executable, "-m", "tests.perf.rivals", run["rival"], *place, *run["arguments"]]
 
-        execute.launch_command = command  # type: ignore[assignment]
+        execute.launch_command = command  # type: ignore[assignment, attr-defined]
         file = settings.out / "manifest.json"
         require(
             not file.exists() or json.loads(file.read_text())["runs"] == json.loads(json.dumps(chosen["runs"])),

@@ -1,6 +1,6 @@
-"""Memory, checkpoints and lost work at a scale that isn't here: formulas, held to what can be measured; ``python -m tests.perf scaling``.
+"""Memory, checkpoints and lost work at a scale that isn't here: formulas, held to what can be measured.
 
-docs/scaling.md explains them.
+``python -m tests.perf scaling``; docs/scaling.md explains them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MODELS = {"1.3B": (1.3e9, 0.5e9, 8), "7B": (7e9, 0.55e9, 64), "70B": (70e9, 2e9,
 STATES = {"fp32, 8 bytes": 8, "packed32, 4": 4, "packed16, 2": 2, "packed8, 1": 1}
 """Optimizer state: bytes a weight."""
 GPU_HOURS_PER_FAILURE = 54 * 24 * 16384 / 419
-"""Of Llama 3 405B: 419 unexpected interruptions in 54 days on 16384 GPUs (arXiv 2407.21783, section 3.3.4)."""
+"""Llama 3 405B: 419 unexpected interruptions in 54 days on 16384 GPUs (arXiv 2407.21783, section 3.3.4)."""
 GIB, WORLD = 2**30, 2
 
 
@@ -41,7 +41,7 @@ class Bytes(NamedTuple):
 
 
 def model_states(stage: int, weights: float, ranks: int, state: float) -> Bytes:
-    """By formula; ZeRO's step in one pass needs no fp32 copy of the gradients (arXiv 1910.02054, section 3, without it)."""
+    """By formula (arXiv 1910.02054, section 3), but without an fp32 copy of the gradients: the one pass needs none."""
     share = weights / ranks
     return Bytes(
         2 * (share if stage == 3 else weights), 2 * (weights if stage == 1 else share), 4 * share, state * share
@@ -49,13 +49,13 @@ def model_states(stage: int, weights: float, ranks: int, state: float) -> Bytes:
 
 
 def measured(job: tuple[int, bool, str]) -> dict[str, float]:
-    """Job: bytes of all tensors alive in this rank after the backward pass, the most that it held, and of a checkpoint."""
+    """Job: bytes of this rank's tensors after the backward pass, the most that it held, and of a checkpoint."""
     stage, offload, state = job
     before, resident = alive(), status("VmRSS")
     engine = start(ONE_PASS._replace(optimizer=balanced(state=state), offload=offload), stage, bucket=2 * SIZE)
     inputs = [torch.full((SIZE + 7 * k,), 1e-3, dtype=torch.bfloat16) for k in range(TENSORS)]
     ours = 2 * sum(x.numel() for x in inputs)
-    sizes = {}
+    sizes: dict[str, float] = {}
     for _ in range(2):  # the optimizer makes its state in the first step
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from now
         engine.backward(engine(inputs))
@@ -97,7 +97,7 @@ def estimated(stage: int, weights: float, largest: float, ranks: int) -> float:
 
 
 def best_interval(save_seconds: float, gpus: int) -> float:
-    """Seconds between checkpoints that lose the least, to first order: sqrt(2 C M), M = time between failures (Young 1974)."""
+    """Seconds between checkpoints that lose the least: to first order sqrt(2 C M), M between failures (Young 1974)."""
     return math.sqrt(2 * save_seconds * GPU_HOURS_PER_FAILURE * 3600 / gpus)
 
 
@@ -145,13 +145,13 @@ def main() -> None:
     print(markdown_table(rows) + "\n")
     rows = []
     for name, (weights, _, gpus) in MODELS.items():
-        size = 14 * weights
+        stored = 14 * weights
         for gigabytes in (2, 50):
-            seconds = size / (gigabytes * 1e9)
+            seconds = stored / (gigabytes * 1e9)
             interval = best_interval(seconds, gpus)
             rows.append(
                 {
-                    "checkpoint": f"{name} on {gpus}: {size / 1e9:.0f} GB",
+                    "checkpoint": f"{name} on {gpus}: {stored / 1e9:.0f} GB",
                     "to storage of": f"{gigabytes} GB/s: {seconds:.1f} s",
                     "best interval": f"{interval / 60:.0f} min",
                     "lost then": f"{lost(interval, seconds, gpus):.2%}",

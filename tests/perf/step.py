@@ -53,7 +53,7 @@ def contenders(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], object]]
 
 
 def in_many_passes(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], object]]:
-    """Those that make large temporary tensors, beside BalancedAdam. Not among the others: whoever comes after them finds the memory cold."""
+    """Optimizers that make large temporary tensors, beside BalancedAdam; apart, since they leave cold memory behind."""
     return {
         "BalancedAdam": ours(shapes),
         "torch AdamW, foreach": torchs(shapes, foreach=True),
