@@ -1,1 +1,1 @@
-"""The pretraining harness: one run (pretrain), many runs (compare), and what came out (report)."""
+"""The pretraining harness: one run (pretrain), many runs (compare) and their results (report)."""

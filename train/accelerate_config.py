@@ -18,18 +18,18 @@ from train.common.files import REPOSITORY
 
 @dataclass(frozen=True, kw_only=True)
 class Hosts:
-    """Where the ranks are."""
+    """The hosts, and the ranks on each."""
 
     hosts: tuple[str, ...]
-    """Host names or addresses; the ranks meet on the first."""
+    """Host names or addresses, each once. The ranks meet on the first."""
     ranks_per_host: int = 8
-    """Processes on each: its GPUs."""
+    """Ranks on each host; at least 1, normally one per GPU."""
     port: int = 29500
-    """A TCP port that is free on the first host."""
+    """A TCP port that is free on the first host, in [1024, 65536)."""
 
 
 def configuration(hosts: Hosts) -> str:
-    """ds_configs/accelerate.yaml for these hosts.
+    """Return ds_configs/accelerate.yaml adapted to these hosts, as YAML.
 
     Raises:
         ConfigError: if a value is out of range.
@@ -46,14 +46,14 @@ def configuration(hosts: Hosts) -> str:
         "rdzv_backend": "static",
         "same_network": True,
     }
-    # torchrun on each host; DeepSpeed's own launcher would start the other hosts from the first.
+    # torchrun runs on each host. DeepSpeed's own launcher would start the other hosts from the first.
     shipped["deepspeed_config"]["deepspeed_multinode_launcher"] = "standard"
     text: str = yaml.safe_dump({**shipped, **more}, sort_keys=False)
     return text
 
 
 def main(arguments: list[str]) -> int:
-    """Command line; the exit code."""
+    """Run the command line and return the exit code."""
     return exit_code(lambda: print(configuration(parse(Hosts, arguments, "train.accelerate_config", __doc__)), end=""))
 
 

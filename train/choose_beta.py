@@ -1,6 +1,6 @@
-"""A beta for your model and text, from a short pilot run: ``python -m train.choose_beta -- --data FOLDER``.
+"""Choose a beta for your model and text from a short pilot run: ``python -m train.choose_beta -- --data FOLDER``.
 
-:mod:`train.probe.pilot` says what is measured, and why.
+:mod:`train.probe.pilot` explains what is measured, and why.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from train.probe.options import Pilot
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: ``python -m train.choose_beta --help``; the exit code."""
+    """Run the command line (``python -m train.choose_beta --help``) and return the exit code."""
 
     def program() -> None:
         pilot = parse(Pilot, sys.argv[1:] if arguments is None else arguments, "train.choose_beta", __doc__)

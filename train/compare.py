@@ -1,8 +1,8 @@
-"""Many runs, one after the other, and the report at the end: ``python -m train.compare --help``.
+"""Run a comparison of betas, one run after the other, and write the report: ``python -m train.compare --help``.
 
-The plan (train.sweep.plan) is a manifest file. Start it again after a Ctrl-C or a crash: finished runs are skipped, a cut one goes on
-from its newest checkpoint. Start it several times, on one machine or on many that share the folder: each takes runs that no
-other one is at.
+The plan (train.sweep.plan) is a manifest file. After a Ctrl-C or a crash, start the same command again: finished runs
+are skipped, and an interrupted run resumes from its newest checkpoint. To run in parallel, start the command several
+times, on one machine or on many that share the folder. Each process takes runs that no other is working on.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def _interrupt(*_: object) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line: ``python -m train.compare --help``."""
-    signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends: end the ranks too
+    """Run the command line (``python -m train.compare --help``) and exit with 2 on an error, 130 on Ctrl-C."""
+    signal.signal(signal.SIGTERM, _interrupt)  # sent by a batch system; the ranks have to end too
     try:
         comparison = parse(Comparison, sys.argv[1:] if arguments is None else arguments, "train.compare", __doc__)
 
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        print("\nStopped. Run the same command again to resume.", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,6 +1,8 @@
-"""A comparison over the beta plane: heat map, what the tie costs, the noise of a seed, and how many seeds a small difference would take.
+"""Analyse a comparison over the beta plane from report.csv files: ``python -m train.plane FILE ... --out plane.svg``.
 
-train.report shows it. From report.csv files that were kept, such as those in docs/results: ``python -m train.plane FILE ... --out plane.svg``.
+It draws a heat map and prints the cost of tying the betas, the noise between seeds, and the number of seeds needed to
+show a small difference. train.report includes the same for a comparison's folder. This command reads tables that were
+kept, such as those in docs/results.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ from train.common.files import write_text
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """What is read and written."""
+    """The tables to read and the figure to write."""
 
     tables: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """report.csv files of train.report, which are put together; no run may be in two of them."""
+    """report.csv files of train.report. Their runs are combined; no run may be in two of them."""
     out: Path = Path("plane.svg")
-    """The heat map; the tables are printed."""
+    """File of the heat map, as SVG. The tables are printed."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: ``python -m train.plane --help``; the exit code."""
+    """Run the command line (``python -m train.plane --help``) and return the exit code."""
 
     def program() -> None:
         kept = parse(Kept, sys.argv[1:] if arguments is None else arguments, "train.plane", __doc__)
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         best = best_lr(table)
         require(
             beta_grid.is_grid(best),
-            "the tables have too few pairs of betas for a plane; it takes two tied and two untied ones.",
+            "the tables have too few pairs of betas for a plane; it needs two tied and two untied ones.",
         )
         figure = as_svg(beta_grid.heat_map(beta_grid.cells_of(best), beta_grid.edges(table)))
         try:

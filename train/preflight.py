@@ -1,7 +1,7 @@
-"""Before a run: are all hosts fit for it? ``LAUNCHER -m train.preflight ...`` takes what train.pretrain takes.
+"""Check all hosts before a run: ``LAUNCHER -m train.preflight ...``, with the options of train.pretrain.
 
-Every rank takes part; what is wrong is said in one sentence that names the host, before the first step is paid for.
-Plain ``python -m train.preflight --ranks N ...`` checks settings, data and model alone, for N ranks.
+Every rank takes part. Each problem is reported in one sentence that names the host, before the first training step.
+Plain ``python -m train.preflight --ranks N ...`` checks only settings, data and model, for N ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from train.run.config import Preflight
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; the exit code: 0, or 2 if something is wrong."""
+    """Run the command line and return the exit code: 0, or 2 if something is wrong."""
     try:
         run = parse(Preflight, sys.argv[1:] if arguments is None else arguments, "train.preflight", __doc__)
 
@@ -24,9 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         from train.run.preflight import preflight
 
-        found = preflight(run)
+        summary = preflight(run)
         if is_main_process():
-            print(found, flush=True)
+            print(summary, flush=True)
     except ConfigError as error:
         if is_main_process() or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)

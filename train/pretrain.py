@@ -1,4 +1,4 @@
-"""One training run: what ``deepspeed``, ``torchrun``, ``accelerate launch``, ``srun`` and plain ``python`` start."""
+"""One training run, started by ``deepspeed``, ``torchrun``, ``accelerate launch``, ``srun`` or plain ``python``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from train.run.config import Run
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: ``python -m train.pretrain --help``; the exit code.
+    """Run the command line (``python -m train.pretrain --help``) and return the exit code.
 
-    0: finished. 2: refused or diverged, which starting it again won't mend. 75: stopped as asked, a rank was lost, or a
-    checkpoint could not be read now; start it again. 130: Ctrl-C. 1: a fault of this program.
+    0: finished. 2: the input is invalid or the run has diverged; starting it again would not help. 75: stopped as
+        asked, a
+    rank was lost, or a file could not be read now; start it again. 130: Ctrl-C. 1: a bug in this program.
     """
     try:
         run = parse(Run, sys.argv[1:] if arguments is None else arguments, "train.pretrain", __doc__)
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_RETRY if isinstance(error, PeerLostError | RetryError) else 2
     except (Preempted, KeyboardInterrupt) as stopped:
         if is_main_process():
-            sentence = str(stopped) or "\nStopped. The same command goes on from the newest checkpoint."
+            sentence = str(stopped) or "\nStopped. Run the same command again to resume from the newest checkpoint."
             print(sentence, file=sys.stderr, flush=True)
         return EXIT_RETRY if isinstance(stopped, Preempted) else 130
     return 0

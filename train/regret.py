@@ -1,8 +1,9 @@
-"""What rules for a tied beta cost on runs that were made: ``python -m train.regret FOLDER_OR_CSV ...``.
+"""Print the regret of rules for a tied beta, on finished runs: ``python -m train.regret FOLDER_OR_CSV ...``.
 
-A comparison with several tied betas, each at its best learning rate, has a loss for every beta: between two of its betas, a
-straight line over log(1 - beta); beyond them, that of the nearest. A rule's regret is the loss at the beta it chooses less that
-at the best of those that were run, which was chosen by looking, so that no rule can do better but by luck.
+A comparison with several tied betas, each at its best learning rate, gives a loss for every beta: a straight line over
+log(1 - beta) between two of its betas, and the nearest beta's loss beyond them. The regret of a rule is the loss at the
+beta it chooses minus the loss at the best beta that was run. That beta is the best in hindsight, so a rule can only
+beat it by luck.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from train.common.command_line import exit_code, parse
 
 @dataclass(frozen=True, kw_only=True)
 class Regret:
-    """Which runs, and which rules."""
+    """The runs and the rules to evaluate."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (Path("runs/plane"),)
-    """Each is a row: a folder with the report.csv of train.report (A, after train.report A B C) and what train.choose_beta --out has left, or
-    such a table that was kept, as docs/results/plane-tiny.csv and its plane-tiny.pilot.json. Betas of fp32 state count."""
+    """Comparisons, one row of the table each. Either a folder that holds the report.csv of train.report (after
+    train.report A B C that is A) and, for the rule "pilot", the pilot.json of train.choose_beta --out. Or a CSV file
+    NAME.csv with NAME.pilot.json beside it, such as docs/results/plane-tiny.csv. Only arms with fp32 state are used."""
     rules: tuple[str, ...] = ("0.95", "0.944", "refresh:1000", "half_life_tokens:10e6", "pilot")
-    """As --betas of train.pretrain takes them, but for from:A:to:B; "pilot" is what train.choose_beta has found."""
+    """Rules as for --betas of train.pretrain, except from:A:to:B; or "pilot", the beta that train.choose_beta chose."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: ``python -m train.regret --help``; the exit code."""
+    """Run the command line (``python -m train.regret --help``) and return the exit code."""
 
     def program() -> None:
         regret = parse(Regret, sys.argv[1:] if arguments is None else arguments, "train.regret", __doc__)
@@ -40,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         beta_rules.check(regret.rules)
         print(markdown_table([beta_rules.row(out, regret.rules) for out in regret.runs]))
         print(
-            "\nA rule's beta, and its loss over that of the best tied beta that was run, in percent, with 95 % intervals."
+            "\nA rule's beta, and its loss over that of the best tied beta that was run, in percent, "
+            "with 95 % intervals."
         )
 
     return exit_code(program)

@@ -1,4 +1,4 @@
-"""Runs -> a table on the terminal, Markdown, CSV, and one self-contained HTML page."""
+"""Report the runs of a comparison: a table on the terminal, Markdown, CSV, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from train.common.command_line import exit_code, parse
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Where the runs are."""
+    """The runs to report, and the baseline."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (Path("runs/compare"),)
-    """Folders of comparisons (each holds manifest.json), which are put together; the report goes into the first one."""
+    """Folders of comparisons, each with a manifest.json. Their runs are combined. The report goes into the first
+    folder."""
     baseline: str = ""
-    """The arm the others are compared with. Default: the first arm."""
+    """The arm that the others are compared with, such as 0.9,0.95. Default: the first arm with an ended run."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line: ``python -m train.report FOLDER``."""
+    """Run the command line (``python -m train.report FOLDER``) and exit with 2 on an error."""
 
     def program() -> None:
         report = parse(Report, sys.argv[1:] if arguments is None else arguments, "train.report", __doc__)

@@ -1,7 +1,7 @@
-"""After an attempt of a batch job: shall the run be put back into the queue? ``python -m train.requeue OUT``.
+"""Decide after an attempt of a batch job whether to requeue the run: ``python -m train.requeue OUT``.
 
-Exit code 0: it is finished. 75: put it back. 1: don't, since it diverged, or two attempts of this job in a row made no progress.
-What it sees is appended to attempts.jsonl, where a person can read it.
+Exit code 0: the run is finished. 75: requeue it. 1: don't, because it diverged, or because two attempts of this job in
+a row made no progress. The step reached is appended to attempts.jsonl.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EVENT = "attempt ended"
 
 
 def verdict(out: Path) -> tuple[int, str]:
-    """The exit code, and why.
+    """Return the exit code, and the reason in one sentence.
 
     Raises:
         ConfigError: if result.json is damaged.
@@ -35,11 +35,11 @@ def verdict(out: Path) -> tuple[int, str]:
     run_dir.note(out, EVENT, step=step)
     if len(steps) >= 3 and steps[-1] == steps[-2] == steps[-3]:
         return 1, f"{out} got no further than step {step} in two attempts; not started again"
-    return EXIT_RETRY, f"{out} is saved up to step {step}, and is to go on"
+    return EXIT_RETRY, f"{out} is saved up to step {step} and can be resumed"
 
 
 def main(arguments: list[str]) -> int:
-    """Command line; the exit code."""
+    """Run the command line and return the exit code."""
     try:
         code, why = verdict(Path(*arguments))
     except (ConfigError, OSError, ValueError) as error:

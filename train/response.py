@@ -1,6 +1,6 @@
-"""How an update responds to a change in the gradient's scale, for any betas, on the gradients of a real run.
+"""Measure how an update responds to a change in the gradient's scale, for any betas, on gradients of a real run.
 
-:mod:`train.analysis.scale_response` says what is measured.
+:mod:`train.analysis.scale_response` explains what is measured.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from train.sweep.arms import Arm
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: ``python -m train.response --help``; the exit code."""
+    """Run the command line (``python -m train.response --help``) and return the exit code."""
 
     def program() -> None:
         response = parse(Response, sys.argv[1:] if arguments is None else arguments, "train.response", __doc__)
@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         require(
             bool(response.at) and min(response.at) >= response.window > STABLE,
-            f"at is {response.at} and window {response.window}; a window is longer than {STABLE} steps and ends at a step of at.",
+            f"at is {response.at} and window {response.window}; "
+            f"a window is longer than {STABLE} steps and ends at a step of at.",
         )
         require(response.elements >= 1, f"elements is {response.elements}; it must be at least 1.")
         require(bool(response.betas), "betas is empty; give at least one pair.")
@@ -40,8 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
                 f"betas has {str(arm)!r}; give one number, or beta1,beta2.",
             )
             pairs[str(arm)] = (float(arm.betas[0]), float(arm.betas[-1]))
-        found = of_language(response) if response.task == "language" else of_vision(response)
-        write(response.out, pairs, found)
+        recordings = of_language(response) if response.task == "language" else of_vision(response)
+        write(response.out, pairs, recordings)
 
     return exit_code(program)
 

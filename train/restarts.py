@@ -1,4 +1,4 @@
-"""The former name of ``python -m train.requeue``, for batch scripts that were copied."""
+"""Deprecated alias of ``python -m train.requeue``, for copies of older batch scripts."""
 
 import sys
 

@@ -101,7 +101,7 @@ PLANTED = [
     r"node2: settings differ from node1's",
     r"node2: an all-reduce of known numbers gave wrong sums on rank 1",
     r"node2: \S+cache can't be written to \(Read-only file system\)",
-    r" and \S+run is not shared: what rank 0 wrote there is not to be seen",
+    r" and \S+run is not shared: what rank 0 wrote there is not visible",
     r"node1: the disk of \S+run has 0\.0 GB free, and the checkpoints need 0\.0 GB more",
     r"node.: its clock is more than 5 s away from the others'",
 ]
@@ -185,7 +185,7 @@ def test_a_checkpoint_that_a_host_sees_late_is_waited_for(
     launchers = on_both(cluster, project, *line)
     log = project.parent / "launch.log"
     time.sleep(15)  # by then both wait
-    assert "Going on from" not in log.read_text() and all(launcher.poll() is None for launcher in launchers)
+    assert "Resuming from" not in log.read_text() and all(launcher.poll() is None for launcher in launchers)
     node2.check("umount", out / "checkpoints")
     assert ends(launchers) == [0, 0]
-    assert "Going on from" in log.read_text() and f"{REPOSITORY}" != str(project)
+    assert "Resuming from" in log.read_text() and f"{REPOSITORY}" != str(project)

@@ -130,7 +130,7 @@ def test_no_progress_twice_stops_the_job(cluster: Cluster, project: Path, option
         job.ends("FAILED", 150)
     finally:
         cluster.node("node2").check("umount", out)
-    assert "is not shared: what rank 0 wrote there is not to be seen" in job.said() and "node2: " in job.said()
+    assert "is not shared: what rank 0 wrote there is not visible" in job.said() and "node2: " in job.said()
     assert "got no further than step 0 in two attempts; not started again" in job.said()
     assert [event["event"] for event in events(out)] == ["attempt ended"] * 2
 

@@ -128,7 +128,7 @@ LATE = [
     ("--batch 100000", "less than one batch of 100000"),
     ("--sequence-length 2000", "sequence_length is 2000, but model 'tiny' has 1024 positions"),
     ("--model {model}", "embeds 100 tokens, but the tokenizer has 384"),
-    ("--model no/such/model", "model is 'no/such/model', which is no preset"),
+    ("--model no/such/model", "model is 'no/such/model', which is not a preset"),
     ("--tokenizer /no/such/tokenizer", "tokenizer is '/no/such/tokenizer'"),
     ("--out {file}", "which is a file; give a folder"),
     ("--out {strangers}", "holds letter.txt but no run"),
@@ -348,8 +348,8 @@ def test_a_plan_that_somebody_has_edited_is_run_or_refused(tmp_path: Path, capsy
         (("launcher",), "python", "the launcher python starts one"),
         (("runs",), [], "has no run"),
         (("runs", 1, "arguments"), ["--clip", "-1"], "clip is -1.0; it must be at least 0"),
-        (("runs", 1), {}, "which is no plan: runs.1.name: Field required"),
-        (("runs",), 3, "which is no plan: runs: Input should be a valid list"),
+        (("runs", 1), {}, "which is not a plan: runs.1.name: Field required"),
+        (("runs",), 3, "which is not a plan: runs: Input should be a valid list"),
     ):
         edited = json.loads(file.read_text())
         place = edited

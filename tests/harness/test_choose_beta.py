@@ -57,7 +57,7 @@ def test_the_horizon_is_where_noise_and_lag_cost_least_together() -> None:
 def test_without_drift_it_is_said_that_there_is_none_in_most_trials() -> None:
     plan = {"steps": 2000, "tokens_per_step": 1, "gap": 50}
     told = [report(estimate(probes(4, 16, 50, 0.0, 1.0, seed=seed), 50), plan) for seed in range(40)]
-    assert sum("can't be told from noise" in text for text in told) >= 34
+    assert sum("is not distinguishable from noise" in text for text in told) >= 34
     nothing = Choice(1.0, -1e-9, 2e-9)
     assert nothing.horizon == math.inf and math.isnan(nothing.beta)
     assert "\nbeta = none (0.0000 to 0.9990" in report(Choice(1e-9, -1e-9, 2e-9), plan)
@@ -111,7 +111,7 @@ def test_a_pilot_recommends_a_beta_and_says_what_other_rules_would(
         ("--probes 1", "probes is 1; it must be at least 2."),
         (
             "--checkpoints 2",
-            "checkpoints is 2; it must be at least 3, two of whose distances tell how sure the drift is.",
+            "checkpoints is 2; it must be at least 3, since the drift's error needs two distances.",
         ),
         ("--planned-steps 0", "planned_steps is 0; it must be at least the pilot's 200."),
         ("--steps 3", "steps is 3; it must be at least the number of checkpoints, 4."),
@@ -119,12 +119,12 @@ def test_a_pilot_recommends_a_beta_and_says_what_other_rules_would(
         (
             "-- --betas 0.9",
             "--betas is given after --; the pilot runs at 0.95 with fp32 state, "
-            "and --planned-steps has the run's length.",
+            "and --planned-steps sets the run's length.",
         ),
         (
             "-- --steps 9",
             "--steps is given after --; the pilot runs at 0.95 with fp32 state, "
-            "and --planned-steps has the run's length.",
+            "and --planned-steps sets the run's length.",
         ),
     ],
 )

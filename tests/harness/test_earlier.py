@@ -61,7 +61,7 @@ def test_a_run_that_0d6eb9e_began_goes_on_with_the_bits_that_it_had_there(tmp_pa
     options += ["--data", str(corpus), "--data-cache", str(cache), "--out", str(tmp_path / "run")]
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
     code, said = finish(options)
-    assert code == 0 and "Going on from" in said and "step-0000008" in said, said
+    assert code == 0 and "Resuming from" in said and "step-0000008" in said, said
     expected = [
         json.loads(line)["loss"] for line in (tmp_path / "expected.jsonl").read_text().splitlines() if '"lr"' in line
     ]

@@ -77,7 +77,7 @@ def test_wherever_a_checkpoint_is_truncated_or_changed_it_is_named_and_the_one_b
         found = find_checkpoint(alone, last.parent)
         said = capsys.readouterr().out
         assert found and found.step == 3, f"{file.name} at {place}"
-        assert re.search(rf"{last} is (not whole|damaged) \(.+\); passed over", said)
+        assert re.search(rf"{last} is (incomplete|damaged) \(.+\); passed over", said)
         file.write_bytes(whole)
         if (last / "damaged.json").exists():
             (last / "damaged.json").rename(last / "complete.json")
@@ -93,7 +93,7 @@ def test_where_no_checkpoint_is_whole_it_does_not_begin_from_nothing(make: Make)
     file.write_bytes(bytes(file.stat().st_size))
     for _ in range(2):
         with pytest.raises(
-            ConfigError, match=r"holds checkpoints, and none of them is whole; restore one, or remove them"
+            ConfigError, match=r"holds checkpoints, and none of them is complete; restore one, or remove them"
         ):
             pretrain(run)
     assert newest_step(run.out / "checkpoints") == 0
@@ -110,7 +110,7 @@ def test_a_checkpoint_runs_nothing_when_it_is_loaded(
     poison(newest(run), file.name, tmp_path / "evil-was-here")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"step-0000006 can't be loaded on rank 0 .*remove it to go on from an older one"
+        ConfigError, match=r"step-0000006 can't be loaded on rank 0 .*remove it to resume from an older one"
     ):
         pretrain(run)
     assert not (tmp_path / "evil-was-here").exists()

@@ -258,15 +258,18 @@ def test_a_table_without_omega_has_no_line_about_it_and_a_missing_folder_is_made
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "is no table of runs: [Errno 2] No such file"),
+        (None, "is not a table of runs: [Errno 2] No such file"),
         ("arm,lr,seed,validation_loss\n0.9,1e-3,0,2.0\n0.9,1e-3,0,2.0\n", "1 runs twice"),
         ("arm,lr,seed,validation_loss\n0.9,1e-3,0,2.0\n", "too few pairs of betas"),
-        ("a,b\n1,2\n", "is no table of runs: "),
-        ("arm,lr,seed,validation_loss\n", "is no table of runs: it has a row without arm, lr or seed, or none at all."),
+        ("a,b\n1,2\n", "is not a table of runs: "),
+        (
+            "arm,lr,seed,validation_loss\n",
+            "is not a table of runs: it has a row without arm, lr or seed, or none at all.",
+        ),
         ("arm,lr,seed,validation_loss\n,1e-3,0,2.0\n", "it has a row without arm, lr or seed"),
-        ("arm,lr,seed,validation_loss\n0.9,1e-3,0,low\n", "is no table of runs: Unable to parse"),
+        ("arm,lr,seed,validation_loss\n0.9,1e-3,0,low\n", "is not a table of runs: Unable to parse"),
         ("arm,lr,seed,validation_loss,step\n0.9,1e-3,0,2.0,5\n0.8,1e-3,0,2.0,6\n", "step is 5, 6."),
-        ("arm,lr,seed,validation_loss,step\n0.9,1e-3,0,2.0,five\n", "is no table of runs: Unable to parse"),
+        ("arm,lr,seed,validation_loss,step\n0.9,1e-3,0,2.0,five\n", "is not a table of runs: Unable to parse"),
         (
             "arm,lr,seed,validation_loss,validation_blocks\n0.9,1e-3,0,2.0,64\n0.8,1e-3,0,2.0,\n",
             "validation_blocks is 64, nan.",

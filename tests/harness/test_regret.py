@@ -162,7 +162,7 @@ def test_a_best_beta_at_the_edge_is_told(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("columns", "sentence"),
     [
-        (["arm", "lr"], "is no table of runs"),
+        (["arm", "lr"], "is not a table of runs"),
         (["arm", "lr", "seed", "validation_loss"], "lacks the numbers in the columns step, tokens, parameters"),
     ],
 )

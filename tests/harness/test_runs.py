@@ -239,12 +239,12 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
         with suppress(psutil.NoSuchProcess):
             rank.resume()
     _, said = process.communicate(timeout=LIMIT)
-    assert process.returncode == 130 and "The same command goes on from here" in said
+    assert process.returncode == 130 and "Run the same command again to resume" in said
     assert not psutil.wait_procs(ranks, timeout=60)[1]
     assert run_dir.result(run) is None
     code, said = finish(line[line.index("train.compare") + 1 :], None, "train.compare")
     assert code == 0, said
-    assert re.search(r"Going on from .*step-0000[1-3]\d\d", (run / "log.txt").read_text())
+    assert re.search(r"Resuming from .*step-0000[1-3]\d\d", (run / "log.txt").read_text())
     steps = [entry["step"] for entry in read_metrics(run) if "loss" in entry]
     assert steps == list(range(1, 401)) and (out / "report.html").exists()
     assert "400/400" in said  # the progress line

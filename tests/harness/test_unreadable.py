@@ -21,7 +21,7 @@ from train.data.readers import Read
 @pytest.mark.parametrize("name", [".", "cache", "a/b"])
 def test_a_cache_within_the_corpus_would_become_a_part_of_it(tmp_path: Path, name: str) -> None:
     jsonl(tmp_path / "one" / "a.jsonl", TEXTS)
-    with pytest.raises(ConfigError, match="within data, of which its files would become a part"):
+    with pytest.raises(ConfigError, match="inside data, so its files would become part of the corpus"):
         tokens_of(tmp_path / "one", tmp_path / "one" / name)
     tokens_of(tmp_path / "one", tmp_path / "one" / ".cache")
 
@@ -58,18 +58,18 @@ def in_its_place(write: Callable[[Path], Any]) -> Callable[[Path], None]:
 
 LATIN = "caf\u00e9 ".encode("latin-1")
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "Latin-1": (lambda p: (p / "b.txt").write_bytes(b"one\n" + LATIN), "b.txt is no UTF-8 at row 2 (byte 0xe9)"),
+    "Latin-1": (lambda p: (p / "b.txt").write_bytes(b"one\n" + LATIN), "b.txt is not UTF-8 at row 2 (byte 0xe9)"),
     "Latin-1 in JSON": (
         lambda p: jsonl(p / "b.jsonl", [*MORE, b'{"text": "' + LATIN + b'"}']),
-        "b.jsonl is no UTF-8 at row 21 (byte 0xe9)",
+        "b.jsonl is not UTF-8 at row 21 (byte 0xe9)",
     ),
     "two columns": (
         in_its_place(lambda p: two_columns(p / "b.parquet")),
         "b.parquet has 2 columns of that name",
     ),
     "no mark": (lambda p: (p / "b.txt").write_bytes("text".encode("utf-16-le")), "b.txt holds 4 NUL bytes"),
-    "cut line": (lambda p: jsonl(p / "b.jsonl", [*MORE, b'{"text": "cut of']), "b.jsonl row 21 is no JSON"),
-    "nested": (lambda p: jsonl(p / "b.jsonl", [*MORE, b"[" * 100_000]), "b.jsonl row 21 is no JSON"),
+    "cut line": (lambda p: jsonl(p / "b.jsonl", [*MORE, b'{"text": "cut of']), "b.jsonl row 21 is not JSON"),
+    "nested": (lambda p: jsonl(p / "b.jsonl", [*MORE, b"[" * 100_000]), "b.jsonl row 21 is not JSON"),
     "no object": (lambda p: jsonl(p / "b.jsonl", [*MORE, b'"text"']), "b.jsonl row 21 is 'text'; it must be an object"),
     "no text": (lambda p: jsonl(p / "b.jsonl", [*MORE, {"text": 7}]), "holds 7 in"),
     "no column": (
@@ -82,7 +82,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no parquet": (
         in_its_place(lambda p: (p / "b.parquet").write_bytes(b"PAR1")),
-        "b.parquet is no Parquet file",
+        "b.parquet is not a readable Parquet file",
     ),
     "no gzip": (lambda p: (p / "b.jsonl.gz").write_bytes(b"PK"), "b.jsonl.gz can't be read"),
     "cut gzip": (
@@ -91,8 +91,8 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no xz": (lambda p: (p / "b.jsonl.xz").write_bytes(b"PK"), "b.jsonl.xz can't be read"),
     "zstd": (lambda p: (p / "b.jsonl.zst").write_bytes(b"("), "holds b.jsonl.zst, compressed in a way that is not"),
-    "link to nowhere": (lambda p: (p / "b.jsonl").symlink_to("/nowhere"), "holds b.jsonl, which is no file"),
-    "pipe": (lambda p: os.mkfifo(p / "b.jsonl"), "holds b.jsonl, which is no file"),
+    "link to nowhere": (lambda p: (p / "b.jsonl").symlink_to("/nowhere"), "holds b.jsonl, which is not a file"),
+    "pipe": (lambda p: os.mkfifo(p / "b.jsonl"), "holds b.jsonl, which is not a file"),
 }
 
 

@@ -1,1 +1,1 @@
-"""From the files of finished runs to statistics, tables and plots; nothing here starts a run."""
+"""Statistics, tables and plots from the files of finished runs. Nothing here starts a run."""

@@ -1,8 +1,6 @@
-"""What rules for a tied beta cost on runs that were made: ``python -m train.regret FOLDER_OR_CSV ...``.
+"""The regret of rules for a tied beta on finished runs, as train.regret prints it.
 
-A comparison with several tied betas, each at its best learning rate, has a loss for every beta: between two of its betas, a
-straight line over log(1 - beta); beyond them, that of the nearest. A rule's regret is the loss at the beta it chooses less that
-at the best of those that were run, which was chosen by looking, so that no rule can do better but by luck.
+train.regret explains how a loss is assigned to every beta, and what the regret of a rule is.
 """
 
 from __future__ import annotations
@@ -28,17 +26,20 @@ NEEDED = ["step", "tokens", "parameters"]
 
 
 class Cost(NamedTuple):
-    """Of a rule on a comparison. In percent of the best beta's loss; NaN without a second seed, or where it can't be said."""
+    """The regret of a rule on a comparison, in percent of the best beta's loss."""
 
     beta: float
-    """NaN if the rule comes to none."""
+    """The beta that the rule chooses; NaN if it yields none."""
     beyond: bool
-    """Whether it lies outside the betas that were run."""
+    """Whether the beta lies outside the betas that were run."""
     percent: float
+    """Mean over seeds; NaN if there is no beta or a run has diverged."""
     low: float
+    """Lower end of the 95 % interval; NaN as ``percent``, or without a second seed."""
     high: float
+    """Upper end of the 95 % interval; NaN as ``percent``, or without a second seed."""
     diverged: int = 0
-    """Seeds; those that are left make no cost."""
+    """Number of seeds that have diverged at this beta. If there is any, no cost is computed from the others."""
 
     def __str__(self) -> str:
         if math.isnan(self.beta):
@@ -51,11 +52,14 @@ class Cost(NamedTuple):
 
 
 def diagonal(table: pd.DataFrame) -> pd.DataFrame:
-    """The losses of the tied betas at their best learning rates, a row a seed that has ended at all of them and a column a beta, in order;
-    NaN is one that has diverged.
+    """Return the losses of the tied betas at their best learning rates.
+
+    Returns:
+        One row per seed that has ended at all of these betas, and one column per beta, in ascending order. NaN if the
+        run has diverged.
 
     Raises:
-        ConfigError: if there is no such seed, or there are less than three betas with a run that has not diverged.
+        ConfigError: if there is no such seed, or fewer than three betas have a run that has not diverged.
     """
     cells = beta_grid.cells_of(best_lr(table))
     tied = cells[cells["beta1"] == cells["beta2"]]
@@ -64,16 +68,19 @@ def diagonal(table: pd.DataFrame) -> pd.DataFrame:
     there = int(losses.notna().any().sum())
     require(
         there >= 3,
-        f"there are {there} tied betas with a finished run at a seed that all of them have; it takes at least three.",
+        f"there are {there} tied betas with a finished run at a seed that all of them have; at least three are needed.",
     )
     return losses
 
 
 def at(losses: pd.DataFrame, beta: float) -> pd.Series:
-    """The loss of each seed at ``beta``: on straight lines over log(1 - beta), and at the nearest beta beyond those that were run."""
+    """Return each seed's loss at ``beta``, interpolated linearly over log(1 - beta).
+
+    Beyond the betas that were run, it is the loss at the nearest of them.
+    """
     betas = [float(each) for each in losses.columns]
     beta = min(max(beta, betas[0]), betas[-1])
-    if beta in betas:  # whatever its neighbours have
+    if beta in betas:  # even if a neighbour has diverged
         return losses[beta]
     right = bisect_left(betas, beta)
     here, low, high = (math.log(beta_schedule.horizon(each)) for each in (beta, betas[right - 1], betas[right]))
@@ -82,41 +89,41 @@ def at(losses: pd.DataFrame, beta: float) -> pd.Series:
 
 
 def best(losses: pd.DataFrame) -> float:
-    """The beta with the least mean loss, of those that have diverged at no seed; of all, if there is none."""
-    whole = losses.dropna(axis="columns")
-    return float((losses if whole.empty else whole).mean().idxmin())
+    """Return the beta with the least mean loss, among those that have diverged at no seed if there are any."""
+    converged = losses.dropna(axis="columns")
+    return float((losses if converged.empty else converged).mean().idxmin())
 
 
 def cost(losses: pd.DataFrame, beta: float) -> Cost:
-    """Of a beta, however it was chosen; NaN: of none."""
+    """Return the cost of a beta over the best one. ``beta`` is NaN if the rule yields none."""
     if math.isnan(beta):
         return Cost(beta, False, math.nan, math.nan, math.nan)
     least, ours = losses[best(losses)], at(losses, beta)
-    found, scale = paired(ours, least), 100.0 / least.mean()
+    difference, scale = paired(ours, least), 100.0 / least.mean()
     beyond = not losses.columns[0] <= beta <= losses.columns[-1]
     if ours.isna().any():
         return Cost(beta, beyond, math.nan, math.nan, math.nan, int(ours.isna().sum()))
-    return Cost(beta, beyond, found.difference * scale, found.low * scale, found.high * scale)
+    return Cost(beta, beyond, difference.difference * scale, difference.low * scale, difference.high * scale)
 
 
 def chosen(rule: str, pilot: Path, runs: dict[str, int]) -> float:
-    """The beta of a rule for these runs; NaN if it comes to none.
+    """Return the beta that a rule chooses for these runs; NaN if it yields none.
 
     Args:
-        rule: its words.
-        pilot: the file that train.choose_beta has left, if there is one.
-        runs: ``steps``, ``tokens_per_step`` and ``parameters`` of each.
+        rule: the rule, as on the command line.
+        pilot: the pilot.json of train.choose_beta, which need not exist.
+        runs: ``steps``, ``tokens_per_step`` and ``parameters`` of each run.
 
     Raises:
-        ConfigError: if there is a pilot for other runs.
+        ConfigError: if the pilot is for other runs.
     """
     if rule == PILOT:
         if not pilot.exists():
             return math.nan
-        found = load_file(PilotFile, pilot).model_dump()
+        content = load_file(PilotFile, pilot).model_dump()
         for key, value in runs.items():
-            require(found[key] == value, f"{pilot} is for runs with {key} = {found[key]}, and these have {value}.")
-        return math.nan if found["beta"] is None else float(found["beta"])
+            require(content[key] == value, f"{pilot} is for runs with {key} = {content[key]}, and these have {value}.")
+        return math.nan if content["beta"] is None else float(content["beta"])
     try:
         return beta_schedule.resolve(rule, steps=runs["steps"], tokens_per_step=runs["tokens_per_step"])
     except ValueError:
@@ -124,9 +131,13 @@ def chosen(rule: str, pilot: Path, runs: dict[str, int]) -> float:
 
 
 def check(rules: tuple[str, ...]) -> None:
-    """Raise :class:`ConfigError` if one of them would come to no beta on any run, or to more than one."""
+    """Check the rules.
+
+    Raises:
+        ConfigError: if a rule yields no beta on any run, or a beta that moves.
+    """
     for rule in rules:
-        require(not rule.startswith("from:"), f"rules has {rule!r}, whose beta moves; a rule here must come to one.")
+        require(not rule.startswith("from:"), f"rules has {rule!r}, whose beta moves; a rule here must give one beta.")
         try:
             beta_schedule.resolve("0.95" if rule == PILOT else rule, steps=1e12, tokens_per_step=1)
         except ValueError as error:
@@ -134,10 +145,14 @@ def check(rules: tuple[str, ...]) -> None:
 
 
 def row(place: Path, rules: tuple[str, ...]) -> dict[str, str]:
-    """Of the table, for one comparison.
+    """Return one row of the table: the comparison in ``place``, and the cost of each rule on it.
+
+    Args:
+        place: the folder of a comparison, or a CSV file.
+        rules: the rules, already checked.
 
     Raises:
-        ConfigError: if it has no table of runs, or they don't make a diagonal.
+        ConfigError: if there is no table of runs, or it has too few tied betas.
     """
     kept = place.suffix == ".csv"
     file, pilot = (place, place.with_suffix(".pilot.json")) if kept else (place / TABLE, place / PILOT_FILE)
@@ -148,7 +163,8 @@ def row(place: Path, rules: tuple[str, ...]) -> dict[str, str]:
     finished = table[table["validation_loss"].notna()]
     require(
         len(finished) > 0 and set(NEEDED) <= set(table.columns) and (finished[NEEDED] >= 1).all(axis=None),
-        f"{file} has no run that has finished, or lacks the numbers in the columns {', '.join(NEEDED)}, which the rules need.",
+        f"{file} has no run that has finished, or lacks the numbers in the columns {', '.join(NEEDED)}, "
+        "which the rules need.",
     )
     steps, tokens, parameters = (int(finished[column].iloc[0]) for column in NEEDED)
     runs = {"steps": steps, "tokens_per_step": tokens // steps, "parameters": parameters}

@@ -1,4 +1,4 @@
-"""The learning rate at which an arm did best, and whether it might do better beyond those that were tried."""
+"""Selection of each arm's best learning rate, and whether it lies at the edge of those that were tried."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pandas as pd
 
 
 def everywhere(table: pd.DataFrame, column: str) -> pd.Series:
-    """Which rows are of a seed whose runs have ended at all values of ``column``: a mask, (rows,)."""
+    """Return a mask, (rows,), of the rows whose seed has ended runs at all values of ``column``."""
     return table.groupby("seed")[column].transform("nunique") == table[column].nunique()
 
 
 def best_lr(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each arm's best learning rate: fewest divergences, then the lowest mean loss.
+    """Return the rows of each arm's best learning rate: the fewest divergences, then the lowest mean loss.
 
-    While runs are missing, over the seeds that have ended at every learning rate of the arm, if there are any.
+    While runs are missing, only seeds that have ended at every learning rate of the arm count, if there are any.
     """
     kept = []
     for _, arm in table.groupby("arm", sort=False):
@@ -25,8 +25,11 @@ def best_lr(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_edge(table: pd.DataFrame) -> list[str]:
-    """The arms whose best learning rate is the least or the greatest that was tried for them, as the only one is; none if each arm was run at
-    one alone, since they were tuned elsewhere then, and no arm that has diverged at all of its best one's seeds."""
+    """Return the arms whose best learning rate is the least or the greatest that was tried for them.
+
+    This includes an arm with a single learning rate. But if every arm has a single one, the result is empty: they were
+    tuned elsewhere then. An arm that has diverged at all seeds of its best learning rate is left out.
+    """
     tried = table.groupby("arm", sort=False)["lr"].agg(["min", "max", "nunique"])
     rows = best_lr(table).groupby("arm", sort=False)
     best = rows["lr"].first()

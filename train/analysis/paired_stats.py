@@ -1,4 +1,4 @@
-"""Differences of runs that are paired by seed: Student's t over seeds, Holm's correction over comparisons."""
+"""Paired differences of runs: Student's t over seeds, and Holm's correction over comparisons."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEVEL = 0.05
 
 
 class Paired(NamedTuple):
-    """A mean difference with its 95 % interval; NaN where there are too few pairs, or all differences are the same."""
+    """A mean difference with its 95 % interval and p. NaN if there are too few pairs, or all differences are equal."""
 
     pairs: int
     difference: float
@@ -23,7 +23,7 @@ class Paired(NamedTuple):
 
 
 def paired(ours: pd.Series, theirs: pd.Series) -> Paired:
-    """``ours`` less ``theirs``, losses by seed; a seed that lacks one of them (NaN: diverged) is no pair."""
+    """Compare losses by seed, ``ours`` minus ``theirs``. A seed that lacks one of them (NaN: diverged) is left out."""
     difference = (ours - theirs).dropna()
     low = high = p = math.nan
     if len(difference) > 1 and difference.std() > 0.0:
@@ -34,7 +34,7 @@ def paired(ours: pd.Series, theirs: pd.Series) -> Paired:
 
 
 def holm(p_values: pd.Series) -> pd.Series:
-    """Corrected for being one of many (Holm); NaN stays NaN and counts for nothing."""
+    """Correct p-values for multiple comparisons (Holm). NaN stays NaN and is not counted as a comparison."""
     corrected, tested = p_values.astype(float), p_values.notna()
     if tested.any():
         corrected[tested] = multipletests(p_values[tested], LEVEL, method="holm")[1]

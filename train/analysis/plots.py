@@ -1,4 +1,4 @@
-"""Figures as SVG (text as text, no display, and the same file for the same numbers), and tables as Markdown."""
+"""Figures as reproducible SVG, with text as text, and tables as Markdown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "report"}
 
 
 def as_svg(figure: Any) -> str:
-    """The finished figure, with a legend where lines have names; it is closed."""
+    """Return the figure as SVG and close it. Axes with labelled lines get a legend."""
     for axes in figure.axes:
         if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
@@ -26,11 +26,11 @@ def as_svg(figure: Any) -> str:
 
 
 def as_url(svg: str) -> str:
-    """An image for an HTML page."""
+    """Return the image as a data URL for an HTML page."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
 def markdown_table(rows: list[dict[str, str]]) -> str:
-    """Markdown; the keys of the first row are the head."""
+    """Return a Markdown table. The keys of the first row are the header."""
     lines = [" | ".join(row.values()) for row in rows]
     return "\n".join(f"| {line} |" for line in [" | ".join(rows[0]), "|".join(["---"] * len(rows[0])), *lines])

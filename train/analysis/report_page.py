@@ -19,17 +19,20 @@ from train.analysis.plots import as_svg, as_url
 from train.analysis.results import PLOTS, TABLE, caveats, load_results, summarize
 from train.common.files import write_text
 
-POINTS = 200  # of a curve that are drawn, about
+POINTS = 200  # drawn per curve, approximately
 
 
 def _last_loss(metrics: pd.DataFrame) -> float:
-    """The mean training loss of the last tenth of the steps: other text than the validation's, and the same for all arms of a seed."""
+    """Return the mean training loss over the last tenth of the steps.
+
+    Its text differs from the validation's, and is the same for all arms of a seed.
+    """
     losses = metrics["loss"].dropna()
     return float(losses[-max(1, len(losses) // 10) :].mean())
 
 
 def curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], column: str) -> str:
-    """A plot of one column over steps, an arm's mean and range over seeds, as SVG."""
+    """Plot one column over steps, each arm's mean and range over seeds, as SVG."""
     figure, axes = _over_steps()
     for arm, runs in table.groupby("arm", sort=False):
         series = [metrics[n].set_index("step")[column].dropna() for n in runs["name"] if column in metrics[n]]
@@ -40,9 +43,18 @@ def curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], column: str) -
 
 
 def paired_differences(ours: list[pd.Series], theirs: list[pd.Series]) -> pd.DataFrame:
-    """Of losses by step, one series a seed in both lists: the mean difference over seeds, ``middle``, and its 95 % interval (Student's
-    t), ``low`` to ``high``; each of the rolling mean over a twentieth of the steps. Only steps that all seeds have are in; without a second
-    seed there is no interval (NaN)."""
+    """Return the mean difference of two arms' losses over steps, with its 95 % interval (Student's t over seeds).
+
+    The differences are smoothed by a rolling mean over a twentieth of the steps. Only steps that all seeds have are
+    used.
+
+    Args:
+        ours: losses by step, one series per seed.
+        theirs: the other arm's, for the same seeds.
+
+    Returns:
+        Columns ``middle``, ``low`` and ``high``, by step. Without a second seed the interval is NaN.
+    """
     paired = pd.concat([a - b for a, b in zip(ours, theirs, strict=True)], axis=1)
     paired = paired.dropna().rolling(max(1, len(paired) // 20)).mean()
     middle = paired.mean(axis=1)
@@ -51,7 +63,7 @@ def paired_differences(ours: list[pd.Series], theirs: list[pd.Series]) -> pd.Dat
 
 
 def difference_curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], baseline: str) -> str:
-    """A plot of :func:`paired_differences` of each arm's training loss from the baseline's, as SVG."""
+    """Plot each arm's training loss minus the baseline's (:func:`paired_differences`), as SVG."""
     losses = {
         arm: {
             seed: metrics[name].set_index("step")["loss"].dropna()
@@ -64,13 +76,13 @@ def difference_curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], bas
     axes.axhline(0.0, color="black", linewidth=0.8)
     for arm, by_seed in losses.items():
         if seeds := sorted(by_seed.keys() & base.keys()):
-            found = paired_differences([by_seed[s] for s in seeds], [base[s] for s in seeds])
-            _line(axes, f"({arm})", found["middle"], found["low"], found["high"])
+            differences = paired_differences([by_seed[s] for s in seeds], [base[s] for s in seeds])
+            _line(axes, f"({arm})", differences["middle"], differences["low"], differences["high"])
     return as_svg(figure)
 
 
 def _over_steps() -> tuple[Any, Any]:
-    """A figure and its empty axes."""
+    """Return a figure and its empty axes, with steps on the x-axis."""
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     axes.set_xlabel("step")
     axes.spines[["top", "right"]].set_visible(False)
@@ -79,6 +91,7 @@ def _over_steps() -> tuple[Any, Any]:
 
 
 def _line(axes: Any, label: str, middle: pd.Series, low: pd.Series, high: pd.Series) -> None:
+    """Draw a curve with a band from ``low`` to ``high``, thinned to about POINTS points."""
     every = max(1, len(middle) // POINTS)
     middle, low, high = (values[::every] for values in (middle, low, high))
     (line,) = axes.plot(middle.index, middle, label=label, linewidth=1.4)
@@ -86,7 +99,7 @@ def _line(axes: Any, label: str, middle: pd.Series, low: pd.Series, high: pd.Ser
 
 
 def markdown(summary: pd.DataFrame, notes: list[str]) -> str:
-    """The table of arms as Markdown, with verdicts and caveats."""
+    """Return the table of arms as Markdown, with verdicts and caveats."""
     lines = [
         "| betas | lr | runs | diverged | validation loss | difference | 95 % interval | in % | p (Holm) |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -100,14 +113,19 @@ def markdown(summary: pd.DataFrame, notes: list[str]) -> str:
         p = f"{row['p_holm']:.3f}" if not math.isnan(row["p_holm"]) else "n/a"
         loss = f"{row['loss']:.4f}" if not math.isnan(row["loss"]) else "n/a"
         lines.append(
-            f"| {row['arm']} | {row['lr']:g} | {row['runs']} | {row['diverged']} | {loss} | {difference} | {interval} | {percent} | {p} |"
+            f"| {row['arm']} | {row['lr']:g} | {row['runs']} | {row['diverged']} | {loss} | {difference} | {interval} "
+            f"| {percent} | {p} |"
         )
     lines += ["", *(f"- {sentence}" for sentence in [*summary["verdict"], *notes])]
     return "\n".join(lines) + "\n"
 
 
 def write_report(*folders: Path, baseline: str = "") -> None:
-    """Write report.md, report.csv, report.html and its main figures into the first folder and print the table.
+    """Write report.md, report.csv, report.html and the main figures into the first folder, and print the table.
+
+    Args:
+        folders: folders of comparisons, whose runs are combined.
+        baseline: the arm that the others are compared with; "" for the first one with an ended run.
 
     Raises:
         ConfigError: if there is nothing to report, or no such baseline.
@@ -121,9 +139,8 @@ def write_report(*folders: Path, baseline: str = "") -> None:
             for name, count in zip(table["name"], table["parameters"], strict=True)
         ]
     measured = ["training_loss", *(f"omega_{window}" for window in training_dynamics.WINDOWS)]
-    table.loc[table["validation_loss"].isna(), measured] = (
-        math.nan
-    )  # what a run was until it diverged is not comparable
+    # Measurements of a run that has diverged are not comparable.
+    table.loc[table["validation_loss"].isna(), measured] = math.nan
     best = best_lr(table)
     baseline = baseline or next(run["arm"] for run in plan["runs"] if run["arm"] in set(table["arm"]))
     summary = summarize(best, baseline)
@@ -149,19 +166,33 @@ def write_report(*folders: Path, baseline: str = "") -> None:
         write_text(out / "plane.svg", heat_map)
     write_text(out / "report.md", text)
     write_text(out / TABLE, table.to_csv(index=False))
-    template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
-    page = template.render(
-        summary=summary.to_dict("records"),
-        notes=notes,
-        plots=[(label, as_url(svg)) for label, svg in figures.items()],
-        runs=table.to_dict("records"),
-        plan=plan,
-        settings=", ".join(f"{key} {value}" for key, value in plan["settings"].items() if value is not None),
-        speed={
-            arm: float(np.median(np.concatenate([metrics[n]["step_seconds"].dropna() for n in rows["name"]])))
-            for arm, rows in best.groupby("arm", sort=False)
-        },
-    )
+    speed = {
+        arm: float(np.median(np.concatenate([metrics[n]["step_seconds"].dropna() for n in rows["name"]])))
+        for arm, rows in best.groupby("arm", sort=False)
+    }
+    page = _page(summary=summary, notes=notes, figures=figures, runs=table, plan=plan, speed=speed)
     write_text(out / "report.html", page)
     print(text)
     print(f"Report: {(out / 'report.html').resolve()}")
+
+
+def _page(
+    *,
+    summary: pd.DataFrame,
+    notes: list[str],
+    figures: dict[str, str],
+    runs: pd.DataFrame,
+    plan: dict[str, Any],
+    speed: dict[Any, float],
+) -> str:
+    """Render the HTML page. ``figures`` are SVGs by caption, ``speed`` the median seconds per step by arm."""
+    template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
+    return template.render(
+        summary=summary.to_dict("records"),
+        notes=notes,
+        plots=[(label, as_url(svg)) for label, svg in figures.items()],
+        runs=runs.to_dict("records"),
+        plan=plan,
+        settings=", ".join(f"{key} {value}" for key, value in plan["settings"].items() if value is not None),
+        speed=speed,
+    )

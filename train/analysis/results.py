@@ -1,4 +1,4 @@
-"""The runs of a comparison as tables, and what can be said of them."""
+"""Load the runs of a comparison as tables, and summarize each arm with a verdict and caveats."""
 
 from __future__ import annotations
 
@@ -30,10 +30,16 @@ PLOTS = {
 
 
 def load_results(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str, pd.DataFrame]]:
-    """The first manifest with all runs, one row per run that ended (arm, lr, seed, status, validation_loss), and each run's metrics by name.
+    """Load the runs of one or more comparisons.
+
+    Returns:
+        The first folder's manifest, with the runs of all folders and their common ``settings``; a table with one row
+        per run that ended (name, arm, lr, seed, and the fields of result.json); and the metrics of each of these runs,
+        by name.
 
     Raises:
-        ConfigError: if there is no manifest, no run has ended, or the folders don't belong together.
+        ConfigError: if there is no manifest, no run has ended, a run is in two folders, or the runs differ in more than
+            arm, lr and seed.
     """
     plan: dict[str, Any] = {}
     rows, metrics = [], {}
@@ -42,11 +48,11 @@ def load_results(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str
     for out in folders:
         file = out / "manifest.json"
         require(file.exists(), f"{out} holds no manifest.json; give the folder of a comparison.")
-        found = load_file(PlanFile, file).model_dump(exclude_unset=True)
-        missing = [name for name in ("steps", "packages") if found.get(name) is None]
-        require(not missing, f"{file} has no {', '.join(missing)}; it is no manifest that train.compare has written.")
-        plan = plan or {**found, "runs": []}
-        for run in found["runs"]:
+        manifest = load_file(PlanFile, file).model_dump(exclude_unset=True)
+        missing = [name for name in ("steps", "packages") if manifest.get(name) is None]
+        require(not missing, f"{file} has no {', '.join(missing)}; train.compare has not written this manifest.")
+        plan = plan or {**manifest, "runs": []}
+        for run in manifest["runs"]:
             cell = (run["arm"], run["lr"], run["seed"])
             require(
                 cell not in cells, f"runs has {run['name']} twice, in {out} and in another folder; give one of them."
@@ -56,7 +62,7 @@ def load_results(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str
             try:
                 result = run_dir.result(out / run["name"])
             except ConfigError as error:
-                print(f"left out: {error}", file=sys.stderr)  # one damaged run is no reason to hide the others
+                print(f"left out: {error}", file=sys.stderr)  # one damaged run must not hide the others
                 continue
             lines = read_metrics(out / run["name"])
             if result and lines:
@@ -65,7 +71,8 @@ def load_results(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str
                     lines, columns=sorted({*PLOTS, *(k for line in lines for k in line)})
                 )
                 settings = common_settings(out / run["name"]) | {"device": result.get("device", shared.get("device"))}
-                settings["validation_blocks"] = result.get("validation_blocks")  # lacking: the first ones, not spread
+                # Runs of older versions lack this: they validated on the first blocks, not on evenly spread ones.
+                settings["validation_blocks"] = result.get("validation_blocks")
                 shared = shared or settings
                 require(
                     settings == shared,
@@ -79,11 +86,18 @@ def load_results(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str
 
 
 def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """One row per arm: mean loss, and the paired difference from the baseline with its interval and verdict; ``percent`` times a
-    difference is that in percent of the baseline's loss.
+    """Return one row per arm: mean loss, and the difference from the baseline with its interval and verdict.
 
-    Differences are paired by seed; intervals and p-values are Student's t over seeds, Holm-corrected over arms for the
-    verdict (level 0.05). A diverged run counts in ``diverged`` and leaves its seed without a pair.
+    Differences are paired by seed. Intervals and p-values are Student's t over seeds; ``p_holm`` is corrected over arms
+    (Holm) and decides the verdict (level 0.05). A diverged run counts in ``diverged``, and its seed makes no pair.
+    ``percent`` times a difference is that difference in percent of the baseline's loss.
+
+    Args:
+        table: the rows of each arm's best learning rate.
+        baseline: the arm that the others are compared with.
+
+    Raises:
+        ConfigError: if no run of the baseline has ended.
     """
     arms = list(table["arm"].unique())
     require(baseline in arms, f"baseline is {baseline!r}, of which no run has ended; there are {', '.join(arms)}.")
@@ -98,9 +112,9 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
             "diverged": int(table.loc[table["arm"] == arm, "validation_loss"].isna().sum()),
             "loss": losses.mean(),
         }
-        found = paired(losses, by_seed[baseline])
+        difference = paired(losses, by_seed[baseline])
         row["percent"] = 100.0 / by_seed.loc[losses.notna(), baseline].mean()
-        row |= found._asdict() if arm != baseline else Paired(found.pairs, *[math.nan] * 4)._asdict()
+        row |= difference._asdict() if arm != baseline else Paired(difference.pairs, *[math.nan] * 4)._asdict()
         rows.append(row)
     summary = pd.DataFrame(rows)
     summary["p_holm"] = holm(summary["p"])
@@ -110,7 +124,7 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
 
 def verdict(row: dict[str, Any], against: dict[str, Any]) -> str:
-    """One sentence for an arm, or two where runs of it or of the baseline, ``against``, have diverged."""
+    """Return a sentence on an arm, and more if runs of it or of the baseline, ``against``, have diverged."""
     arm, baseline = f"({row['arm']})", against["arm"]
     if row["arm"] == baseline:
         return f"{arm} is what the others are compared with."
@@ -130,28 +144,30 @@ def verdict(row: dict[str, Any], against: dict[str, Any]) -> str:
 
 
 def caveats(table: pd.DataFrame) -> list[str]:
-    """What a reader must know before believing the table."""
+    """Return what a reader must know before trusting the table, one sentence each."""
     rates = sorted(table["lr"].unique())
-    said = []
+    sentences = []
     if len(rates) == 1:
-        said.append(f"One learning rate ({rates[0]:g}) was used for all arms; an arm tuned on its own might do better.")
+        sentences.append(
+            f"One learning rate ({rates[0]:g}) was used for all arms; an arm tuned on its own might do better."
+        )
     elif table.groupby("arm")["lr"].nunique().max() == 1:
-        said.append("Each arm was run at one learning rate, chosen for it beforehand.")
+        sentences.append("Each arm was run at one learning rate, chosen for it beforehand.")
     else:
         same = table.groupby("arm")["lr"].nunique().min() == len(rates)
-        said.append(
+        sentences.append(
             f"Each arm is shown at its best of {'the' if same else 'its'} learning rates"
             f"{'' if same else ', which are of'} {', '.join(f'{r:g}' for r in rates)}."
         )
         for arm in at_edge(table):
-            said.append(f"({arm}) is best at the edge of the learning rates tried, so its optimum may lie beyond.")
+            sentences.append(f"({arm}) is best at the edge of the learning rates tried, so its optimum may lie beyond.")
     if table["seed"].nunique() == 1:
-        said.append("There is one seed, and one seed proves nothing.")
-    return said
+        sentences.append("There is one seed, and one seed proves nothing.")
+    return sentences
 
 
 def common_settings(run: Path) -> dict[str, Any]:
-    """What the runs of a comparison share, from the run.json of one of them: settings, and the text as it was read."""
+    """Return what the runs of a comparison have to share, from one run's run.json: settings, and the token folder."""
     about = load_file(RunFile, run / "run.json")
     parts = (part for part in about.identity.values() if isinstance(part, dict))
     return {k: v for part in parts for k, v in part.items() if k not in ARM} | {"tokens": about.tokens}

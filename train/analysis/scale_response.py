@@ -1,9 +1,9 @@
-"""How an update answers to a change in the gradient's scale, for any betas, on the gradients of a real run.
+"""How an update responds to a change in the gradient's scale, for any betas, on the gradients of a real run.
 
-A window of gradients is recorded, of elements drawn from every tensor and before clipping. On it the moments of each pair of
-betas are made anew, in float64, with the gradient's scale drifting, or with that of the last gradient alone changed. What the
-update's size does is put beside theory (balanced_adam.gradient_scale): for a steady gradient, which is what arXiv 2601.21739
-speaks of, and for one that is noise.
+A window of gradients is recorded before clipping, for elements drawn from every tensor. The moments for each pair of
+betas are recomputed on it in float64, with the gradient's scale drifting, or with only the last gradient rescaled. The
+change of the update's size is compared with theory (balanced_adam.gradient_scale): for a steady gradient, the case of
+arXiv 2601.21739, and for one that is pure noise.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ CHANGES = {
     "drift": (-1e-1, -3e-2, -1e-2, -3e-3, -1e-3, -3e-4, -1e-4, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "rescaled": (1 / 8, 1 / 4, 1 / 2, 2 ** (-1 / 4), 2 ** (1 / 4), 2.0, 4.0, 8.0),
 }
-"""Growth of the gradient's logarithm per step; or what the last gradient alone is multiplied by."""
+"""drift: growth of the gradient's logarithm per step. rescaled: factor of the last gradient alone."""
 NEAR = {"drift": (-1e-3, 1e-3), "rescaled": (2 ** (-1 / 4), 2 ** (1 / 4))}
-"""Between which values the slope is measured."""
+"""The two values between which the slope is measured."""
 STABLE = 10
-"""Steps of a window in which a gradient's sign is to be stable."""
+"""Number of last steps over which a gradient's sign has to be stable; see :class:`Lag`."""
 TICKS = {
     "drift": {"-0.1": -1e-1, "-0.01": -1e-2, "-0.001": -1e-3, "0.001": 1e-3, "0.01": 1e-2, "0.1": 1e-1},
     "rescaled": {"1/8": 1 / 8, "1/2": 1 / 2, "1": 1.0, "2": 2.0, "8": 8.0},
@@ -38,24 +38,29 @@ SHOWN = {0.25: "1/4", 0.5: "1/2", 1.0: "1", 2.0: "2", 4.0: "4"}
 
 
 class Recording(NamedTuple):
-    """Gradients of some elements."""
+    """Recorded gradients of some elements."""
 
     gradients: Tensor
     """(steps, elements), float32, before clipping."""
     layers: dict[str, slice]
-    """Tensor's name: its columns."""
+    """The columns of each tensor, by its name."""
 
 
 def weights(beta: float, steps: int) -> Tensor:
-    """Of the gradients in an average with bias correction, the last one's at the end: (steps,), float64."""
+    """Return the weight of each step's gradient in an average with bias correction: (steps,), float64, in order."""
     weight = torch.tensor(beta, dtype=torch.float64) ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
     return weight / weight.sum()
 
 
 def update_of(gradients: Tensor, betas: tuple[float, float], scales: Tensor) -> Tensor:
-    """The update (step / lr, without eps) after these gradients, (steps, elements) in float64, each step's multiplied by its scale, (steps,).
+    """Return the update, step / lr without eps, after these gradients: (elements,), float64.
 
-    From zero moments, with bias correction; 0 where there has been no gradient.
+    The moments start at zero, with bias correction. The update is 0 where all gradients are 0.
+
+    Args:
+        gradients: (steps, elements), float64.
+        betas: beta1 and beta2.
+        scales: (steps,), float64; each step's gradient is multiplied by its scale.
     """
     first, second = (weights(beta, len(gradients)) for beta in betas)
     m, v = (first * scales) @ gradients, (second * scales**2) @ gradients**2
@@ -63,7 +68,11 @@ def update_of(gradients: Tensor, betas: tuple[float, float], scales: Tensor) -> 
 
 
 def changed(steps: int, kind: str, value: float) -> Tensor:
-    """The scales of the steps: drifting to 1 at the last by e^value a step, or 1 with the last at ``value``."""
+    """Return the scale of each step, (steps,), float64.
+
+    With ``kind`` "drift" the scale grows by e^value per step and is 1 at the last one. Otherwise it is 1, and ``value``
+    at the last step.
+    """
     scales = torch.ones(steps, dtype=torch.float64)
     if kind == "drift":
         return torch.exp(value * torch.arange(1 - steps, 1, dtype=torch.float64))
@@ -72,24 +81,29 @@ def changed(steps: int, kind: str, value: float) -> Tensor:
 
 
 def of_steady(betas: tuple[float, float], scales: Tensor) -> float:
-    """The size of the update where the gradient is constant but for these scales, (steps,). Where the steps are many and the scale drifts,
-    :func:`balanced_adam.gradient_scale.update_under_drift`."""
+    """Return the size of the update for a gradient that is constant but for these scales, (steps,).
+
+    For many steps and a drifting scale this is :func:`balanced_adam.gradient_scale.update_under_drift`.
+    """
     first, second = (weights(beta, len(scales)) for beta in betas)
     return float(first @ scales / (second @ scales**2).sqrt())
 
 
 def of_noise(betas: tuple[float, float], scales: Tensor) -> float:
-    """The root of E[m^2] / E[v] where the gradient is independent noise of mean 0 with these scales, (steps,). Where the steps are many and
-    the scale drifts, :func:`balanced_adam.gradient_scale.update_of_noise_under_drift`."""
+    """Return the root of E[m^2] / E[v] for a gradient that is independent noise of mean 0 with these scales, (steps,).
+
+    For many steps and a drifting scale this is :func:`balanced_adam.gradient_scale.update_of_noise_under_drift`.
+    """
     first, second = (weights(beta, len(scales)) for beta in betas)
     return float((first**2 @ scales**2 / (second @ scales**2)).sqrt())
 
 
 def measure(recording: Recording, betas: tuple[float, float]) -> pd.DataFrame:
-    """One row for each layer and for "all", each kind of change and each value of it.
+    """Return one row for each layer and for "all" layers, each kind of change and each value of it.
 
-    ``size`` is the norm of the changed update over that of the unchanged one, ``cosine`` that of the angle between them; ``steady`` and
-    ``noise`` are what the size would be for a gradient that is constant or noise, on as many steps.
+    ``size`` is the norm of the changed update over that of the unchanged one, and ``cosine`` the cosine of the angle
+    between them. ``steady`` and ``noise`` are what the size would be, on as many steps, for a gradient that is constant
+    or pure noise.
     """
     gradients = recording.gradients.double()
     steps = len(gradients)
@@ -110,41 +124,49 @@ def measure(recording: Recording, betas: tuple[float, float]) -> pd.DataFrame:
 
 
 def slopes(rows: pd.DataFrame, kind: str) -> pd.Series:
-    """The derivative of the logarithm of the size by the drift, in steps, or by the logarithm of the last gradient's scale: of ``size``,
-    ``steady`` and ``noise`` over all elements of a :func:`measure`, between the two values in NEAR."""
+    """Return the slopes of ``size``, ``steady`` and ``noise`` of a :func:`measure`, over all elements.
+
+    A slope is the derivative of the logarithm of the size between the two values in NEAR: by the drift, in steps, or by
+    the logarithm of the last gradient's scale.
+    """
     here = rows[(rows["layer"] == "all") & (rows["kind"] == kind)].set_index("value")[["size", "steady", "noise"]]
     low, high = NEAR[kind]
     return (here.loc[high] / here.loc[low]).map(math.log) / (high - low if kind == "drift" else math.log(high / low))
 
 
 def signal_share(recording: Recording) -> float:
-    """The share of the gradients' mean square that is the square of their mean over the window, without bias: 1 for a gradient that keeps
-    its value, 0 for noise."""
+    """Return the share of the gradients' mean square that is due to their mean over the window, estimated without bias.
+
+    It is 1 for a constant gradient and 0 for noise.
+    """
     gradients = recording.gradients.double()
     noise = gradients.var(dim=0)
     return float(((gradients**2).mean(dim=0) - noise).sum() / (gradients**2).mean(dim=0).sum())
 
 
 class Lag(NamedTuple):
-    """The magnitude-lag decomposition of arXiv 2601.21739 (version 2), m̂ / √v̂ = S + L + E with S = sign(g) and L = S (EMA1[log |g|] -
-    EMA2[log |g|]), over the elements whose gradient has kept its sign for the last STABLE steps and is nowhere 0. The averages are over all
-    of the recording, since those of ten steps alone would hold little of a beta of 0.999."""
+    """The magnitude-lag decomposition of arXiv 2601.21739 (version 2), m̂ / √v̂ = S + L + E.
+
+    Here S = sign(g) and L = S (EMA1[log |g|] - EMA2[log |g|]). It is taken over the elements whose gradient has kept
+    its sign for the last STABLE steps and is nowhere 0. The averages use the complete recording, since ten steps alone
+    hold little of an average with a beta of 0.999.
+    """
 
     share: float
-    """Of all elements."""
+    """Fraction of all elements that the decomposition covers."""
     lag: float
     """Root mean square of L."""
     rest: float
-    """That of E."""
+    """Root mean square of E."""
     r_squared: float
-    """1 - Var(S E) / Var(S R) over these elements, R being m̂ / √v̂: what L explains with the factor 1 that it has in the decomposition, so
-    that it may be below 0. NaN where L is 0 throughout, as with equal betas."""
+    """1 - Var(S E) / Var(S R) over these elements, with R = m̂ / √v̂: what L explains with its factor of 1 in the
+    decomposition. It may be negative. NaN if L is 0 throughout, as with equal betas."""
     correlation: float
-    """The squared correlation of S L and S R: what it would explain with the best factor."""
+    """Squared correlation of S L and S R: what L would explain with the best factor."""
 
 
 def magnitude_lag(recording: Recording, betas: tuple[float, float]) -> Lag:
-    """At the last step of the recording."""
+    """Decompose the update at the last step of the recording."""
     gradients = recording.gradients.double()
     last = gradients[-STABLE:]
     stable = (torch.sign(last).sum(dim=0).abs() == len(last)) & (gradients != 0.0).all(dim=0)
@@ -162,23 +184,26 @@ def magnitude_lag(recording: Recording, betas: tuple[float, float]) -> Lag:
 
 
 def near_eps(recording: Recording, beta2: float) -> float:
-    """The share of the elements in which eps = 1e-8, the optimizer's default, is more than 1 % of √v̂: where the update isn't what theory, which has
-    no eps, speaks of. Of gradients before clipping; where it clips, v is smaller, and the share larger."""
+    """Return the share of the elements in which eps = 1e-8, the optimizer's default, is more than 1 % of √v̂.
+
+    There the theory, which has no eps, does not describe the update. The gradients are those before clipping; in a run
+    that clips, v is smaller and the share larger.
+    """
     gradients = recording.gradients.double()
     v = weights(beta2, len(gradients)) @ gradients**2
     return float((v.sqrt() < 100.0 * 1e-8).double().mean())
 
 
-def write(out: Path, pairs: dict[str, tuple[float, float]], found: Iterator[tuple[int, Recording]]) -> None:
+def write(out: Path, pairs: dict[str, tuple[float, float]], recordings: Iterator[tuple[int, Recording]]) -> None:
     """Write response.md, response.csv, and a figure for each kind of change at the last step.
 
     Args:
-        out: the folder they go to.
-        pairs: label of each pair of betas.
-        found: steps, and the gradients before each.
+        out: the folder to write to.
+        pairs: pairs of betas, by label.
+        recordings: steps, and the gradients recorded up to each.
     """
     tables, lines, last = [], [], pd.DataFrame()
-    for step, recording in found:
+    for step, recording in recordings:
         share = signal_share(recording)
         for label, betas in pairs.items():
             rows = measure(recording, betas)
@@ -188,7 +213,8 @@ def write(out: Path, pairs: dict[str, tuple[float, float]], found: Iterator[tupl
             drift, rescaled = slopes(rows, "drift"), slopes(rows, "rescaled")
             lag = magnitude_lag(recording, betas)
             lines.append(
-                f"| {step} | {label} | {share:.2f} | {drift['size']:+.2f} | {drift['steady']:+.2f} | {drift['noise']:+.2f} "
+                f"| {step} | {label} | {share:.2f} "
+                f"| {drift['size']:+.2f} | {drift['steady']:+.2f} | {drift['noise']:+.2f} "
                 f"| {rescaled['size']:+.4f} | {rescaled['steady']:+.4f} | {rescaled['noise']:+.4f} "
                 f"| {lag.share:.2%} | {lag.lag:.3f} | {lag.rest:.3f} | {lag.r_squared:.2f} | {lag.correlation:.2f} "
                 f"| {near_eps(recording, betas[1]):.2%} |"
@@ -208,7 +234,10 @@ def write(out: Path, pairs: dict[str, tuple[float, float]], found: Iterator[tupl
 
 
 def figure(rows: pd.DataFrame, kind: str) -> str:
-    """Size over change, one plot for each pair of betas, as SVG: measured, and what it would be for a steady gradient and for noise."""
+    """Plot the update's size over the change, one plot for each pair of betas, as SVG.
+
+    The measured size is shown with what it would be for a steady gradient and for noise.
+    """
     rows = rows[(rows["layer"] == "all") & (rows["kind"] == kind)]
     labels = list(rows["betas"].unique())
     canvas, axes = plt.subplots(
@@ -222,7 +251,7 @@ def figure(rows: pd.DataFrame, kind: str) -> str:
         place.set_title(f"({label})", fontsize=10)
         place.set_yscale("log")
         place.set_yticks(list(SHOWN), list(SHOWN.values()))
-        place.set_ylim(min(SHOWN), max(SHOWN))  # what shrinks faster than the averages forget leaves the plot
+        place.set_ylim(min(SHOWN), max(SHOWN))  # a gradient that shrinks faster than the averages decay leaves the plot
         place.set_xscale("symlog", linthresh=1e-3) if kind == "drift" else place.set_xscale("log")
         place.set_xticks(list(TICKS[kind].values()), list(TICKS[kind]), fontsize=8)
         place.minorticks_off()

@@ -1,6 +1,7 @@
 """How evenly a run moves: the training-dynamics metric of arXiv 2601.21739, from the update's size that every run logs.
 
-Theirs is over Linear and Conv weights and drops three epochs; ours is over all weights and drops the first tenth of the steps.
+The paper's metric covers Linear and Conv weights and drops three epochs. Ours covers all weights and drops the first
+tenth of the steps.
 """
 
 from __future__ import annotations
@@ -12,20 +13,22 @@ import pandas as pd
 from scipy import stats
 
 WINDOWS = (10, 50, 200)
-"""The choice of one decides the result (theirs is 200), so several are shown."""
+"""Spans of the moving average, in steps. The choice decides the result (the paper's is 200), so several are shown."""
 
 
 def omega(metrics: pd.DataFrame, parameters: float, window: int) -> float:
-    """The mean absolute first difference of the exponential moving average (span ``window``, in steps) of the norm of step / lr, both after
-    the first tenth of the steps: the average must not begin at the first step, where Adam's is 1 in every element.
+    """Return the mean absolute first difference of the exponential moving average of the norm of step / lr.
+
+    Both start after the first tenth of the steps. The average must not include the first step, where Adam's update is 1
+    in every element.
 
     Args:
-        metrics: a run's, with columns ``step`` and ``update_rms``.
+        metrics: metrics of a run, with columns ``step`` and ``update_rms``.
         parameters: number of weights.
-        window: span of the average.
+        window: span of the average, in steps.
 
     Returns:
-        NaN if there are less than two steps.
+        Omega; NaN if there are fewer than two steps.
     """
     sizes = metrics.set_index("step")["update_rms"].dropna() * math.sqrt(parameters)
     smooth = sizes[sizes.index > len(sizes) // 10].ewm(span=window, adjust=False).mean()
@@ -37,22 +40,24 @@ class Selection(NamedTuple):
 
     window: int
     tied: int
+    """Number of ``rows`` in which the tied run is the evenest."""
     rows: int
-    """Of equal beta1, lr and seed. They are not independent, so that they make no test."""
+    """Number of sets of runs with equal beta1, lr and seed. They are not independent, so they are not tested."""
     votes: int
-    """Of the beta1s, in how many the tied run is the evenest in the mean over the lrs and seeds that all of them have."""
+    """Number of beta1s whose tied run is the evenest, in the mean over the lrs and seeds that all its cells have."""
     beta1s: int
     p: float
-    """Of so many votes or more if each beta2 were the evenest as often (binomial; exact where all beta1s have as many cells); NaN without
-    any. Where omega falls or rises with beta2 that is no fair coin."""
+    """Probability of this many votes or more if each beta2 were the evenest equally often (binomial; exact if all
+    beta1s have equally many cells). NaN without any beta1. If omega falls or rises with beta2, that assumption does not
+    hold."""
 
 
 def selection(cells: pd.DataFrame, window: int) -> Selection:
-    """Over the beta1s with a tied run and others.
+    """Count how often the tied run is the evenest, over the beta1s with a tied and an untied run.
 
     Args:
-        cells: one row a run, with columns ``beta1``, ``beta2``, ``lr``, ``seed`` and ``omega_WINDOW``.
-        window: which of them.
+        cells: one row per run, with columns ``beta1``, ``beta2``, ``lr``, ``seed`` and ``omega_WINDOW``.
+        window: the window, one of WINDOWS.
     """
     tied, rows, votes, chances = 0, 0, 0, []
     for beta1, cell in cells.groupby("beta1"):

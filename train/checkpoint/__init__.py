@@ -1,1 +1,1 @@
-"""Checkpoints: saved, found, checked, converted and loaded; and the run that resumes from them."""
+"""Checkpoints: save, find, verify, convert and load them, and the run that resumes from them."""

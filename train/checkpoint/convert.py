@@ -1,4 +1,4 @@
-"""A checkpoint for another number of ranks, ZeRO stage or partition, through DeepSpeed's universal format."""
+"""Convert a checkpoint for another number of ranks or ZeRO stage, through DeepSpeed's universal format."""
 
 from __future__ import annotations
 
@@ -26,67 +26,74 @@ from train.common.progress import Progress
 from train.distributed.ranks import Ranks
 
 
-def convert_layout(ranks: Ranks, found: CheckpointInfo, wanted: dict[str, Any]) -> CheckpointInfo:
-    """``found`` itself, if it was made in the layout that is wanted; else the same state in DeepSpeed's universal format.
+def convert_layout(ranks: Ranks, checkpoint: CheckpointInfo, wanted: dict[str, Any]) -> CheckpointInfo:
+    """Return ``checkpoint`` if it has the layout that is wanted, else the same state in DeepSpeed's universal format.
 
-    That is made once, on one rank, while the others wait.
+    One rank converts it, once, while the others wait.
 
     Raises:
-        ConfigError: on every rank, if no conversion leads there, the disk is too full or DeepSpeed's conversion fails;
-            ``found`` is untouched.
+        ConfigError: on every rank, if the layouts can't be converted, the disk is too full or DeepSpeed's conversion
+            fails. ``checkpoint`` stays untouched.
     """
-    made = found.layout
+    made = checkpoint.layout
     if made["stage"] == wanted["stage"] == 0:
-        made = {**made, "world": wanted["world"]}  # every rank has everything
+        made = {**made, "world": wanted["world"]}  # at stage 0 every rank has the complete state
     if made == wanted:
-        return found
+        return checkpoint
     require(
         made["dtype"] == wanted["dtype"],
-        f"checkpoint {found.path} was made in {made['dtype']}, and this run computes in {wanted['dtype']}; go on with the former.",
+        f"checkpoint {checkpoint.path} was made in {made['dtype']}, and this run computes in {wanted['dtype']}; "
+        f"resume in {made['dtype']}.",
     )
     require(
         0 not in (made["stage"], wanted["stage"]),
-        f"checkpoint {found.path} was made at ZeRO stage {made['stage']}, and this run is at stage {wanted['stage']}; DeepSpeed "
-        "converts between the stages 1, 2 and 3 only.",
+        f"checkpoint {checkpoint.path} was made at ZeRO stage {made['stage']}, and this run is at stage "
+        f"{wanted['stage']}; DeepSpeed converts between the stages 1, 2 and 3 only.",
     )
-    target = found.path.with_name(f"{found.path.name}-universal")
+    target = checkpoint.path.with_name(f"{checkpoint.path.name}-universal")
     with ranks.collective_errors(), readable(target):
-        # A copy of another checkpoint of this step, which was here before, is as none.
+        # An older conversion of another checkpoint of the same step does not count.
         missing = ranks.is_main and (
-            why_incomplete(target) or checkpoint_info(target)._replace(path=found.path) != found
+            why_incomplete(target) or checkpoint_info(target)._replace(path=checkpoint.path) != checkpoint
         )
-    ranks.wait_for((lambda: _convert(found, target)) if missing else None)
+    ranks.wait_for((lambda: _convert(checkpoint, target)) if missing else None)
     if not verified(ranks, target):
-        raise ConfigError(f"{target} has been damaged; remove it, to have it made anew from {found.path.name}.")
-    return found._replace(path=target, universal=True)
+        raise ConfigError(f"{target} has been damaged; remove it, to have it made anew from {checkpoint.path.name}.")
+    return checkpoint._replace(path=target, universal=True)
 
 
-def _convert(found: CheckpointInfo, target: Path) -> None:
+def _convert(checkpoint: CheckpointInfo, target: Path) -> None:
+    """Run DeepSpeed's converter in a process of its own, and complete its output to a checkpoint at ``target``.
+
+    Raises:
+        ConfigError: if the disk is too full or the conversion fails.
+    """
     tmp = target.with_name(f".{target.name}")
     remove(tmp)
-    wanted = 2 * 12 * found.parameters  # three float32 numbers a weight, and DeepSpeed's temporary copy of them
-    make_room(found.path.parent, wanted)
-    line = [sys.executable, "-m", "train.checkpoint.universal", str(found.path), str(tmp)]
+    size = 12 * checkpoint.parameters  # bytes of three float32 numbers per weight
+    make_room(checkpoint.path.parent, 2 * size)  # DeepSpeed makes a temporary copy
+    line = [sys.executable, "-m", "train.checkpoint.universal", str(checkpoint.path), str(tmp)]
     merged = 0
-    with Progress(12 * found.parameters, 0, f"converting {found.path.name}") as progress:
-        # Not into a pipe: it says much, and would wait for somebody to read it.
-        with TemporaryFile("w+") as said, subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=said) as process:
+    with Progress(size, 0, f"converting {checkpoint.path.name}") as progress:
+        # Not a pipe: the converter prints a lot, and would block until somebody reads it.
+        with TemporaryFile("w+") as log, subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=log) as process:
             try:
                 while process.poll() is None:
                     time.sleep(0.5)
                     with suppress(OSError):  # files come and go
                         merged = sum(max(size_of(f), 0) for f in files_in(tmp / "zero"))
-                    progress.show(min(merged, 12 * found.parameters - 1), "bytes")
+                    progress.show(min(merged, size - 1), "bytes")
             finally:
                 process.kill()
-            said.seek(0)
-            reason = (said.read().strip().splitlines() or ["?"])[-1]
+            log.seek(0)
+            reason = (log.read().strip().splitlines() or ["?"])[-1]
+        made = checkpoint.layout
         require(
             process.returncode == 0,
-            f"{found.path} can't be converted to DeepSpeed's universal format: {reason}; go on "
-            f"with the {found.layout['world']} ranks at ZeRO stage {found.layout['stage']} that made it.",
+            f"{checkpoint.path} can't be converted to DeepSpeed's universal format: {reason}; "
+            f"resume with the {made['world']} ranks at ZeRO stage {made['stage']} that made it.",
         )
-        (found.path.parent / "latest_universal").unlink(missing_ok=True)  # DeepSpeed's pointer, to the wrong name
-        about = {"step": found.step, "parameters": found.parameters, "layout": found.layout, **found.origin}
+        (checkpoint.path.parent / "latest_universal").unlink(missing_ok=True)  # DeepSpeed's pointer, to the wrong name
+        about = {"step": checkpoint.step, "parameters": checkpoint.parameters, "layout": made, **checkpoint.origin}
         manifest.finish(tmp, target, about, {})
-        progress.show(12 * found.parameters, "bytes")
+        progress.show(size, "bytes")

@@ -1,4 +1,4 @@
-"""Find the newest complete checkpoint and load it; nothing that is incomplete or damaged is ever resumed from."""
+"""Find, verify and load the newest complete checkpoint. An incomplete or damaged one is never loaded."""
 
 from __future__ import annotations
 
@@ -27,28 +27,29 @@ from train.distributed.ranks import Ranks
 from train.distributed.watchdog import is_lost
 from train.run import run_dir
 
-TRIES = 3  # at reading a file that can't be read, some seconds apart
+TRIES = 3  # attempts to read a file, some seconds apart
 SEEN_LATE = 60.0  # seconds that a shared file system may take to show one host what another has written
 
 
 class UnreadableOnRank(RankError, RetryError):
-    """This rank alone could not read a file now."""
+    """This rank alone could not read a file. Reading it may succeed later."""
 
 
 def find_checkpoint(ranks: Ranks, folder: Path, run: dict[str, Any] | None = None) -> CheckpointInfo | None:
-    """The newest whole checkpoint, every file of it checked; the same on all ranks. None if there is none.
+    """Return the newest complete checkpoint, with every file verified; the same on all ranks. None if there is none.
 
-    What isn't whole or has been damaged since is named and passed over. A host to which a shared file system shows a
-    checkpoint late waits for it.
+    An incomplete or damaged checkpoint is reported and skipped. If a shared file system shows a checkpoint late, the
+    host waits for it.
 
     Args:
         ranks: all ranks call this.
         folder: the run's checkpoints folder.
-        run: the identity of the run that it has to be of.
+        run: the identity of the run that the checkpoint has to belong to; None accepts any.
 
     Raises:
-        ConfigError: if a host doesn't come to see it, it is of another run, or there are checkpoints and none of them is whole.
-        RetryError: if one can't be read now.
+        ConfigError: if the checkpoint does not become visible on a host, it belongs to another run, or there are
+            checkpoints and none of them is complete.
+        RetryError: if a checkpoint can't be read now.
     """
     names: list[str] = []
     with ranks.collective_errors(), readable(folder):
@@ -57,7 +58,7 @@ def find_checkpoint(ranks: Ranks, folder: Path, run: dict[str, Any] | None = Non
                 with readable(path):
                     reason = why_incomplete(path)
                 if reason:
-                    print(f"{path} is not whole ({reason}); passed over.", flush=True)
+                    print(f"{path} is incomplete ({reason}); passed over.", flush=True)
                 else:
                     names.append(path.name)
     for name in ranks.broadcast(names):
@@ -75,30 +76,32 @@ def find_checkpoint(ranks: Ranks, folder: Path, run: dict[str, Any] | None = Non
     with ranks.collective_errors(), readable(folder):
         require(
             not (ranks.is_main and all_checkpoints(folder)),
-            f"{folder} holds checkpoints, and none of them is whole; restore one, or remove them all to begin from step 0.",
+            f"{folder} holds checkpoints, and none of them is complete; "
+            "restore one, or remove them all to begin from step 0.",
         )
     return None
 
 
-def check_text(found: CheckpointInfo, tokens: str) -> None:
-    """See that a checkpoint's run trained on the tokens of this name.
+def check_text(checkpoint: CheckpointInfo, tokens: str) -> None:
+    """Check that the checkpoint's run trained on the token folder of this name. Old checkpoints don't record it.
 
     Raises:
-        ConfigError: if it is known to have trained on others.
+        ConfigError: if it trained on another text.
     """
-    theirs = found.origin.get("tokens")
+    theirs = checkpoint.origin.get("tokens")
     require(
         theirs in (None, tokens),
-        f"{found.path} is a checkpoint of a run on other text ({theirs}, not {tokens}); move it elsewhere, or restore the text.",
+        f"{checkpoint.path} is a checkpoint of a run on other text ({theirs}, not {tokens}); "
+        "move it elsewhere, or restore the text.",
     )
 
 
 @contextmanager
 def only_known_classes() -> Iterator[None]:
-    """Within this block ``torch.load`` makes tensors, plain data and four classes of DeepSpeed's, and runs nothing else.
+    """Restrict ``torch.load`` to tensors, plain data and four DeepSpeed classes during the block.
 
-    DeepSpeed asks for weights_only=False everywhere, which would run whatever a file says. So whatever reads a checkpoint does it
-    within this (tests/harness/test_guard.py looks for what doesn't).
+    DeepSpeed passes weights_only=False everywhere, which would execute any code in a file. So all code that reads a
+    checkpoint has to do it within this block. (tests/harness/test_guard.py finds code that doesn't.)
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -116,51 +119,55 @@ def only_known_classes() -> Iterator[None]:
             os.environ[name] = before
 
 
-def restore_checkpoint(engine: Any, ranks: Ranks, found: CheckpointInfo) -> int:
-    """Load it into the engine, and return the number of steps taken.
+def restore_checkpoint(engine: Any, ranks: Ranks, checkpoint: CheckpointInfo) -> int:
+    """Load the checkpoint into the engine, and return the number of steps taken.
 
     Raises:
-        RankError: if it can't be loaded.
+        RankError: if it can't be loaded on this rank.
     """
-    try:  # not together: DeepSpeed's own collectives are in here, and a rank that fails must leave
+    # Not under collective_errors: load_checkpoint has collectives of its own, so a rank that fails must exit.
+    try:
         with only_known_classes():
-            loaded, state = engine.load_checkpoint(str(found.path.parent), tag=found.path.name)
+            loaded, state = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
         require(loaded is not None, "DeepSpeed found nothing in it")
-    except Exception as error:  # whatever a file that was damaged before it was summed runs into
+    except Exception as error:  # of any class, if a file was damaged before it was summed
         if is_lost(error):
             raise
         if isinstance(error, OSError):
-            raise UnreadableOnRank(cannot_be_read(found.path, error)) from None
+            raise UnreadableOnRank(cannot_be_read(checkpoint.path, error)) from None
         raise RankError(
-            f"checkpoint {found.path} can't be loaded on rank {ranks.rank} ({first_line(error)}); if its files are damaged, "
-            "remove it to go on from an older one."
+            f"checkpoint {checkpoint.path} can't be loaded on rank {ranks.rank} ({first_line(error)}); "
+            "if its files are damaged, remove it to resume from an older one."
         ) from None
     if ranks.is_main:
-        print(f"Going on from {found.path}.", flush=True)
+        print(f"Resuming from {checkpoint.path}.", flush=True)
     return int(state["step"])
 
 
-def load_weights(engine: Any, found: CheckpointInfo) -> None:
-    """Load the weights alone, made at any ZeRO stage, into an engine at stage 0 on one rank.
+def load_weights(engine: Any, checkpoint: CheckpointInfo) -> None:
+    """Load only the weights of a checkpoint of any ZeRO stage, into an engine at stage 0 on one rank.
 
     Raises:
-        Exception: whatever another model's weights, or a damaged file, run into.
+        Exception: of any class, if the weights are another model's or a file is damaged.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    place, tag = str(found.path.parent), found.path.name
+    place, tag = str(checkpoint.path.parent), checkpoint.path.name
     with only_known_classes():
-        if found.layout["stage"] == 0:
+        if checkpoint.layout["stage"] == 0:
             engine.load_checkpoint(place, tag, load_module_only=True)
         else:
             engine.module.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(place, tag))
 
 
 def verified(ranks: Ranks, path: Path) -> bool:
-    """Whether every file has the sum in the manifest. The ranks share the work, and each waits until it sees the files.
+    """Return whether every file has the checksum in the manifest. The ranks share the work.
+
+    Each rank waits until it sees its files. The manifest of a damaged checkpoint is renamed to damaged.json.
 
     Raises:
-        RetryError: if one can't be read now, which doesn't say what it holds.
+        ConfigError: on every rank, if a file does not become visible on one.
+        RetryError: on every rank, if a file can't be read now. That doesn't mean that it is damaged.
     """
     with ranks.collective_errors(), readable(path):
         text = (path / MANIFEST).read_text() if ranks.is_main else ""
@@ -181,21 +188,19 @@ def verified(ranks: Ranks, path: Path) -> bool:
         except OSError as error:
             unreadable = error
     with ranks.collective_errors():
-        require(
-            not late, f"{path / late} is not to be seen after {SEEN_LATE:.0f} s; is the folder shared by all hosts?"
-        )
+        require(not late, f"{path / late} is not visible after {SEEN_LATE:.0f} s; is the folder shared by all hosts?")
         if unreadable is not None:
             raise RetryError(cannot_be_read(path, unreadable))
     differ = [name for name in ranks.gather(damaged) if name]
     with ranks.collective_errors():
         if differ and ranks.is_main:
             print(f"{path} is damaged ({differ[0]} has changed since it was written); passed over.", flush=True)
-            (path / MANIFEST).rename(path / "damaged.json")  # so that it counts as whole nowhere
+            (path / MANIFEST).rename(path / "damaged.json")  # so that it is incomplete for every reader
     return not differ
 
 
 def _checksum(file: Path, ranks: Ranks) -> tuple[int, str]:
-    """Size and sum; tried again where it can't be read."""
+    """Return a file's size and SHA-256. If the file can't be read, try again."""
     for tried in range(1, TRIES):
         try:
             return checksum(file)
@@ -206,6 +211,7 @@ def _checksum(file: Path, ranks: Ranks) -> tuple[int, str]:
 
 
 def _unseen(path: Path, manifest: str, files: Files) -> str:
+    """Return the name of a file that this host does not see yet as it was written; empty if it sees all."""
     try:
         if (path / MANIFEST).read_text() != manifest:
             return MANIFEST
@@ -216,7 +222,7 @@ def _unseen(path: Path, manifest: str, files: Files) -> str:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """An error while reading says nothing of what there is to read: RetryError."""
+    """Turn an OSError of the block into a RetryError: a read error doesn't mean that the checkpoint is damaged."""
     try:
         yield
     except OSError as error:
@@ -224,8 +230,9 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def cannot_be_read(path: Path, error: OSError) -> str:
-    """The sentence for a checkpoint that can't be read now."""
+    """Return the message for a checkpoint that can't be read now."""
     return (
-        f"checkpoint {path} can't be read now ({error.strerror or first_line(error)}); nothing was changed. Start the same command again; if "
-        "it stays so, move that checkpoint elsewhere to go on from an older one."
+        f"checkpoint {path} can't be read now ({error.strerror or first_line(error)}); nothing was changed. "
+        "Start the same command again; if the error persists, move that checkpoint elsewhere to resume from an older "
+        "one."
     )

@@ -1,10 +1,10 @@
-"""Save, find, convert and load checkpoints of a DeepSpeed engine; nothing that isn't whole is ever resumed from.
+"""The checkpoints folder of a run: names, manifests, and whether a checkpoint is complete.
 
-step-N/              what DeepSpeed saves, and complete.json: its files with their sizes and SHA-256 sums, how its state is split, and which
-                     run and which text it is of
-step-N-universal/    the same moments in DeepSpeed's universal format, made from it when another world size, ZeRO stage or
-                     partition resumes
-.step-N...           either of them on the way: written aside, synced, and renamed when it is whole
+step-N/              what DeepSpeed saves, and complete.json: the files with their sizes and SHA-256 sums, how the state
+                     is partitioned, and the run and text that the checkpoint belongs to
+step-N-universal/    the same state in DeepSpeed's universal format, converted from step-N when the run is resumed with
+                     another number of ranks, ZeRO stage or partition
+.step-N...           either of them while it is being written; synced, and renamed once it is complete
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from train.common.schemas import CheckpointFile, guard, parse_schema
 
 MANIFEST = "complete.json"
 Files = dict[str, tuple[int, str]]
-"""Name within the checkpoint: size and SHA-256."""
+"""Size in bytes and SHA-256 of each file, by its name within the checkpoint."""
 
 
 class Origin(NamedTuple):
-    """Which run a checkpoint is of."""
+    """The run that a checkpoint belongs to."""
 
     run: dict[str, Any]
-    """Its identity."""
+    """Identity of the run; see :meth:`train.run.config.Run.identity`."""
     tokens: str
-    """What it trains on, as in run.json."""
+    """Name of the token folder it trains on, as in run.json."""
 
 
 class CheckpointInfo(NamedTuple):
@@ -41,16 +41,17 @@ class CheckpointInfo(NamedTuple):
     path: Path
     step: int
     layout: dict[str, Any]
-    """How the state is split over the ranks; see :func:`train.run.deepspeed_config.layout`."""
+    """How the state is partitioned over the ranks; see :func:`train.run.deepspeed_config.layout`."""
     parameters: int
+    """Number of weights in the model."""
     origin: dict[str, Any]
-    """``run`` and ``tokens`` of its manifest; nothing where an older version made it."""
+    """``run`` and ``tokens`` of the manifest; empty if an older version made the checkpoint."""
     universal: bool = False
-    """Whether it is in DeepSpeed's universal format."""
+    """Whether the checkpoint is in DeepSpeed's universal format."""
 
 
 def newest_step(folder: Path) -> int:
-    """Steps taken in the newest whole checkpoint, by names and sizes alone; 0 if none can be read."""
+    """Return the step of the newest complete checkpoint, judged by names and sizes alone; 0 if none can be read."""
     with suppress(OSError):
         for path in reversed(all_checkpoints(folder)):
             with suppress(OSError):
@@ -60,7 +61,14 @@ def newest_step(folder: Path) -> int:
 
 
 def finish(tmp: Path, target: Path, about: dict[str, Any], known: Files) -> None:
-    """Sum what has no sum yet, write the manifest, sync, and give the folder its name."""
+    """Complete a checkpoint: sum its remaining files, write the manifest, sync, and rename ``tmp`` to ``target``.
+
+    Args:
+        tmp: the temporary folder, with all files but the manifest.
+        target: the final path. A damaged checkpoint there is removed.
+        about: the content of the manifest, but for the files.
+        known: files that are synced and summed already.
+    """
     files = {str(f.relative_to(tmp)): f for f in files_in(tmp)}
     rest = [name for name in files if name not in known]
     with ThreadPoolExecutor() as pool:
@@ -74,14 +82,18 @@ def finish(tmp: Path, target: Path, about: dict[str, Any], known: Files) -> None
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint; half-removed it isn't whole."""
+    """Remove a checkpoint. Its manifest goes first, so that a partly removed checkpoint is incomplete."""
     if path.exists():
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
 
 
 def make_room(folder: Path, needed: int) -> None:
-    """Make the folder; raise :class:`ConfigError` unless its disk has so many bytes free."""
+    """Make the folder, and check that its disk has ``needed`` bytes free.
+
+    Raises:
+        ConfigError: if it hasn't.
+    """
     folder.mkdir(exist_ok=True)
     free = shutil.disk_usage(folder).free
     require(
@@ -92,16 +104,16 @@ def make_room(folder: Path, needed: int) -> None:
 
 
 def written(path: Path) -> tuple[int, str]:
-    """Bring a file to the disk; its size and SHA-256."""
+    """Sync a file to disk, and return its size and SHA-256."""
     sync(path)
     return checksum(path)
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file; -1 if there is none, or something that is no file.
+    """Return a file's size in bytes; -1 if it doesn't exist or is not a regular file.
 
     Raises:
-        OSError: if that can't be found out now.
+        OSError: if that can't be determined now.
     """
     try:
         about = path.stat()
@@ -111,28 +123,32 @@ def size_of(path: Path) -> int:
 
 
 def step_of(path: Path) -> int:
-    """The number in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     return int(path.name.removeprefix("step-").removesuffix("-universal"))
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """Whatever has the name of a checkpoint, complete or not, oldest first; none where there is no such folder."""
+    """Return all checkpoints by name, complete or not, oldest first; none if the folder doesn't exist.
+
+    Raises:
+        OSError: if the folder can't be read now.
+    """
     try:
         paths = list(folder.iterdir())
     except FileNotFoundError:
-        if folder.is_symlink():  # to a disk that isn't mounted
+        if folder.is_symlink():  # to a disk that is not mounted
             raise
         return []
     return sorted((path for path in paths if re.fullmatch(r"step-\d{7,}", path.name)), key=step_of)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete ones, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     return [path for path in all_checkpoints(folder) if not why_incomplete(path)]
 
 
 def files_in(folder: Path) -> list[Path]:
-    """All files below it."""
+    """Return all files in the folder and its subfolders."""
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
@@ -141,17 +157,17 @@ def _manifest(path: Path) -> CheckpointFile:
 
 
 def checkpoint_info(path: Path) -> CheckpointInfo:
-    """What the manifest of a complete checkpoint says."""
+    """Read the manifest of a complete checkpoint."""
     about = _manifest(path)
     origin = {"run": about.run, "tokens": about.tokens} if about.run is not None and about.tokens is not None else {}
     return CheckpointInfo(path, about.step, about.layout.model_dump(), about.parameters, origin)
 
 
 def why_incomplete(path: Path) -> str:
-    """What shows that a checkpoint isn't whole, by names and sizes; empty if nothing does.
+    """Return why a checkpoint is incomplete, judged by names and sizes; empty if it is complete.
 
     Raises:
-        OSError: if that can't be found out now.
+        OSError: if that can't be determined now.
     """
     if size_of(path / MANIFEST) < 0:
         return f"it has no {MANIFEST}"
@@ -167,19 +183,22 @@ def why_incomplete(path: Path) -> str:
         return f"{wrong} is missing or has another size"
     if unlisted := next((f.name for f in sorted(path.glob("*.pt")) if f.name not in about.files), ""):
         return f"{MANIFEST} does not list {unlisted}"
-    # What DeepSpeed writes into a universal checkpoint depends on the model; otherwise each rank writes its part.
+    # The number of files in a universal checkpoint depends on the model; otherwise each rank writes its part.
     if not path.name.endswith("-universal"):
         parts = [sum(name.endswith(end) for name in about.files) for end in ("model_states.pt", "optim_states.pt")]
         stage, world = about.layout.stage, about.layout.world
         if parts != [world if stage == 3 else 1, world if stage else 0]:
-            return f"{MANIFEST} lists {parts[0]} files of weights and {parts[1]} of the optimizer's, not those of {world} ranks"
+            return (
+                f"{MANIFEST} lists {parts[0]} files of weights and {parts[1]} of the optimizer's, "
+                f"not those of {world} ranks"
+            )
     return ""
 
 
 def whats_left(folder: Path) -> str:
-    """Which good checkpoint there is, for the end of an error."""
+    """Return a clause for the end of an error message: which is the last good checkpoint."""
     try:
-        whole = complete_checkpoints(folder)
+        complete = complete_checkpoints(folder)
     except OSError as error:
         return f"the checkpoints there can't be read now ({error.strerror})"
-    return f"the last good checkpoint is {whole[-1].name}" if whole else "there is no good checkpoint yet"
+    return f"the last good checkpoint is {complete[-1].name}" if complete else "there is no good checkpoint yet"

@@ -1,4 +1,4 @@
-"""One training run that may be cut at any moment: it takes its folder, goes on from the newest complete checkpoint, and writes its result."""
+"""A training run that may be interrupted at any moment and resumes from its newest complete checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def pretrain(run: Run) -> None:
     """Train as ``run`` says, on this rank.
 
     Raises:
-        ConfigError: on every rank, for whatever is wrong with the input.
+        ConfigError: if the input is invalid or the run has diverged.
+        Preempted: if the run was asked to stop.
     """
     run.check()
     gpus = torch.cuda.is_available()
@@ -58,18 +59,18 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
         if ended is not None:
             _report_end(run, ended, "already ")
             return
-        found = find_checkpoint(ranks, run.out / "checkpoints", run.identity())
-        if found:
-            found = convert_layout(ranks, found, deepspeed_config.layout(ds_config, ranks.world))
-            ds_config["checkpoint"] = {"load_universal": found.universal}
+        checkpoint = find_checkpoint(ranks, run.out / "checkpoints", run.identity())
+        if checkpoint:
+            checkpoint = convert_layout(ranks, checkpoint, deepspeed_config.layout(ds_config, ranks.world))
+            ds_config["checkpoint"] = {"load_universal": checkpoint.universal}
         trainer = initialize(run, ranks, ds_config)
         with ranks.collective_errors():
             if ranks.is_main:
                 run_dir.describe(run, trainer.tokens, ds_config)
-            if found:
-                check_text(found, trainer.tokens)
-        if found:
-            trainer.step = restore_checkpoint(trainer.engine, ranks, found)
+            if checkpoint:
+                check_text(checkpoint, trainer.tokens)
+        if checkpoint:
+            trainer.step = restore_checkpoint(trainer.engine, ranks, checkpoint)
         with ranks.collective_errors():
             metrics = Metrics(run.out, trainer.step) if ranks.is_main else None
             if metrics:
@@ -87,7 +88,7 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
 
 
 def saver(trainer: Trainer) -> Callable[[], None]:
-    """What saves a checkpoint of this trainer, as it is when that is called."""
+    """Return a function that saves a checkpoint of the trainer's current state."""
     run = trainer.run
     origin = Origin(run.identity(), trainer.tokens)
 
@@ -107,7 +108,7 @@ def saver(trainer: Trainer) -> Callable[[], None]:
 
 
 def _report_end(run: Run, ended: dict[str, Any], already: str = "") -> None:
-    """Say how a run has ended.
+    """Report how a run has ended.
 
     Raises:
         Preempted: if it was asked to stop.
@@ -116,13 +117,14 @@ def _report_end(run: Run, ended: dict[str, Any], already: str = "") -> None:
     if ended["status"] == "stopped":
         saved = newest_step(run.out / "checkpoints")
         raise Preempted(
-            f"Stopped at step {ended['step']} and saved up to step {saved}, as asked. The same command goes on from there."
+            f"Stopped at step {ended['step']} and saved up to step {saved}, as asked. "
+            "Run the same command again to resume from there."
         )
     if ended["status"] == "diverged":
-        reason = ended.get("reason", f"a number was not finite at step {ended['step']}")  # older runs don't say
+        reason = ended.get("reason", f"a number was not finite at step {ended['step']}")  # older runs have no reason
         raise ConfigError(
-            f"the run in {run.out} has {already}diverged: {reason}. Its checkpoints from before are kept. Lower lr (it is "
-            f"{run.optimizer.lr}) or clip (it is {run.optimizer.clip}) and give another folder."
+            f"the run in {run.out} has {already}diverged: {reason}. Its checkpoints from before are kept. "
+            f"Lower lr (it is {run.optimizer.lr}) or clip (it is {run.optimizer.clip}) and give another folder."
         )
     if os.environ["RANK"] == "0":
         print(f"{run.out} is {already}finished, at validation loss {ended['validation_loss']:.4f}.", flush=True)

@@ -1,4 +1,4 @@
-"""Save a checkpoint of a DeepSpeed engine: under a temporary name, summed, synced, renamed."""
+"""Save a checkpoint of a DeepSpeed engine atomically: written under a temporary name, synced, summed and renamed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from train.run.model import CHECKPOINT_BYTES
 
 
 class _Recorder:
-    """DeepSpeed's checkpoint engine, but what is written is synced and summed, and a failed write remembered, not raised.
+    """Wraps DeepSpeed's checkpoint engine: syncs and sums each file, and records a failed write instead of raising.
 
     A rank that raised in the middle of ``save_checkpoint`` would leave the others waiting in DeepSpeed's barriers.
     """
@@ -56,33 +56,34 @@ def save_checkpoint(
     layout: dict[str, Any],
     origin: Origin | None = None,
 ) -> None:
-    """Save the engine's whole state after ``step`` steps; then remove what is older than the newest ``keep``.
+    """Save the engine's complete state after ``step`` steps; then remove all but the newest ``keep`` checkpoints.
 
     Args:
         engine: the DeepSpeed engine.
         ranks: all ranks call this.
         folder: the run's checkpoints folder.
         step: optimizer steps taken.
-        keep: number of whole checkpoints that stay.
-        parameters: weights of the whole model, to foretell the size.
-        layout: see :func:`layout`.
-        origin: which run it is of; None where that doesn't matter.
+        keep: number of complete checkpoints to keep.
+        parameters: number of weights in the model, to estimate the checkpoint's size.
+        layout: how the state is partitioned; see :func:`train.run.deepspeed_config.layout`.
+        origin: the run that the checkpoint belongs to; None where that doesn't matter.
 
     Raises:
-        ConfigError: if the disk is too full or a write fails, on all ranks; older checkpoints are untouched.
+        ConfigError: on all ranks, if the disk is too full or a write fails. Older checkpoints stay untouched.
+        RankError: if DeepSpeed fails on this rank alone.
     """
     target = folder / f"step-{step:07d}"
     tmp = folder / f".{target.name}"
     with ranks.collective_errors():
         if ranks.is_main:
-            for left in folder.glob(".step-*"):  # of a run that was cut
+            for left in folder.glob(".step-*"):  # of an interrupted run
                 remove(left)
             make_room(folder, CHECKPOINT_BYTES * parameters)
     writer = _Recorder(engine.checkpoint_engine, ranks)
     engine.checkpoint_engine = writer
     try:
         engine.save_checkpoint(str(folder), tag=tmp.name, client_state={"step": step}, save_latest=False)
-    except OSError as error:  # not together: the others may be in a barrier of DeepSpeed's
+    except OSError as error:  # not under collective_errors: the others may be in one of DeepSpeed's barriers
         raise RankError(_not_written(target, error)) from None
     finally:
         engine.checkpoint_engine = writer.inner
@@ -99,7 +100,8 @@ def save_checkpoint(
                     "layout": layout,
                     **(origin._asdict() if origin else {}),
                 }
-                manifest.finish(tmp, target, about, {name: found for files in written for name, found in files.items()})
+                known = {name: summed for files in written for name, summed in files.items()}
+                manifest.finish(tmp, target, about, known)
                 require(not (reason := why_incomplete(target)), _not_written(target, ValueError(reason)))
                 _rotate(folder, step, keep)
             except OSError as error:
@@ -107,9 +109,10 @@ def save_checkpoint(
 
 
 def _rotate(folder: Path, step: int, keep: int) -> None:
+    """Remove the checkpoints up to ``step``, complete or not, that are not among the newest ``keep`` complete ones."""
     try:
         kept = {path.name for path in complete_checkpoints(folder)[-keep:]}
-    except OSError:  # one can't be read now: it may be whole
+    except OSError:  # one can't be read now, and may be complete
         return
     for path in folder.iterdir():
         match = re.fullmatch(r"\.?(step-(\d{7,}))(-universal)?", path.name)

@@ -1,6 +1,7 @@
-"""Convert a checkpoint of DeepSpeed's to its universal format, which any number of ranks at any ZeRO stage from 1 can load.
+"""Convert a DeepSpeed checkpoint to the universal format, which any number of ranks at ZeRO stage 1, 2 or 3 can load.
 
-A process of its own (``python -m train.checkpoint.universal FROM TO``), since DeepSpeed's converter forks workers and may need much memory.
+It runs in a process of its own (``python -m train.checkpoint.universal FROM TO``), since DeepSpeed's converter forks
+workers and may need much memory.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from balanced_adam.zero import unpacking
 from train.checkpoint.load import only_known_classes
 from train.distributed.preemption import end_with_parent
 
-# Where stages 1 and 2, and stage 3, look for what isn't split over the ranks: step counts, schedule, our own step.
+# Where stages 1 and 2, and stage 3, look for what is not partitioned: step counts, schedule, our own step.
 COMMON = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
 
 def convert(source: str, target: str) -> None:
-    """Run DeepSpeed's converter, and let either kind of stage find what it looks for."""
+    """Run DeepSpeed's converter, and make its output loadable at every stage."""
     from deepspeed.checkpoint import ds_to_universal
 
     workers = max(1, min(8, len(os.sched_getaffinity(0))))
@@ -35,7 +36,7 @@ def convert(source: str, target: str) -> None:
                 num_merge_workers=workers,
                 keep_temp_folder=False,
                 strict=True,
-                inject_missing_state=True,  # stages 1 and 2 hold none unless the model brings it
+                inject_missing_state=True,  # checkpoints of stages 1 and 2 have none unless the model provides it
             )
         )
         _for_every_stage(Path(target))
@@ -43,9 +44,9 @@ def convert(source: str, target: str) -> None:
 
 @only_known_classes()
 def _for_every_stage(folder: Path) -> None:
-    """Write what the loader of stages 1 and 2 looks for as that of stage 3 does, and the other way round.
+    """Write what the loaders of stages 1 and 2 and of stage 3 expect, whichever stage made the checkpoint.
 
-    Parameters are alike in both; step counts, settings of the groups and the common file are not.
+    Both store parameters alike; step counts, the parameter groups' settings and the common file differ.
     """
     import deepspeed
 

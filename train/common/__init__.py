@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, the command line, files, schemas and progress."""
+"""Building blocks that every other sub-package uses: errors, command line, files, schemas and progress."""

@@ -1,4 +1,4 @@
-"""The command line of every command, made from its dataclass of settings by tyro."""
+"""Command-line parsing: tyro builds each command's options from its settings dataclass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Settings = TypeVar("Settings")
 
 
 def exit_code(program: Callable[[], None]) -> int:
-    """Run it: 0; or 2 where the input is bad, with the sentence for who gave it on stderr."""
+    """Run ``program`` and return its exit code: 0, or 2 on a ConfigError, whose message is printed to stderr."""
     try:
         program()
     except ConfigError as error:
@@ -28,10 +28,16 @@ def exit_code(program: Callable[[], None]) -> int:
 
 
 def parse(settings: type[Settings], arguments: list[str], module: str, description: str | None) -> Settings:
-    """Settings from command-line arguments of ``python -m MODULE`` (``--help`` prints and exits, as usual).
+    """Parse the arguments of ``python -m MODULE`` into ``settings``. ``--help`` prints the help text and exits.
+
+    Args:
+        settings: the dataclass to fill.
+        arguments: the command-line arguments, without the program's name.
+        module: the module's name, for the help text and error messages.
+        description: the text at the top of ``--help``.
 
     Raises:
-        ConfigError: for unknown options and for values of the wrong type.
+        ConfigError: on an unknown option or a value of the wrong type.
     """
     arguments = [a for a in arguments if not a.startswith("--local_rank")]  # the deepspeed launcher adds it
     complaint = io.StringIO()
@@ -51,7 +57,7 @@ def parse(settings: type[Settings], arguments: list[str], module: str, descripti
 
 
 def _one_sentence(box: str) -> str:
-    """The first paragraph in tyro's error box, below its title, as one line."""
+    """Return the first paragraph of tyro's error box, below its title, as one line."""
     lines = [re.sub(r"[╭╮╰╯│─]+|-{5,}", " ", line).strip() for line in box.splitlines() if not line.startswith("╭")]
     paragraphs = [" ".join(group) for filled, group in groupby(lines, bool) if filled]
     title = "╭" not in box  # without Unicode the title is a paragraph of its own

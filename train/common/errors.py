@@ -1,31 +1,31 @@
-"""Errors for the person who gave the input, one sentence each, and the exit codes that go with them."""
+"""User-facing errors, one sentence each, and the exit codes that go with them."""
 
 from __future__ import annotations
 
 import os
 
 EXIT_RETRY = 75
-"""Exit code (EX_TEMPFAIL of sysexits.h) of a run that has not finished, through no fault of its input: start it again."""
+"""Exit code of a run that did not finish but whose input is fine: start it again. (EX_TEMPFAIL of sysexits.h.)"""
 
 
 class ConfigError(ValueError):
-    """A bad input, in one sentence for the person who gave it. The process ends with exit code 2."""
+    """Invalid input, described in one sentence for the user. The process exits with code 2."""
 
 
 class RetryError(ConfigError):
-    """What may be over when the same command is started again. The process ends with EXIT_RETRY."""
+    """A condition that may be temporary: the same command may succeed later. The process exits with EXIT_RETRY."""
 
 
 class RankError(ConfigError):
-    """One that this rank alone has met, and has to say itself."""
+    """An error on this rank alone. The rank has to report it itself."""
 
 
 class PeerLostError(RankError):
-    """Another rank can't be reached. The process ends with EXIT_RETRY."""
+    """Another rank can't be reached. The process exits with EXIT_RETRY."""
 
 
 class Preempted(Exception):
-    """A run that was asked to stop has saved and ended; it can go on."""
+    """The run was asked to stop, has saved a checkpoint and has ended. It can be resumed."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -35,10 +35,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says first, or failing that its name."""
+    """Return the first line of a library error's message, or the error's class name if it has no message."""
     return (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0, as far as its launcher has said so: torchrun and DeepSpeed in RANK, srun in SLURM_PROCID."""
+    """Return whether this is rank 0 in the launcher's environment: RANK (torchrun, deepspeed), SLURM_PROCID (srun)."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

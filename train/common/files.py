@@ -1,4 +1,4 @@
-"""Files that are never seen half-written: written under a temporary name, synced and renamed."""
+"""Atomic file writing (temporary name, sync, rename), checksums, and reading files this program has written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def expanded(path: Path, name: str) -> Path:
-    """With a home folder in place of a tilde; raises :class:`ConfigError`, naming the setting."""
+    """Return ``path`` with a leading ``~`` expanded.
+
+    Raises:
+        ConfigError: if the user after the tilde does not exist; it names the setting, ``name``.
+    """
     try:
         return path.expanduser()
     except RuntimeError:
@@ -28,27 +32,30 @@ def expanded(path: Path, name: str) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file as :func:`write_text` does."""
+    """Write ``content`` as JSON, atomically; see :func:`write_text`."""
     write_text(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file aside, sync it and rename it, so that nobody ever sees a part, also after a power cut."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # workers on several hosts may have one process number
+    """Write a file atomically: write a temporary file, sync it and rename it.
+
+    Readers never see a partial file, even after a power failure.
+    """
+    tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process ids are not unique across hosts
     try:
-        with aside.open("w") as file:
+        with tmp.open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        tmp.replace(path)
     except OSError:
-        aside.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Flush a file's content, or a folder's entries, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -57,7 +64,7 @@ def sync(path: Path) -> None:
 
 
 def checksum(path: Path) -> tuple[int, str]:
-    """Size and SHA-256 of a file."""
+    """Return a file's size in bytes and its SHA-256 as hex digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(2**22):
@@ -66,10 +73,10 @@ def checksum(path: Path) -> tuple[int, str]:
 
 
 def load_file(kind: type[Kind], path: Path) -> Kind:
-    """The content of a file that this program has written.
+    """Read a file that this program has written.
 
     Raises:
-        ConfigError: if somebody or something has damaged it.
+        ConfigError: if the file can't be read or does not fit its schema.
     """
     try:
         return read_schema(kind, path)
@@ -78,7 +85,7 @@ def load_file(kind: type[Kind], path: Path) -> Kind:
 
 
 def environment_facts() -> dict[str, Any]:
-    """Command, versions and machine, for the reader of a result."""
+    """Return the command line, package versions and machine, to be stored with a result."""
 
     def installed(name: str) -> str | None:
         try:
@@ -95,7 +102,7 @@ def environment_facts() -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole objects of a file with one a line; none if there is no such file."""
+    """Return the valid JSON objects of a file with one object per line; an empty list if there is no such file."""
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     return [line for text in lines if (line := _object(text))]
 
@@ -103,6 +110,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _object(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError):  # the last line of a run that was cut
+    except (ValueError, RecursionError):  # the last line of an interrupted run
         return {}
     return content if isinstance(content, dict) else {}

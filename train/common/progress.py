@@ -1,4 +1,4 @@
-"""A progress line with the time that is left: a bar on a terminal, a line now and then in a log."""
+"""Progress with the estimated time left: a bar on a terminal, an occasional line in a log."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Shows how far something is. Use as a context manager."""
+    """Shows progress on stderr. Use as a context manager."""
 
     def __init__(self, total: int, done: int, title: str, enabled: bool = True) -> None:
-        """Begin at ``done`` of ``total`` units; ``enabled=False`` shows nothing."""
+        """Start at ``done`` of ``total`` units. With ``enabled=False`` nothing is shown."""
         self.total, self.begin, self.title = total, done, title
         self.enabled = enabled
         self.complete = False
@@ -37,7 +37,7 @@ class Progress:
         return self
 
     def show(self, done: int, note: str = "") -> None:
-        """``done`` units are done now."""
+        """Report that ``done`` units are done, with a short ``note`` such as the current loss."""
         if self.bar:
             self.bar.update(self.task, completed=done, note=note)
             return

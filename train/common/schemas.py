@@ -1,6 +1,6 @@
-"""What the files that this program writes hold: one schema for each kind, which is how they are read.
+"""Schemas of the files that this program writes, used to validate them when they are read.
 
-A file may hold more than its schema names, since versions differ in that.
+A file may hold more fields than its schema names, since versions differ in their fields.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Stamped = Annotated[tuple[NonNegativeInt, int, SHA256], Field(strict=False)]  # 
 
 
 class Schema(BaseModel):
-    """Numbers are numbers and strings strings, as written."""
+    """Base of all schemas. Types are strict: a number is never read from a string, nor a string from a number."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
 
 class Guarded(Schema):
-    """One that holds a sum of itself, so that any change is found. Files of earlier versions have none."""
+    """A file that stores its own checksum, so that any change is detected. Files of earlier versions have none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -48,7 +48,7 @@ class Guarded(Schema):
 
 
 def guard(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a file that is Guarded, with its sum."""
+    """Return ``content`` with its checksum added, as a :class:`Guarded` file stores it."""
     plain = {key: value for key, value in json.loads(json.dumps(content, default=str)).items() if key != "sum"}
     return {**plain, "sum": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
@@ -57,9 +57,13 @@ Kind = TypeVar("Kind", bound=Schema)
 
 
 def parse_schema(kind: type[Kind], text: str | bytes) -> Kind:
-    """Raises ValueError, in one line that names the field, where the text does not fit."""
+    """Parse JSON ``text`` into ``kind``.
+
+    Raises:
+        ValueError: if the text does not fit the schema, in one line that names the field.
+    """
     try:
-        # Not pydantic's own parser: it refuses half of a pair, as names of files that are no UTF-8 have.
+        # Not pydantic's own parser: it rejects the lone surrogates of file names that are not UTF-8.
         content = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -72,17 +76,17 @@ def parse_schema(kind: type[Kind], text: str | bytes) -> Kind:
 
 
 def read_schema(kind: type[Kind], path: Path) -> Kind:
-    """The content of a file.
+    """Read a JSON file into ``kind``.
 
     Raises:
-        OSError: if it can't be read.
-        ValueError: if it does not fit, in one line that names the field.
+        OSError: if the file can't be read.
+        ValueError: if it does not fit the schema, in one line that names the field.
     """
     return parse_schema(kind, path.read_bytes())
 
 
 class Layout(Schema):
-    """How a checkpoint's state is split over the ranks."""
+    """How a checkpoint's state is partitioned over the ranks."""
 
     world: PositiveInt
     stage: Annotated[int, Field(ge=0, le=3)]
@@ -91,16 +95,16 @@ class Layout(Schema):
 
 
 class CheckpointFile(Guarded):
-    """complete.json of a checkpoint."""
+    """complete.json, the manifest of a checkpoint."""
 
     step: NonNegativeInt
     parameters: PositiveInt
     layout: Layout
     files: Annotated[dict[str, SizeAndSum], Field(min_length=1)]
     run: dict[str, Any] | None = None
-    """The identity of the run that it is of; None of older ones, which don't say."""
+    """Identity of the run that wrote the checkpoint. None in checkpoints of older versions."""
     tokens: str | None = None
-    """What that run trains on, as in run.json."""
+    """Name of the token folder that run trains on, as in run.json. None in checkpoints of older versions."""
 
     @field_validator("files")
     @classmethod
@@ -108,19 +112,19 @@ class CheckpointFile(Guarded):
         for name in files:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\0" in name or str(path) != name:
-                raise ValueError(f"{name!r} is no name of a file within the checkpoint")
+                raise ValueError(f"{name!r} is not the name of a file within the checkpoint")
         return files
 
 
 class RunFile(Schema):
-    """run.json."""
+    """run.json: which run a folder belongs to, and what it trains on."""
 
     identity: dict[str, Any]
     tokens: str
 
 
 class ResultFile(Schema):
-    """result.json."""
+    """result.json: how a run ended."""
 
     status: Literal["finished", "diverged"]
     step: NonNegativeInt
@@ -134,7 +138,7 @@ class ResultFile(Schema):
 
 
 class MetricsLine(Schema):
-    """A line of metrics.jsonl: of a step, or of a validation after it. A number that wasn't finite is None."""
+    """A line of metrics.jsonl: one training step, or one validation. A number that was not finite is None."""
 
     step: NonNegativeInt
     loss: float | None = None
@@ -151,7 +155,7 @@ class MetricsLine(Schema):
 
 
 class PlannedRun(Schema):
-    """A run of manifest.json."""
+    """One run in manifest.json of a comparison."""
 
     name: str
     arm: str
@@ -161,7 +165,7 @@ class PlannedRun(Schema):
 
 
 class PlanFile(Schema):
-    """manifest.json of a comparison: what a report needs, and what the runs are started with."""
+    """manifest.json of a comparison: its runs, how they are started, and what a report needs."""
 
     runs: list[PlannedRun]
     steps: PositiveInt | None = None
@@ -173,7 +177,7 @@ class PlanFile(Schema):
 
 
 class PilotFile(Schema):
-    """pilot.json of train.choose_beta."""
+    """pilot.json, written by train.choose_beta."""
 
     beta: float | None
     steps: PositiveInt
@@ -182,13 +186,16 @@ class PilotFile(Schema):
 
 
 class SumsFile(Guarded):
-    """What is known of a corpus' files: of each name, by size and time. A name stands for several files where hosts have their own."""
+    """Cached checksums of a corpus' files, by name, size and modification time.
+
+    A name has several entries where hosts keep their own copies under the same path.
+    """
 
     files: dict[str, list[Stamped]]
 
 
 class About(Guarded):
-    """about.json of a folder of tokens."""
+    """about.json of a token folder: its format, sizes and checksums, and what was read and left out."""
 
     dtype: Literal["uint16", "uint32"]
     tokens: dict[Part, NonNegativeInt]
@@ -196,7 +203,7 @@ class About(Guarded):
     documents: dict[Part, NonNegativeInt] = {}
     files: NonNegativeInt = 0
     read: NonNegativeInt = 0
-    """Documents; ``documents`` counts those of one text once."""
+    """Number of documents read. ``documents`` counts duplicates once."""
     bytes: NonNegativeInt = 0
     dropped: dict[str, NonNegativeInt] = {}
     first: dict[str, str] = {}

@@ -1,7 +1,7 @@
-"""Fixed blocks of tokens, and which of them make each batch.
+"""Fixed-length blocks of tokens, and the choice of blocks for each batch.
 
-The batch at step t is a pure function of (seed, t). It depends neither on the number of ranks nor on how the batch is split into
-micro-batches, so a resumed run needs no loader state and runs with other betas see the same batches.
+The batch at step t is a pure function of (seed, t). It depends neither on the number of ranks nor on the split into
+micro-batches. So a resumed run needs no loader state, and runs with other betas see the same batches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Blocks:
-    """Consecutive blocks of ``length`` tokens in one long array (a rest that fills no block is left out)."""
+    """Consecutive blocks of ``length`` tokens in one long array. A remainder that fills no block is dropped."""
 
     tokens: np.ndarray
     length: int
@@ -24,15 +24,16 @@ class Blocks:
         return len(self.tokens) // self.length
 
     def take(self, indices: np.ndarray) -> torch.Tensor:
-        """Tokens of the blocks with these numbers: int64, shape [len(indices), length]."""
+        """Return the tokens of the blocks with these indices: int64, shape [len(indices), length]."""
         blocks = self.tokens[: len(self) * self.length].reshape(-1, self.length)
         return torch.from_numpy(blocks[indices].astype(np.int64))
 
 
 def batch_indices(step: int, batch: int, blocks: int, seed: int) -> np.ndarray:
-    """Which blocks make the global batch of step ``step`` (counted from 0): shape [batch].
+    """Return the indices of the blocks in the global batch of step ``step`` (counted from 0): shape [batch].
 
-    Every epoch is a fresh permutation (random reshuffling), a function of (seed, epoch) alone; a batch may span two.
+    Every epoch is a new permutation (random reshuffling), a function of (seed, epoch) alone. A batch may span two
+    epochs.
     """
     where = np.arange(step * batch, (step + 1) * batch)
     result = np.empty(batch, dtype=np.int64)

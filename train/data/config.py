@@ -1,4 +1,4 @@
-"""What a run is trained on, as the user says it."""
+"""The data options of a run, as the user gives them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from train.common.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What it is trained on."""
+    """The training data."""
 
     data: str = "stdlib"
-    """"stdlib" (the sources of Python's standard library), a file or folder of .txt/.md/.py, .jsonl/.json or .parquet (the former also as .gz,
-    .bz2 or .xz), or "hub:NAME" or "hub:NAME:CONFIGURATION" for a data set of the Hugging Face hub (its train split)."""
+    """The text: "stdlib" (the sources of Python's standard library); a file or a folder of .txt/.md/.py, .jsonl/.json
+    or .parquet files (all but .parquet also compressed as .gz, .bz2 or .xz); or "hub:NAME" or "hub:NAME:CONFIGURATION",
+    the train split of a Hugging Face hub dataset."""
     text_field: str = "text"
-    """The column that holds the text, in json, parquet and hub data."""
+    """Name of the column that holds the text, in JSON, Parquet and hub data."""
     tokenizer: str = "byt5"
-    """"byt5" (UTF-8 bytes, nothing to download), or the path or hub name of any tokenizer of transformers."""
+    """"byt5" (UTF-8 bytes, nothing to download), or the path or hub name of a transformers tokenizer."""
     sequence_length: int = 128
-    """Tokens in one training sequence."""
+    """Tokens in one training sequence; at least 2."""
     validation_fraction: float = 0.05
-    """The share of documents that is held out for validation and never trained on."""
+    """Fraction of the documents, between 0 and 1, that is held out for validation and never trained on."""
     data_cache: Path = Path("~/.cache/balanced_adam")
-    """Where tokenized data is kept; shared by all runs that read the same data."""
+    """Folder where tokenized data is cached. All runs on the same data share it."""
     verify_data: bool = False
-    """Read all files of the corpus and all tokens again, and see whether they are what they were; otherwise only what has another size or time
-    of change than when it was last read."""
+    """Read all files of the corpus and all tokens again and compare their checksums. By default only files whose size
+    or modification time has changed are read again."""
 
     def check(self) -> None:
         """Raise :class:`ConfigError` on a value out of range."""

@@ -1,7 +1,7 @@
-"""The text of a corpus: which files it is made of, what each document is, and what it is known by again.
+"""A corpus: the files it consists of, its documents, and the description that identifies it.
 
-A corpus is known by the content of its files, in the order of their names: the same bytes in another place, or staged anew, are the same
-corpus. Sums of files are taken once and kept by path, size and time of change.
+The content of its files, in the order of their names, identifies a corpus: the same bytes in another place, or copied
+again, are the same corpus. Each file is summed once; the sum is cached by path, size and modification time.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ from train.data.readers import (
 )
 
 UNREADABLE = {".zst", ".zstd", ".lz4", ".lzma", ".br", ".z", ".zip", ".7z"}
-"""Compressions that are refused where they hold a kind of file that is read, since a part of the corpus would be missing."""
+"""Unsupported compressions. A corpus file with one of these suffixes is an error, since its text would be missing."""
 TWICE = "there twice, under another name"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where documents come from."""
+    """The source of the documents."""
 
     kind: str
     """text, json, parquet, hub or stdlib."""
     files: tuple[Path, ...]
     description: list[Any]
-    """Changes with the text; see the module's docstring."""
+    """Identifies the text, and changes with it; see the module's docstring."""
     left_out: dict[str, list[str]]
-    """Reason: files in its folder that are not read."""
+    """Files in the folder that are not read, by reason."""
 
     def documents(self, settings: Data, read: Read) -> Iterator[str]:
-        """All documents that hold text, in order.
+        """Yield all documents that hold text, in order, and count them in ``read``.
 
         Raises:
-            ConfigError: if one can't be read, naming file and row.
+            ConfigError: if a document can't be read; it names file and row.
         """
         if self.kind == "hub":
             yield from kept_rows(rows_of_hub(settings), Path(settings.data), read)
@@ -80,20 +80,20 @@ class Corpus:
 
 
 def find_corpus(settings: Data, *, fresh: bool = False) -> Corpus:
-    """The corpus that the settings name.
+    """Find the corpus that the settings name.
 
     Args:
-        settings: what is trained on.
-        fresh: sum every file again, whatever is known of it.
+        settings: the data options.
+        fresh: sum every file again, even if its sum is cached.
 
     Raises:
-        ConfigError: if there is no such data.
+        ConfigError: if there is no such data, or a file of it is unsuitable.
     """
     if settings.data == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        none_of = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-        files = tuple(f for f in sorted(root.rglob("*.py")) if not none_of & set(f.relative_to(root).parts))
-        # By names and sizes, as ever: results are published on these tokens.
+        excluded = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+        files = tuple(f for f in sorted(root.rglob("*.py")) if not excluded & set(f.relative_to(root).parts))
+        # Identified by names and sizes, as in earlier versions: published results use these tokens.
         described = ["stdlib", sys.version, [[str(f.relative_to(root)), f.stat().st_size] for f in files]]
         return Corpus("stdlib", files, described, {})
     if settings.data.startswith("hub:"):
@@ -103,7 +103,7 @@ def find_corpus(settings: Data, *, fresh: bool = False) -> Corpus:
     cache, real_root = expanded(settings.data_cache, "data_cache").resolve(), root.resolve()
     if cache.is_relative_to(real_root) and not any(part[0] == "." for part in cache.relative_to(real_root).parts):
         raise ConfigError(
-            f"data_cache is {cache}, within data, of which its files would become a part; give another folder."
+            f"data_cache is {cache}, inside data, so its files would become part of the corpus; give another folder."
         )
     try:
         files, left_out = _files(root, settings.data, cache)
@@ -126,7 +126,7 @@ def find_corpus(settings: Data, *, fresh: bool = False) -> Corpus:
 
 
 def _files(root: Path, data: str, cache: Path) -> tuple[tuple[Path, ...], dict[str, list[str]]]:
-    """The files that are read, in order, and those that aren't, by reason."""
+    """Return the files that are read, in order, and those that aren't, by reason."""
     require(
         root.exists(),
         f'data is {data!r}, which does not exist; give a file, a folder, "stdlib" or "hub:NAME".',
@@ -137,7 +137,7 @@ def _files(root: Path, data: str, cache: Path) -> tuple[tuple[Path, ...], dict[s
     left_out: dict[str, list[str]] = {}
     candidates: list[Path] = []
     seen_folders: set[Path] = set()
-    above = {root.resolve(), *root.resolve().parents}  # a link upwards would bring in what lies beside the corpus
+    above = {root.resolve(), *root.resolve().parents}  # a link to one of these would include files beside the corpus
 
     def stop(error: OSError) -> None:
         raise error
@@ -149,12 +149,13 @@ def _files(root: Path, data: str, cache: Path) -> tuple[tuple[Path, ...], dict[s
         if hidden:
             left_out.setdefault("hidden", []).extend(hidden)
         here = Path(place).resolve()
-        if here.is_relative_to(cache):  # by a link
+        if here.is_relative_to(cache):  # through a link
             raise ConfigError(
-                f"data_cache is {cache}, which a link in data leads to; its files would become a part of it."
+                f"data_cache is {cache}, which a link in data leads to, so its files would become part of the corpus; "
+                "give another folder."
             )
         seen_folders.add(here)
-        # A link back into what has been seen would be read twice, or for ever.
+        # A link to a folder that has been seen would be read twice, or forever.
         again = {name for name in folders if (Path(place) / name).resolve() in seen_folders | above}
         if again:
             left_out.setdefault(TWICE, []).extend(f"{within / name}/" for name in sorted(again))
@@ -166,12 +167,13 @@ def _files(root: Path, data: str, cache: Path) -> tuple[tuple[Path, ...], dict[s
         name = str(file.relative_to(root))
         require(
             file.suffix.lower() not in UNREADABLE or not kind_of(file.with_suffix("")),
-            f"data is {data!r}, which holds {name}, compressed in a way that is not read here; decompress it, or remove it.",
+            f"data is {data!r}, which holds {name}, compressed in a way that is not supported; "
+            "decompress it, or remove it.",
         )
         if not kind_of(file):
             left_out.setdefault("of another kind", []).append(name)
             continue
-        require(file.is_file(), f"data is {data!r}, which holds {name}, which is no file (or a link to none).")
+        require(file.is_file(), f"data is {data!r}, which holds {name}, which is not a file (or links to none).")
         if file.resolve() in seen:
             left_out.setdefault(TWICE, []).append(name)
             continue
@@ -181,14 +183,23 @@ def _files(root: Path, data: str, cache: Path) -> tuple[tuple[Path, ...], dict[s
 
 
 def _sums(files: tuple[Path, ...], root: Path, cache: Path, fresh: bool) -> list[str]:
-    """The SHA-256 of each file, taken where it isn't known by path, size and time of change."""
+    """Return the SHA-256 of each file. Sums are cached by path, size and modification time."""
     cache.mkdir(parents=True, exist_ok=True)
     name = blake2b(os.fsencode(root.resolve()), digest_size=8).hexdigest()
     return known_sums(files, cache / f"sums-{name}.json", fresh)
 
 
 def known_sums(files: Sequence[Path], kept: Path, fresh: bool = False) -> list[str]:
-    """The SHA-256 of each file; those that ``kept`` knows by path, size and time of change are not read, unless ``fresh``."""
+    """Return the SHA-256 of each file.
+
+    Args:
+        files: the files to sum.
+        kept: the cache file. A file whose path, size and modification time it knows is not read.
+        fresh: read every file, and ignore the cached sums.
+
+    Raises:
+        OSError: if a file can't be read.
+    """
     stamps = {str(file.resolve()): file.stat() for file in files}
     wanted = {name: (stamp.st_size, stamp.st_mtime_ns) for name, stamp in stamps.items()}
     kept_as = {name: shown(name) for name in wanted}
@@ -199,22 +210,22 @@ def known_sums(files: Sequence[Path], kept: Path, fresh: bool = False) -> list[s
         except (OSError, ValueError):  # not there yet, or damaged
             return {}
 
-    def find_in(before: dict[str, list[Any]]) -> dict[str, str]:
-        found: dict[str, str] = {}
+    def matching(before: dict[str, list[Any]]) -> dict[str, str]:
+        sums: dict[str, str] = {}
         for name, stamp in wanted.items():
             of_stamp = [summed for *was, summed in before.get(kept_as[name], []) if tuple(was) == stamp]
             if of_stamp:
-                found[name] = of_stamp[0]
-        return found
+                sums[name] = of_stamp[0]
+        return sums
 
-    sums = find_in(known())
+    sums = matching(known())
     if sums.keys() != wanted.keys():
         with waiting_for(kept.with_suffix(".lock"), f"the sums of {len(files)} files"):
             before = known()
-            sums = find_in(before)
+            sums = matching(before)
             sums |= {name: checksum(Path(name))[1] for name in wanted if name not in sums}
-            # A file that was written to just now may be again, and have the same time; where hosts have files of their own, one
-            # name stands for several.
+            # A file written just now may be written again within the resolution of its time, so its sum is not cached.
+            # Where hosts have files of their own, one name stands for several, so other entries are kept.
             settled = time.time_ns() - 2 * 10**9
             now = {
                 kept_as[name]: [
@@ -223,14 +234,17 @@ def known_sums(files: Sequence[Path], kept: Path, fresh: bool = False) -> list[s
                 ]
                 for name, stamp in wanted.items()
             }
-            with suppress(OSError):  # a cache that can't be written to costs time alone
+            with suppress(OSError):  # a cache that can't be written only costs time
                 write_json(kept, guard({"files": now}))
     return [sums[str(file.resolve())] for file in files]
 
 
 @contextmanager
 def waiting_for(lock: Path, what: str) -> Iterator[None]:
-    """Hold a lock; say so where another process has it. Where there can be no lock, go on without."""
+    """Hold a lock during the block, and print a message while another process has it.
+
+    Where no lock can be made, as on a read-only file system, the block runs without one.
+    """
     with ExitStack() as held:
         with suppress(OSError):
             try:

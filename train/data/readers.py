@@ -1,4 +1,4 @@
-"""Documents from files: plain text, JSON, Parquet, the Hugging Face hub; compressed or not."""
+"""Read documents from plain text, JSON, Parquet and the Hugging Face hub, compressed or not."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ KINDS = {
     ".parquet": "parquet",
 }
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".gzip": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-BATCH = 256  # rows of a parquet file that are held at once
+BATCH = 256  # rows of a Parquet file that are held in memory at once
 Row = tuple[int, "str | bool | None"]
-"""The number of a row, from 1, and its text; None for a null, False for a row that lacks the field."""
+"""A row's number, counted from 1, and its text; None for a null, False for a row without the text field."""
 
 
 @dataclass
 class Read:
-    """What was read, for the user."""
+    """Statistics of what was read, for the user."""
 
     files: int = 0
     documents: int = 0
     bytes: int = 0
-    """Of UTF-8."""
+    """Size of the text as UTF-8."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Reason: number of documents."""
+    """Number of dropped documents, by reason."""
     first: dict[str, str] = field(default_factory=dict)
-    """Reason: the first of them, by file and row."""
+    """File and row of the first dropped document, by reason."""
 
     def drop(self, reason: str, file: Path, row: int) -> None:
-        """Count a document that is none."""
+        """Count a row that is dropped."""
         self.dropped[reason] += 1
         self.first.setdefault(reason, f"{shown(file)} row {row}")
 
 
 def kind_of(file: Path) -> str:
-    """text, json or parquet, by the suffix in any case; empty if it is none of them."""
+    """Return "text", "json" or "parquet" by the file's suffix, ignoring case; "" for any other file."""
     *_, inner, last = ["", "", *(suffix.lower() for suffix in file.suffixes)]
     if last not in COMPRESSED:
         return KINDS.get(last, "")
@@ -62,12 +62,12 @@ def kind_of(file: Path) -> str:
 
 
 def shown(path: object) -> str:
-    """A name as it can be printed and written, whatever bytes it is made of."""
+    """Return a file name that can be printed and stored, with bytes that are not UTF-8 escaped."""
     return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
 
 
 def kept_rows(rows: Iterator[Row], file: Path, read: Read) -> Iterator[str]:
-    """The rows that hold text; the others are counted."""
+    """Yield the texts of the rows that hold any, and count the others in ``read``."""
     for row, text in rows:
         if not isinstance(text, str):
             read.drop("without the field" if text is False else "null", file, row)
@@ -79,7 +79,7 @@ def kept_rows(rows: Iterator[Row], file: Path, read: Read) -> Iterator[str]:
             try:
                 read.bytes += len(text.encode())
                 read.documents += 1
-            except UnicodeEncodeError:  # half of a pair, as JSON can have it
+            except UnicodeEncodeError:  # a lone surrogate, which JSON can hold
                 read.drop("not Unicode", file, row)
                 continue
             yield text
@@ -91,18 +91,18 @@ def _open(file: Path) -> IO[bytes]:
 
 
 def _decoded(content: bytes, file: Path, row: int = 1) -> str:
-    """Text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark."""
+    """Decode UTF-8, or UTF-16 or UTF-32 with a byte order mark. ``row`` is that of the content's first line."""
     encoding = _encoding(content)
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{file} is no UTF-8 at row {row + content[: error.start].count(10)} (byte 0x{content[error.start]:02x}); convert it, such as "
-            f"with iconv -f latin1 -t utf-8."
+            f"{file} is not UTF-8 at row {row + content[: error.start].count(10)} (byte 0x{content[error.start]:02x}); "
+            "convert it, for example with iconv -f latin1 -t utf-8."
         ) from None
     require(
         text.count("\0") <= len(text) // 10,
-        f"{shown(file)} holds {text.count(chr(0))} NUL bytes; it is no text, or UTF-16 without a byte order mark.",
+        f"{shown(file)} holds {text.count(chr(0))} NUL bytes; it is not text, or is UTF-16 without a byte order mark.",
     )
     return text
 
@@ -114,20 +114,20 @@ def _encoding(begin: bytes) -> str:
 
 
 def rows_of_stdlib(file: Path, _: str) -> Iterator[Row]:
-    """One document: all of a source file of Python's."""
+    """Yield one document: a complete Python source file."""
     yield 1, file.read_text(encoding="utf-8", errors="replace")
 
 
 def rows_of_text(file: Path, _: str) -> Iterator[Row]:
-    """One document: all of the file."""
+    """Yield one document: the complete file."""
     with _open(file) as opened:
         yield 1, _decoded(opened.read(), file).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def rows_of_json(file: Path, field: str) -> Iterator[Row]:
-    """One document a line; or one an element, where the file is an array."""
+    """Yield one document per object: one per line, or one per element if the file is an array."""
     columns: set[str] = set()
-    found = False
+    has_field = False
     for row, value in _objects(file):
         require(
             isinstance(value, dict), f"{file} row {row} is {_shown(value)}; it must be an object with {field!r} in it."
@@ -136,9 +136,9 @@ def rows_of_json(file: Path, field: str) -> Iterator[Row]:
         if field not in value:
             yield row, False
             continue
-        found = True
+        has_field = True
         yield row, _text(value[field], field, file, row)
-    require(found or not columns, _lacks(file, field, columns))
+    require(has_field or not columns, _lacks(file, field, columns))
 
 
 def _objects(file: Path) -> Iterator[tuple[int, Any]]:
@@ -156,7 +156,7 @@ def _objects(file: Path) -> Iterator[tuple[int, Any]]:
         first = next((line for line in opened if line.strip()), b"")
     try:
         json.loads(_decoded(first, file)) if first else None
-    except (ValueError, RecursionError):  # not an object a line: one after the other, over as many lines as each takes
+    except (ValueError, RecursionError):  # not one object per line: concatenated objects of any number of lines
         with _open(file) as opened:
             yield from _stream(_decoded(opened.read(), file), file)
         return
@@ -176,7 +176,7 @@ def _stream(text: str, file: Path) -> Iterator[tuple[int, Any]]:
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{shown(file)} row {row} is no JSON: {first_line(error)}.") from None
+            raise ConfigError(f"{shown(file)} row {row} is not JSON: {first_line(error)}.") from None
         yield row, value
 
 
@@ -184,11 +184,11 @@ def _parsed(text: str, file: Path, row: int) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} row {row} is no JSON: {first_line(error)}.") from None
+        raise ConfigError(f"{file} row {row} is not JSON: {first_line(error)}.") from None
 
 
 def rows_of_parquet(file: Path, field: str) -> Iterator[Row]:
-    """One document a row."""
+    """Yield one document per row."""
     import pyarrow
     import pyarrow.parquet
 
@@ -207,21 +207,21 @@ def rows_of_parquet(file: Path, field: str) -> Iterator[Row]:
                     yield row, _text(value, field, file, row)
     except UnicodeDecodeError:
         raise ConfigError(
-            f"{shown(file)} holds text that is no UTF-8 between rows {row + 1} and {row + BATCH}."
+            f"{shown(file)} holds text that is not UTF-8 between rows {row + 1} and {row + BATCH}."
         ) from None
     except pyarrow.ArrowException as error:
-        raise ConfigError(f"{file} is no Parquet file that can be read: {first_line(error)}.") from None
+        raise ConfigError(f"{file} is not a readable Parquet file: {first_line(error)}.") from None
 
 
 def rows_of_hub(settings: Data) -> Iterator[Row]:
-    """One document a row of a data set of the Hugging Face hub."""
+    """Yield one document per row of the train split of a Hugging Face hub dataset."""
     import datasets
 
     datasets.disable_progress_bars()
     _, name, *configuration = settings.data.split(":")
     try:
         loaded = datasets.load_dataset(name, *configuration, split="train")
-    except Exception as error:  # whatever the network runs into
+    except Exception as error:  # of any class, depending on the network
         raise ConfigError(f"data is {settings.data!r}, which can't be read: {first_line(error)}") from None
     field = settings.text_field
     require(field in loaded.column_names, _lacks(settings.data, field, loaded.column_names))

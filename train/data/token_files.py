@@ -1,4 +1,4 @@
-"""A corpus as token files: read and tokenized once, kept in a cache, memory-mapped."""
+"""Token files of a corpus: tokenized once, cached on disk and memory-mapped."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from train.data.readers import Read
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 4  # of the token files; a change makes new ones
-FORMAT_OF_STDLIB = 3  # whose tokens stay what they are, since results are published on them
+FORMAT = 4  # version of the token files; a new version makes new files
+FORMAT_OF_STDLIB = 3  # stays at this version, since published results use these tokens
 ABOUT = "about.json"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """ "byt5" (bytes, no download) or any tokenizer of transformers.
+    """Load "byt5" (bytes, no download) or any transformers tokenizer.
 
     Raises:
-        ConfigError: if there is none of that name.
+        ConfigError: if no tokenizer of that name can be loaded.
     """
     from transformers import AutoTokenizer, ByT5Tokenizer
 
@@ -40,19 +40,20 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return ByT5Tokenizer()
     try:
         return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # whatever a tokenizer's files run into
+    except Exception as error:  # of any class, depending on the tokenizer's files
         raise ConfigError(f"tokenizer is {name!r}, which transformers can't load: {first_line(error)}") from None
 
 
 def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = "") -> Path:
-    """Tokenize the corpus unless that is done already, and return the folder of its token files, whose sums are right.
+    """Tokenize the corpus unless that is done already, verify the token files and return their folder.
 
-    Safe to call from many processes and hosts at once: one of them works under a file lock, writes aside and renames.
+    Safe to call from many processes and hosts at once: one of them works under a file lock, in a temporary folder that
+    it renames at the end.
 
     Args:
-        settings: the corpus, and what is made of it.
-        tokenizer: what makes the tokens.
-        begun_on: the folder's name, where a run began that goes on; it may have been made by an earlier version.
+        settings: the data options.
+        tokenizer: the tokenizer.
+        begun_on: when a run is resumed, the name of its token folder, which an earlier version may have made; else "".
 
     Raises:
         ConfigError: if the data can't be read or gives no training or no validation text, or the folder is damaged.
@@ -62,8 +63,8 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = 
     if begun_on and settings.data != "stdlib" and begun_on == _name_of_format_3(settings, tokenizer):
         require(
             (cache / begun_on).exists(),
-            f"the run began on the tokens {cache / begun_on}, which an earlier version made and which are gone; restore that folder, or give "
-            "another out to begin anew.",
+            f"the run began on the tokens {cache / begun_on}, which an earlier version made and which are gone; "
+            "restore that folder, or give another out to begin anew.",
         )
         _verify(cache / begun_on, settings.verify_data, "restore that folder")
         return cache / begun_on
@@ -74,23 +75,23 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = 
         cache.mkdir(parents=True, exist_ok=True)
         with waiting_for(cache / f"{name}.lock", "the tokens"):
             if not folder.exists():
-                aside = cache / f".{name}"
-                shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed; the lock is ours
-                aside.mkdir()
-                about = _tokenize(source, settings, tokenizer, aside)
-                write_json(aside / ABOUT, guard(about))
-                aside.rename(folder)
+                tmp = cache / f".{name}"
+                shutil.rmtree(tmp, ignore_errors=True)  # left by a process that was killed; we hold the lock
+                tmp.mkdir()
+                about = _tokenize(source, settings, tokenizer, tmp)
+                write_json(tmp / ABOUT, guard(about))
+                tmp.rename(folder)
     _verify(folder, settings.verify_data, "remove that folder to tokenize anew")
     return folder
 
 
 def folder_of(settings: Data, name: str) -> Path:
-    """Where the tokens of this name are."""
+    """Return the path of the token folder of this name."""
     return expanded(settings.data_cache, "data_cache") / name
 
 
 def fingerprint(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes with whatever decides the tokens: the text, the tokenizer, what is held out.
+    """Return a digest of everything that decides the tokens: the text, the tokenizer and what is held out.
 
     Raises:
         ConfigError: if there is no such data.
@@ -103,23 +104,23 @@ def _folder_name(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerB
 
 
 def _fingerprint_of(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
-    format = FORMAT_OF_STDLIB if source.kind == "stdlib" else FORMAT
-    return _digest(format, source.description, settings, tokenizer)
+    version = FORMAT_OF_STDLIB if source.kind == "stdlib" else FORMAT
+    return _digest(version, source.description, settings, tokenizer)
 
 
-def _digest(format: int, description: list[Any], settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
+def _digest(version: int, description: list[Any], settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
     wanted = {
-        "format": format,
+        "format": version,
         "source": description,
         "text_field": settings.text_field,
-        "tokenizer": _whole(tokenizer),
+        "tokenizer": _tokenizer_facts(tokenizer),
         "validation_fraction": settings.validation_fraction,
     }
     return blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _name_of_format_3(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
-    """As earlier versions named the tokens of this corpus: by the paths, sizes and times of its files."""
+    """Return the token folder's name in earlier versions, which used the paths, sizes and times of the files."""
     if settings.data.startswith("hub:"):
         return f"tokens-{_digest(3, [settings.data], settings, tokenizer)}"
     root = expanded(Path(settings.data), "data")
@@ -131,10 +132,10 @@ def _name_of_format_3(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str
 
 
 def read_about(folder: Path) -> About:
-    """What is known of the tokens in a folder.
+    """Read about.json of a token folder.
 
     Raises:
-        ConfigError: if about.json is damaged.
+        ConfigError: if the file is damaged.
     """
     try:
         return read_schema(About, folder / ABOUT)
@@ -143,31 +144,31 @@ def read_about(folder: Path) -> About:
 
 
 def _verify(folder: Path, fresh: bool, advice: str) -> None:
-    """See whether the token files are as they were written: those that have been touched since they were last summed, or, ``fresh``, all.
+    """Verify the checksums of the token files. Unless ``fresh``, files unchanged since they were summed are not read.
 
     Raises:
-        ConfigError: if one isn't.
-        RetryError: if one can't be read now.
+        ConfigError: if a file is missing or has changed; ``advice`` says what to do.
+        RetryError: if a file can't be read now.
     """
     for part, expected in read_about(folder).sha256.items():
-        file, found = folder / f"{part}.bin", ""
+        file, actual = folder / f"{part}.bin", ""
         try:
             if file.exists():
-                (found,) = known_sums([file], folder.parent / f"sums-{folder.name}-{part}.json", fresh)
+                (actual,) = known_sums([file], folder.parent / f"sums-{folder.name}-{part}.json", fresh)
         except OSError as error:
             raise RetryError(f"data_cache holds {file}, which can't be read now ({error.strerror}).") from None
         require(
-            found == expected,
+            actual == expected,
             f"data_cache holds {folder}, whose {part}.bin has changed since it was written; {advice}.",
         )
 
 
 def summary(folder: Path, settings: Data) -> str:
-    """What was read, and what there is now that is not, in a sentence or two for the user."""
+    """Describe, in one or two sentences for the user, what was read and what was left out."""
     about = read_about(folder)
     try:
         left_out = find_corpus(settings).left_out
-    except ConfigError:  # an old run goes on with its tokens, though its corpus would be refused now
+    except ConfigError:  # an old run keeps its tokens even if its corpus would be rejected now
         left_out = {}
     distinct, tokens = sum(about.documents.values()), about.tokens
     read = about.read or distinct
@@ -186,15 +187,15 @@ def _damaged(folder: Path, error: Exception) -> str:
     return f"data_cache holds {folder}, which is damaged ({first_line(error)}); remove that folder to tokenize anew."
 
 
-def _whole(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Everything that decides which tokens it makes."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # of the fast ones: normalizer, merges, vocabulary
+def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Return everything that decides which tokens the tokenizer produces."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # of fast tokenizers: normalizer, merges, vocabulary
     content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return [type(tokenizer).__name__, content, tokenizer.eos_token_id, str(tokenizer.special_tokens_map)]
 
 
 def open_blocks(folder: Path, length: int) -> tuple[Blocks, Blocks]:
-    """The training and the validation blocks, memory-mapped.
+    """Memory-map the training and validation tokens as blocks of ``length`` tokens.
 
     Raises:
         ConfigError: if the folder has been damaged since it was written.
@@ -215,9 +216,12 @@ def open_blocks(folder: Path, length: int) -> tuple[Blocks, Blocks]:
 
 
 def _tokenize(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
-    """Write train.bin and validation.bin; return what is to be known about them.
+    """Write train.bin and validation.bin, and return the content of about.json.
 
     The documents with the smallest hashes are held out, so that a copy of a held-out document is held out too.
+
+    Raises:
+        ConfigError: if there is no text, a part would be empty, or the corpus has changed meanwhile.
     """
     read = Read()
     hashes = [blake2b(text.encode(), digest_size=8).digest() for text in source.documents(settings, read)]
@@ -233,14 +237,14 @@ def _tokenize(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     tokens = {"train": 0, "validation": 0}
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    # What looks like a special token in a text is text: "</s>" in a web page ends no document.
-    plainly = {} if source.kind == "stdlib" else {"split_special_tokens": True}
+    # A special token in a text is plain text: "</s>" in a web page does not end the document.
+    as_text = {} if source.kind == "stdlib" else {"split_special_tokens": True}
     with (folder / "train.bin").open("wb") as train, (folder / "validation.bin").open("wb") as validation:
         again = Read()
         numbered = zip(hashes, source.documents(settings, again), strict=False)
         while batch := list(islice(numbered, 256)):
             texts = [text for _, text in batch]
-            encoded = tokenizer(texts, add_special_tokens=False, verbose=False, **plainly)["input_ids"]
+            encoded = tokenizer(texts, add_special_tokens=False, verbose=False, **as_text)["input_ids"]
             for (hashed, _), ids in zip(batch, encoded, strict=True):
                 part, file = ("validation", validation) if hashed <= threshold else ("train", train)
                 np.array(ids + end, dtype).tofile(file)
@@ -250,7 +254,8 @@ def _tokenize(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase
             os.fsync(file.fileno())
     require(
         read.bytes == again.bytes and find_corpus(settings).description == source.description,
-        f"data is {settings.data!r}, which has changed while it was read; start the same command again when it stays as it is.",
+        f"data is {settings.data!r}, which has changed while it was read; "
+        "start the same command again once it no longer changes.",
     )
     sums = {part: checksum(folder / f"{part}.bin")[1] for part in tokens}
     return {

@@ -1,1 +1,1 @@
-"""Who the ranks are: launch environments, the process group, the watchdog and requests to stop."""
+"""The ranks of a run: launch environment, process group, watchdog and stop requests."""

@@ -1,4 +1,4 @@
-"""From what a launcher has set in the environment to a process group, and out of it again."""
+"""Join the process group from the environment that a launcher has set, and leave it at exit."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from train.distributed.watchdog import Watchdog
 
 
 def prepare_environment() -> None:
-    """Fill in what launchers leave open, before DeepSpeed is imported.
+    """Complete the environment variables that launchers leave unset. Call this before DeepSpeed is imported.
 
-    Plain ``python`` is a world of one; ``srun`` describes its ranks in SLURM_* variables.
+    Plain ``python`` is a world of one rank. ``srun`` describes its ranks in SLURM_* variables.
 
     Raises:
-        ConfigError: if srun started several ranks and nobody said where they meet, or a launcher told only half.
+        ConfigError: if srun started several ranks without MASTER_ADDR and MASTER_PORT, or RANK is set and the variables
+            that go with it are not.
     """
     env = os.environ
     if not torch.cuda.is_available():
@@ -41,14 +42,16 @@ def prepare_environment() -> None:
         ranks = env["SLURM_STEP_NUM_TASKS"]
         require(
             "MASTER_ADDR" in env and "MASTER_PORT" in env,
-            f"srun started {ranks} ranks, but MASTER_ADDR and MASTER_PORT are not set; export them in the batch script.",
+            f"srun started {ranks} ranks, but MASTER_ADDR and MASTER_PORT are not set; "
+            "export them in the batch script.",
         )
         env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=ranks)
         env.setdefault("LOCAL_WORLD_SIZE", _tasks_on_this_host(env, ranks))
     missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
     require(
         "RANK" not in env or not missing,
-        f"RANK is {env.get('RANK')} in the environment, but {', '.join(missing)} is not set; unset RANK, or use a launcher.",
+        f"RANK is {env.get('RANK')} in the environment, but {', '.join(missing)} is not set; "
+        "unset RANK, or use a launcher.",
     )
     if "RANK" in env:
         end_with_parent()
@@ -61,7 +64,7 @@ def prepare_environment() -> None:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(free_port()),
         )
-    # DeepSpeed asks LOCAL_SIZE how many "devices" a CPU host has; the other launchers say LOCAL_WORLD_SIZE.
+    # DeepSpeed reads the number of "devices" of a CPU host from LOCAL_SIZE; other launchers set LOCAL_WORLD_SIZE.
     local = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env["WORLD_SIZE"]
     env.setdefault("LOCAL_SIZE", local)
     if "OMP_NUM_THREADS" not in env and not torch.cuda.is_available():
@@ -69,7 +72,7 @@ def prepare_environment() -> None:
 
 
 def _tasks_on_this_host(env: Mapping[str, str], ranks: str) -> str:
-    """From SLURM_STEP_TASKS_PER_NODE, such as "4(x2),3": 4 on two hosts and 3 on a third."""
+    """Parse SLURM_STEP_TASKS_PER_NODE for this host. "4(x2),3" means 4 tasks on each of two hosts and 3 on a third."""
     counts: list[str] = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", ranks).split(","):
         count, _, times = part.partition("(x")
@@ -78,16 +81,16 @@ def _tasks_on_this_host(env: Mapping[str, str], ranks: str) -> str:
 
 
 def free_port() -> int:
-    """A TCP port that is free on this machine, and will hardly be taken before the ranks meet there.
+    """Return a TCP port that is free on this machine and likely to stay free until the ranks meet there.
 
-    Any port that the system would give may be the next outgoing connection's a moment later; these lie below its range,
-    and are drawn at random, so that jobs that begin together on one node get different ones.
+    The port lies below the range of ephemeral ports, since the next outgoing connection may take any of those. It is
+    drawn at random, so that jobs that start together on one node get different ports.
 
     Raises:
-        ConfigError: if none can be found.
+        ConfigError: if none of a thousand ports is free.
     """
-    draw = random.SystemRandom()  # of the operating system, so that no seed makes two runs choose alike
-    end = _first_of_connections()
+    draw = random.SystemRandom()  # the operating system's, so that two runs with the same seed choose differently
+    end = _first_ephemeral_port()
     for _ in range(1000):
         with socket.socket() as probe, suppress(OSError):
             port = draw.randrange(10000, end)
@@ -96,8 +99,8 @@ def free_port() -> int:
     raise ConfigError(f"none of a thousand TCP ports from 10000 to {end - 1} is free on {platform.node()}; free some.")
 
 
-def _first_of_connections() -> int:
-    """The first of the ports that outgoing connections get."""
+def _first_ephemeral_port() -> int:
+    """Return the first port of the range that outgoing connections use."""
     try:
         return max(11000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]))
     except OSError:
@@ -105,10 +108,10 @@ def _first_of_connections() -> int:
 
 
 def join(timeout: float) -> Ranks:
-    """Join the process group (NCCL on GPUs, gloo on CPU) and say who we are.
+    """Join the process group (NCCL on GPUs, gloo on CPU) and return this process's place in it.
 
     Args:
-        timeout: seconds without progress after which the run is given up.
+        timeout: seconds without progress after which the run is aborted.
 
     Raises:
         PeerLostError: if the ranks don't meet within that time.
@@ -120,7 +123,7 @@ def join(timeout: float) -> Ranks:
     deepspeed.utils.logger.setLevel(logging.WARNING)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        # DeepSpeed would compile an op (20 to 80 s, once) that only its inference uses.
+        # DeepSpeed would compile an op that only its inference uses, which takes 20 to 80 s the first time.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
     index = local_rank if accelerator.device_count() > 1 else 0  # srun --gpus-per-task shows each rank one GPU
@@ -130,13 +133,14 @@ def join(timeout: float) -> Ranks:
             accelerator.communication_backend_name(),
             auto_mpi_discovery=False,
             verbose=False,
-            timeout=timedelta(seconds=timeout + 60),  # so that the Watchdog speaks first
+            timeout=timedelta(seconds=timeout + 60),  # so that the Watchdog reports first
         )
     except dist.DistError:
         env = os.environ
         raise PeerLostError(
-            f"rank {env['RANK']} on {socket.gethostname()} did not meet the others at {env['MASTER_ADDR']}:{env['MASTER_PORT']} within "
-            f"{timeout:.0f} s; another host is gone or can't be reached, or GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is to be set."
+            f"rank {env['RANK']} on {socket.gethostname()} did not meet the others at "
+            f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} within {timeout:.0f} s; another host is gone or can't be "
+            "reached, or GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is to be set."
         ) from None
     device = torch.device(accelerator.device_name(index))
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -144,12 +148,13 @@ def join(timeout: float) -> Ranks:
 
 
 def exit_process(code: int) -> NoReturn:
-    """Leave the process group and end this process with ``code``, without the finalization of Python.
+    """Leave the process group and exit with ``code``, without finalizing the Python interpreter.
 
-    A thread of gloo may still hold the last reference to a tensor of a finished collective. If it drops it while Python is
-    finalizing, C++ aborts: a run that had trained and saved everything ended with SIGABRT, once in about twenty at ZeRO-3.
+    A gloo thread may still hold the last reference to a tensor of a finished collective. If it drops the reference
+    while Python is finalizing, C++ aborts: about one in twenty ZeRO-3 runs ended with SIGABRT after everything was
+    saved.
     """
-    if dist.is_initialized() and code == 0:  # else the others may be in a collective, and NCCL would wait for them
+    if dist.is_initialized() and code == 0:  # otherwise the others may be in a collective, and NCCL would wait for them
         dist.destroy_process_group()
     atexit._run_exitfuncs()
     sys.stdout.flush()

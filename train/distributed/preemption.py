@@ -8,14 +8,18 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
-STOP_FILE = "STOP"  # a file in the run's folder that asks it to save and end
+STOP_FILE = "STOP"  # creating this file in the run's folder asks the run to save and stop
 
 
 class StopRequest:
-    """Asked to stop by SIGTERM or SIGUSR1, or by a file that somebody has made. The ranks have to agree on it at a step."""
+    """True once SIGTERM or SIGUSR1 was received or the stop file exists. The ranks have to agree on it at a step."""
 
     def __init__(self, file: Path | None) -> None:
-        """From now on the signals only ask. ``file``: the one to look for, on one rank alone."""
+        """Install the signal handlers, which only record the request.
+
+        Args:
+            file: the stop file to look for, on one rank; None on the others.
+        """
         self.file, self.signal = file, 0
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._heard)
@@ -28,12 +32,12 @@ class StopRequest:
 
 
 def end_with_parent() -> None:
-    """Let the kernel send this process SIGTERM when its launcher dies: an orphan would keep the run's folder to itself.
+    """Have the kernel send this process SIGTERM when its launcher dies. An orphan would keep the run's folder locked.
 
-    (Linux only; the flag is PR_SET_PDEATHSIG of prctl(2).)
+    Linux only: this is PR_SET_PDEATHSIG of prctl(2).
     """
     parent = os.getppid()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if os.getppid() != parent:  # it died meanwhile
+    if os.getppid() != parent:  # the launcher died before the call
         os.kill(os.getpid(), signal.SIGTERM)

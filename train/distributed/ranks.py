@@ -1,4 +1,4 @@
-"""The ranks of a run: who this process is, and how all of them fail together, in one sentence."""
+"""The ranks of a run: this process's place among them, collectives on plain values, and collective errors."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes the files and speaks to the user."""
+        """Whether this is rank 0, which writes the files and prints messages."""
         return self.rank == 0
 
     @contextmanager
     def collective_errors(self) -> Iterator[None]:
-        """Run a block that may fail on some ranks only; then no rank goes on.
+        """Run a block that may fail on some ranks only. If it fails on any rank, it fails on all.
+
+        An error that is neither a ConfigError nor an OSError is a bug in this program. The rank where it occurred
+        raises it unchanged.
 
         Raises:
-            ConfigError: on every rank, if an error came up on any; the first one's sentence, with the rank and host
-                where it isn't everybody's; RetryError if it is one. An error that is neither ConfigError nor OSError is a fault of this program,
-                and goes on as it is where it came up.
+            ConfigError: on every rank, if any rank failed. The message is that of the lowest rank that failed; unless
+                that is rank 0, it names the rank and its host. It is a RetryError if the original error was one.
         """
         mine, again = "", False
         fault: Exception | None = None
@@ -64,10 +66,10 @@ class Ranks:
                 raise kind(sentence if rank == 0 else f"rank {rank} on {host}: {sentence}")
 
     def wait_for(self, work: Callable[[], Any] | None) -> None:
-        """Run what may take long on the ranks that have it, while nobody's collectives time out.
+        """Run ``work``, which may take long, on the ranks that have some, while no rank's collectives time out.
 
         Raises:
-            ConfigError: on every rank, if it failed on any.
+            ConfigError: on every rank, if the work failed on any.
         """
         errors: list[Exception] = []
 
@@ -78,7 +80,7 @@ class Ranks:
             except Exception as error:
                 errors.append(error)
 
-        thread = Thread(target=job, daemon=True)  # so that a Ctrl-C need not wait for it
+        thread = Thread(target=job, daemon=True)  # so that Ctrl-C does not wait for it
         thread.start()
         while self.sum([float(thread.is_alive())])[0]:
             self.heartbeat()
@@ -88,27 +90,27 @@ class Ranks:
                 raise errors[0]
 
     def heartbeat(self, step: bool = False) -> None:
-        """This rank makes progress; see :meth:`Watchdog.beat`."""
+        """Report that this rank makes progress; see :meth:`Watchdog.beat`."""
         self.watchdog.beat(step)
 
     def gather(self, value: Value) -> list[Value]:
-        """What each rank has, on all of them."""
+        """Return the values of all ranks, in rank order, on every rank."""
         everybody: list[Any] = [None] * self.world
         dist.all_gather_object(everybody, value)
         return everybody
 
     def broadcast(self, value: Value) -> Value:
-        """What rank 0 has."""
+        """Return rank 0's value on every rank."""
         box = [value]
         dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
     def sum(self, values: list[float]) -> list[float]:
-        """The sums of some numbers over all ranks, in float64."""
+        """Sum each number over all ranks, in float64."""
         return self.sum_and_max(values, [])[0]
 
     def sum_and_max(self, sums: list[float], largest: list[float]) -> tuple[list[float], list[float]]:
-        """The sums of some numbers over all ranks, and the largest of others, in float64; both are under way at once."""
+        """Sum some numbers over all ranks and take the maximum of others, in float64. Both reductions overlap."""
         both = [torch.tensor(values, dtype=torch.float64, device=self.device) for values in (sums, largest)]
         ops = (dist.ReduceOp.SUM, dist.ReduceOp.MAX)
         works = [dist.all_reduce(t, op, async_op=True) for t, op in zip(both, ops, strict=True) if t.numel()]

@@ -1,4 +1,4 @@
-"""Ends a run that can't go on: which rank is stuck or gone, so that no allocation burns in silence."""
+"""Watchdog: aborts a run that makes no progress, and names the rank that is stuck or gone."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from train.common.errors import EXIT_RETRY, first_line
 
 POLL_SECONDS = 2.0
-ANSWER_SECONDS = 3 * POLL_SECONDS  # to show that one is there
+ANSWER_SECONDS = 3 * POLL_SECONDS  # time that every rank has to show that it is alive
 LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "timed out", "Broken pipe")
 
 
 class Watchdog:
-    """Ends this process when its run can't go on, with one sentence that names the rank at fault.
+    """Ends this process when its run can't continue, with one sentence that names the rank at fault.
 
-    Every rank says that it moves (:meth:`beat`). One that hasn't for a while, or whose collective has failed, puts a note
-    into the store where the ranks met. Every rank that still runs answers; who doesn't is stopped, dead or cut off.
-    Nothing here grows with the number of ranks but the one look at the answers at the end.
+    Every rank reports progress (:meth:`beat`). A rank that has made none for a while, or whose collective failed, puts
+    a note into the store where the ranks met. Every rank that still runs answers; a rank that doesn't is stopped, dead
+    or cut off. Only the single read of the answers at the end grows with the number of ranks.
     """
 
     def __init__(self, rank: int, world: int, seconds: float) -> None:
-        """Begin to answer others; call :meth:`begin` to watch this rank too.
+        """Start to answer the other ranks. Call :meth:`begin` to watch this rank too.
 
         Args:
             rank: this rank.
             world: number of ranks.
-            seconds: without progress, after which the run is given up.
+            seconds: time without progress after which the run is aborted.
         """
         self.rank, self.world, self.seconds = rank, world, seconds
         self._beats, self._last = 0, time.monotonic()
@@ -49,23 +49,23 @@ class Watchdog:
         Thread(target=self._listen, daemon=True).start()
 
     def beat(self, step: bool = False) -> None:
-        """This rank makes progress; ``step``: it begins a micro-batch, which all ranks do equally often."""
+        """Report progress. With ``step``, this rank begins a micro-batch, which all ranks do equally often."""
         self._beats += step
         self._last = time.monotonic()
 
     def begin(self) -> None:
-        """Give up when :meth:`beat` isn't called for ``seconds``."""
+        """Start to watch this rank: abort the run when :meth:`beat` isn't called for ``seconds``."""
         self.beat()
         if self.world > 1:
             Thread(target=self._time, daemon=True).start()
 
     def end(self) -> None:
-        """The run is over."""
+        """Stop watching: the run is over."""
         self._over.set()
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """A block in which a failed collective ends the process with a sentence; other errors pass."""
+        """Run a block in which a failed collective ends the process with a message. Other errors propagate."""
         try:
             yield
         except Exception as error:
@@ -79,36 +79,36 @@ class Watchdog:
                 self._give_up(f"no progress for {self.seconds:.0f} s")
 
     def _listen(self) -> None:
-        with suppress(RuntimeError):  # the store has gone: if that matters, there will be no progress either
+        with suppress(RuntimeError):  # the store is gone; if that matters, there will be no progress either
             while not self._over.wait(POLL_SECONDS):
                 if self._store.check(["trouble"]):
                     self._answer()
 
     def _give_up(self, what: str) -> None:
-        """Does not return."""
+        """Report the trouble to all ranks and end this process. Returns only if the run is over already."""
         if self._over.is_set():
             return
 
-        def tell() -> None:
-            with suppress(RuntimeError):  # said below
+        def alert() -> None:
+            with suppress(RuntimeError):  # the store can't be reached; reported below
                 self._store.set("trouble", what)
                 self._answer()
 
-        teller = Thread(target=tell, daemon=True)
-        teller.start()
-        teller.join(ANSWER_SECONDS + 5 * POLL_SECONDS)
+        thread = Thread(target=alert, daemon=True)
+        thread.start()
+        thread.join(ANSWER_SECONDS + 5 * POLL_SECONDS)
         if os.environ.get("LOCAL_RANK") in ("0", "1"):  # the store may have died with rank 0 on this host
-            _say(
-                f"{what} on rank {self.rank} on {socket.gethostname()}, and {os.environ['MASTER_ADDR']}, where the ranks meet, "
-                "can't be reached: that host or its launcher is gone, or the network is cut."
+            _print_error(
+                f"{what} on rank {self.rank} on {socket.gethostname()}, and {os.environ['MASTER_ADDR']}, where the "
+                "ranks meet, can't be reached: that host or its launcher is gone, or the network is cut."
             )
         os._exit(EXIT_RETRY)
 
     def _answer(self) -> None:
-        """Say that we are here; the first rank that does names those who don't. Ends this process."""
+        """Answer that this rank is alive and end this process. The lowest rank that answers names those that don't."""
         self._store.set(f"here/{self.rank}", str(self._beats))
         time.sleep(ANSWER_SECONDS)
-        # Nobody but the first asks for all of them.
+        # Only the lowest rank that answers reads the answers of all.
         if not any(self._store.check([f"here/{rank}"]) for rank in range(self.rank)):
             what = self._store.get("trouble").decode()
             beats = {
@@ -125,10 +125,10 @@ class Watchdog:
                 slowest = [rank for rank in beats if beats[rank] == min(beats.values())]
                 behind = len(slowest) < len(beats)
                 who = f"all ranks answer; {self._names(slowest)} is behind" if behind else "all ranks answer"
-            _say(f"{what}: {who}. The same command goes on from the newest checkpoint.")
+            _print_error(f"{what}: {who}. Run the same command again to resume from the newest checkpoint.")
         else:
-            time.sleep(POLL_SECONDS)  # a launcher ends all of its ranks when the first has ended: let that one speak
-        time.sleep(POLL_SECONDS)  # the store may be ours, and the others have to see that we were first
+            time.sleep(POLL_SECONDS)  # a launcher ends all its ranks when the first has ended: let that one report
+        time.sleep(POLL_SECONDS)  # the store may be in this process, and the others have to see that we were first
         os._exit(EXIT_RETRY)
 
     def _names(self, ranks: list[int]) -> str:
@@ -138,11 +138,11 @@ class Watchdog:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error says that another rank could not be reached."""
+    """Return whether an error means that another rank could not be reached."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
     )
 
 
-def _say(sentence: str) -> None:
+def _print_error(sentence: str) -> None:
     print(f"error: {sentence}", file=sys.stderr, flush=True)

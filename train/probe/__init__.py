@@ -1,1 +1,1 @@
-"""Runs on one rank whose gradients are looked at."""
+"""Runs on one rank whose gradients are measured."""

@@ -1,4 +1,4 @@
-"""The last gradients of elements drawn from every tensor."""
+"""Record the last gradients of elements drawn from every tensor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Recorder:
             self.chosen.append((parameter, index.to(parameter.device)))
 
     def see(self) -> None:
-        """The gradients of this step."""
+        """Record the gradients of this step."""
         parts = [
             torch.zeros(len(index)) if p.grad is None else p.grad.flatten()[index].float().cpu()
             for p, index in self.chosen
@@ -34,5 +34,5 @@ class Recorder:
         self.kept.append(torch.cat(parts))
 
     def recording(self) -> Recording:
-        """What is kept now."""
+        """Return the recorded gradients of the last ``window`` steps."""
         return Recording(torch.stack(list(self.kept)), self.layers)

@@ -1,4 +1,4 @@
-"""What is measured on a probed run, as the user says it."""
+"""The options of train.choose_beta and train.response."""
 
 from __future__ import annotations
 
@@ -11,39 +11,45 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class Pilot:
-    """How much is measured."""
+    """The size of the pilot run."""
 
     steps: int = 200
-    """Of the pilot."""
+    """Optimizer steps of the pilot; at least the number of checkpoints."""
     probes: int = 16
-    """Gradients at each of the checkpoints."""
+    """Gradients drawn at each checkpoint; at least 2."""
     checkpoints: int = 4
-    """At the ends of equal parts of the pilot."""
+    """Points at which gradients are drawn, at the ends of equal parts of the pilot; at least 3."""
     out: Path | None = None
-    """A folder, such as that of a comparison, in which the result is kept as pilot.json; train.regret finds it there."""
+    """Folder to write the result to, as pilot.json. In a comparison's folder train.regret finds it. Default: none, the
+    result is only printed."""
     planned_steps: int | None = None
-    """Steps of the run that the beta is for, which the pilot's learning rate schedule counts on. Default: ten times the pilot."""
+    """Optimizer steps of the run that the beta is for; at least the pilot's. The pilot follows that run's learning-rate
+    schedule. Default: ten times the pilot's steps."""
     rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """After "--": options of the run that the beta is for, as train.pretrain takes them, such as -- --model small --data FOLDER."""
+    """After "--": options of the run that the beta is for, as for train.pretrain, such as -- --model small --data
+    FOLDER."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """What is recorded, and what is asked of it."""
+    """The run to record, and the betas to evaluate on it."""
 
     out: Path = Path("runs/response")
-    """The folder of response.md, response.csv and the figures."""
+    """Folder for response.md, response.csv and the figures."""
     task: Literal["language", "vit", "resnet"] = "language"
-    """What is trained: a run of train.pretrain, or a small vision transformer or ResNet on scikit-learn's digits."""
+    """The run: language (as train.pretrain), or a small vision transformer or ResNet on the digits of scikit-learn."""
     betas: tuple[str, ...] = ("0.95", "0.9,0.95", "0.9,0.999", "0.9,0.81")
-    """Pairs to ask: one number, or beta1,beta2. The run itself is that of the options after "--", whatever is asked."""
+    """Pairs of betas to evaluate, each one number or beta1,beta2. They do not affect the run, whose betas are set by
+    the options after "--"."""
     at: tuple[int, ...] = (200,)
-    """Steps after which the response is measured."""
+    """Steps after which the response is measured; at least window."""
     window: int = 150
-    """Gradients that are recorded before each."""
+    """Steps whose gradients are recorded before each measurement; more than 10."""
     elements: int = 4096
-    """Of each tensor; the recording takes 4 bytes x window x elements x tensors of memory."""
+    """Elements drawn from each tensor; at least 1. The recording takes 4 bytes x window x elements x tensors of
+    memory."""
     checkpoint: Path | None = None
-    """A run of train.pretrain with the options after "--", which is gone on with from its newest weights; the moments begin anew."""
+    """Folder of a run of train.pretrain with the options after "--". Its newest weights are resumed, with the moments
+    at zero. Default: start from initial weights."""
     rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """After "--": options of the run, as train.pretrain takes them, such as -- --model small --lr 2e-3."""
+    """After "--": options of the run, as for train.pretrain, such as -- --model small --lr 2e-3."""

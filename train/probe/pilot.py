@@ -1,11 +1,13 @@
-"""A beta for your model and text, from a short pilot run: ``python -m train.choose_beta -- --data FOLDER``.
+"""Choose a beta from a short pilot run, by the noise and the drift of the gradient; see train.choose_beta.
 
-The pilot trains at beta = 0.95. At some of its steps it draws gradients of other batches, at the weights of then: how much they differ
-among themselves is the noise V, and how fast their mean moves from one of these steps to the next is the drift D. An average
-over a horizon of H = 1 / (1 - beta) steps has about V / 2H of noise left, and lags H steps behind, which costs D H^2; their sum
-is least at H = (V / 4D)^(1/3). A mean that turns on its way moves further in a step than its distance over many tells, so that the
-gap between checkpoints (a quarter of the pilot) is a choice too, and a longer one finds a longer horizon. The formula and the pilot's sizes are
-those of arXiv 2610.08624; this derivation is ours, and so are the estimators.
+The pilot trains at beta = 0.95. At several checkpoints it draws gradients of other batches at the current weights.
+Their variance is the noise V. The squared distance that their mean moves per step, from one checkpoint to the next, is
+the drift D. An average over a horizon of H = 1 / (1 - beta) steps has about V / 2H of noise left, and lags H steps
+behind, which costs D H^2. The sum is least at H = (V / 4D)^(1/3).
+
+A mean that changes direction on its way moves further per step than its distance over many steps shows. So the gap
+between checkpoints (a quarter of the pilot) is a choice too, and a longer gap gives a longer horizon. The formula and
+the pilot's sizes are those of arXiv 2610.08624; the derivation and the estimators are ours.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from train.probe.single_rank import single_rank_run
 from train.run.trainer import Trainer
 
 PILOT_BETA, MOST = 0.95, 0.999
+"""The pilot's own beta, and the greatest beta that is recommended."""
 
 
 class Probes(NamedTuple):
@@ -36,21 +39,21 @@ class Probes(NamedTuple):
 
     drawn: int
     mean: Tensor
-    """(weights,), float64."""
+    """Mean gradient, (weights,), float64."""
     noise: float
-    """Their unbiased sample variance, summed over the weights."""
+    """Unbiased sample variance of the gradients, summed over the weights."""
 
 
 class Choice(NamedTuple):
-    """What was found."""
+    """The estimates of a pilot, and the beta that follows from them."""
 
     noise: float
-    """V: the variance of a batch's gradient, summed over all weights, mean over the checkpoints."""
+    """V: the variance of a batch's gradient, summed over all weights; the mean over the checkpoints."""
     drift: float
-    """D: the squared distance that the mean gradient moves in a step, from its distance between neighbouring checkpoints, less what noise
-    adds to it; mean over them. It may come out below 0."""
+    """D: the squared distance that the mean gradient moves per step, from its distance between neighbouring checkpoints
+    minus the noise's share of it; the mean over these pairs. It may be negative."""
     error: float
-    """Its standard error, over the pairs of neighbouring checkpoints as if they were independent (they share a checkpoint)."""
+    """Standard error of D over the pairs of neighbouring checkpoints, as if they were independent (they share one)."""
 
     @property
     def horizon(self) -> float:
@@ -59,7 +62,7 @@ class Choice(NamedTuple):
 
     @property
     def beta(self) -> float:
-        """Of this horizon, at most MOST; NaN if D isn't above 0, which says nothing of beta."""
+        """The beta of this horizon, at most MOST; NaN if D isn't above 0, since beta can't be determined then."""
         return beta_of(self.horizon) if self.drift > 0.0 else math.nan
 
     @property
@@ -71,17 +74,20 @@ class Choice(NamedTuple):
 
 
 def horizon_of(noise: float, drift: float) -> float:
-    """Where V / 2H + D H^2 is least, in steps, at least 1; infinite without drift."""
+    """Return the horizon in steps, at least 1, at which V / 2H + D H^2 is least; infinite without drift."""
     return max(1.0, (noise / (4.0 * drift)) ** (1.0 / 3.0)) if drift > 0.0 else math.inf
 
 
 def beta_of(steps: float) -> float:
-    """Of this horizon, at most MOST."""
+    """Return the beta of a horizon in steps, at most MOST."""
     return min(beta_schedule.of_horizon(min(steps, 1e6)), MOST)
 
 
 def summarize(gradients: Iterable[Tensor]) -> Probes:
-    """Of gradients, (weights,) each, one after the other (Welford 1962): no more than two tensors of float64 are kept."""
+    """Return mean and variance of gradients, (weights,) each, in one pass (Welford 1962).
+
+    Only two float64 tensors are kept.
+    """
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())
     for count, gradient in enumerate(gradients, 1):
         away = gradient.double() - mean
@@ -91,7 +97,10 @@ def summarize(gradients: Iterable[Tensor]) -> Probes:
 
 
 def estimate(probes: list[Probes], gap: float) -> Choice:
-    """From checkpoints ``gap`` steps apart. The squared distance of two means of n gradients has 2 V / n of noise in it, which is taken off."""
+    """Estimate noise and drift from checkpoints ``gap`` steps apart.
+
+    The squared distance of two means of n gradients contains 2 V / n of noise, which is subtracted.
+    """
     moved = torch.tensor(
         [
             (float(((b.mean - a.mean) ** 2).sum()) - a.noise / a.drawn - b.noise / b.drawn) / gap**2
@@ -104,28 +113,34 @@ def estimate(probes: list[Probes], gap: float) -> Choice:
 
 
 def draw(trainer: Trainer, count: int) -> Iterator[Tensor]:
-    """Gradients of ``count`` batches at the weights of now, (weights,) each; every sequence is drawn anew from all of the training text."""
+    """Yield the gradients of ``count`` batches at the current weights, (weights,) each.
+
+    Every sequence is drawn independently from the training text.
+    """
     module, batch = trainer.engine.module, trainer.run.parallelism.batch
     parameters = [p for p in module.parameters() if p.requires_grad]
-    random = np.random.default_rng([trainer.run.seed, trainer.step])
+    generator = np.random.default_rng([trainer.run.seed, trainer.step])
     for _ in range(count):
         trainer.ranks.heartbeat()
-        tokens = trainer.train.take(random.integers(len(trainer.train), size=batch)).to(trainer.ranks.device)
+        tokens = trainer.train.take(generator.integers(len(trainer.train), size=batch)).to(trainer.ranks.device)
         gradients = torch.autograd.grad(module(input_ids=tokens, labels=tokens).loss, parameters)
         yield torch.cat([gradient.flatten().cpu() for gradient in gradients])
 
 
 def choose(pilot: Pilot) -> tuple[Choice, dict[str, Any]]:
-    """Run the pilot; what was found, and which runs it is for: ``steps``, ``tokens_per_step``, ``parameters``; and the pilot's steps between
-    two checkpoints, ``gap``, over which the drift was measured.
+    """Run the pilot.
+
+    Returns:
+        The estimates; and the runs they are for (``steps``, ``tokens_per_step``, ``parameters``) with ``gap``, the
+        steps between two checkpoints of the pilot, over which the drift was measured.
 
     Raises:
-        ConfigError: if the run's options, or the pilot's sizes, are no good.
+        ConfigError: if an option of the run or of the pilot is invalid.
     """
     require(pilot.probes >= 2, f"probes is {pilot.probes}; it must be at least 2.")
     require(
         pilot.checkpoints >= 3,
-        f"checkpoints is {pilot.checkpoints}; it must be at least 3, two of whose distances tell how sure the drift is.",
+        f"checkpoints is {pilot.checkpoints}; it must be at least 3, since the drift's error needs two distances.",
     )
     gap = pilot.steps // pilot.checkpoints
     require(gap >= 1, f"steps is {pilot.steps}; it must be at least the number of checkpoints, {pilot.checkpoints}.")
@@ -134,7 +149,8 @@ def choose(pilot: Pilot) -> tuple[Choice, dict[str, Any]]:
     options = {option.split("=")[0] for option in pilot.rest} & {"--betas", "--state", "--allow-unbalanced", "--steps"}
     require(
         not options,
-        f"{min(options, default='')} is given after --; the pilot runs at {PILOT_BETA} with fp32 state, and --planned-steps has the run's length.",
+        f"{min(options, default='')} is given after --; the pilot runs at {PILOT_BETA} with fp32 state, "
+        "and --planned-steps sets the run's length.",
     )
     if pilot.out:
         try:
@@ -144,28 +160,28 @@ def choose(pilot: Pilot) -> tuple[Choice, dict[str, Any]]:
     with TemporaryDirectory() as out:
         rest = ("--betas", repr(PILOT_BETA), *pilot.rest)
         with single_rank_run("train.choose_beta", Path(out), planned, rest) as trainer:
-            found = []
+            probes = []
             with Progress(pilot.steps, 0, "pilot") as progress:
                 while trainer.step < gap * pilot.checkpoints:
                     line = trainer.train_step()
                     progress.show(trainer.step, f"loss {line['loss']:.4f}")
                     if trainer.step % gap == 0:
-                        found.append(summarize(draw(trainer, pilot.probes)))
+                        probes.append(summarize(draw(trainer, pilot.probes)))
             plan = {"steps": planned, "tokens_per_step": trainer.run.tokens_per_step}
-            return estimate(found, gap), {**plan, "parameters": trainer.parameters, "gap": gap}
+            return estimate(probes, gap), {**plan, "parameters": trainer.parameters, "gap": gap}
 
 
 def report(choice: Choice, plan: dict[str, Any]) -> str:
-    """The recommendation with its inputs, and what the other rules would say."""
+    """Return the recommendation with its inputs, and the betas of other rules, as text."""
     low, high = choice.range
     recommended = "none" if math.isnan(choice.beta) else f"{choice.beta:.4f}"
     lines = [
-        f"noise V = {choice.noise:.4g}, drift D = {choice.drift:.3g} ± {choice.error:.2g} a step^2 over {plan['gap']} steps, "
-        f"horizon (V / 4D)^(1/3) = {choice.horizon:.1f} steps",
+        f"noise V = {choice.noise:.4g}, drift D = {choice.drift:.3g} ± {choice.error:.2g} a step^2 over "
+        f"{plan['gap']} steps, horizon (V / 4D)^(1/3) = {choice.horizon:.1f} steps",
         f"beta = {recommended} ({low:.4f} to {high:.4f} at D ± twice its error)",
     ]
     if not choice.drift > 2 * choice.error:
-        lines.append("The drift can't be told from noise; more --probes or --checkpoints would measure it.")
+        lines.append("The drift is not distinguishable from noise; more --probes or --checkpoints would measure it.")
     others = ["0.95", "0.944", "refresh:1000"]
     for rule in others:
         try:

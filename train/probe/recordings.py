@@ -1,4 +1,4 @@
-"""Where recorded gradients come from: a run of train.pretrain, or a small vision model."""
+"""Record gradients during training: of a run of train.pretrain, or of a small vision model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from train.probe.single_rank import single_rank_run
 
 
 def of_language(response: Response) -> Iterator[tuple[int, Recording]]:
-    """Those of a run of train.pretrain, on one rank."""
+    """Train a run of train.pretrain on one rank, and yield each step of ``at`` with the gradients recorded before it.
+
+    Raises:
+        ConfigError: if the options are invalid, or a step of ``at`` is out of range.
+    """
     end = max(response.at)
     with single_rank_run("train.response", response.out, end + 1, response.rest, response.checkpoint) as trainer:
         require(
             not trainer.step or trainer.step + response.window <= min(response.at),
-            f"at is {min(response.at)}, less than the checkpoint's {trainer.step} steps and a window of {response.window}.",
+            f"at is {min(response.at)}, less than the checkpoint's {trainer.step} steps "
+            f"and a window of {response.window}.",
         )
         steps = trainer.run.schedule.steps
         require(end <= steps, f"at is {end}, which is beyond the {steps} steps of the run.")
@@ -40,7 +45,11 @@ def of_language(response: Response) -> Iterator[tuple[int, Recording]]:
 
 
 def of_vision(response: Response) -> Iterator[tuple[int, Recording]]:
-    """Those of a small vision model."""
+    """Train a small vision model, and yield each step of ``at`` with the gradients recorded before it.
+
+    Raises:
+        ConfigError: if options of a run are given.
+    """
     from train.probe import vision
 
     require(

@@ -1,4 +1,4 @@
-"""A run on one rank at ZeRO stage 0, which nothing is written of, so that its gradients can be looked at."""
+"""A run on one rank at ZeRO stage 0 that writes nothing, so that its gradients can be measured."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ DECIDED = {"--out", "--ds-config", "--micro-batch"}
 def single_rank_run(
     module: str, out: Path, steps: int, rest: tuple[str, ...], checkpoint: Path | None = None
 ) -> Iterator[Trainer]:
-    """A run of train.pretrain's; nothing is written.
+    """Set up a run of train.pretrain on one rank, and yield its trainer. Nothing is written.
 
     Args:
-        module: whose it is, for messages.
-        out: its folder.
-        steps: of the whole run, which its schedule counts on, where the options don't say.
-        rest: its options.
-        checkpoint: the folder of a run with these options, which is gone on with from its newest weights, at their step and learning rate;
-            the moments begin anew.
+        module: name of the command, for messages.
+        out: the run's folder is ``out / "run"``.
+        steps: length of the run's schedule, unless the options have --steps.
+        rest: the run's options.
+        checkpoint: the folder of a run with these options. It is resumed from its newest weights, at their step and
+            learning rate, with the moments at zero. None starts from initial weights.
 
     Raises:
-        ConfigError: if an option is decided here, several ranks were started, or the options or the checkpoint are no good.
+        ConfigError: if an option is one that this function sets, several ranks were started, or the options or the
+            checkpoint are invalid.
     """
     given = {option.split("=")[0].replace("_", "-") for option in rest}
     require(not given & DECIDED, f"{min(given & DECIDED, default='')} is given after --; {module} decides it.")
@@ -53,22 +54,26 @@ def single_rank_run(
     with ranks.watchdog.guard():
         trainer = initialize(settings, ranks, deepspeed_config.resolve(settings, 1, torch.cuda.is_available()))
         if checkpoint is not None:
-            _go_on(trainer, ranks, checkpoint)
+            _load_weights_of(trainer, ranks, checkpoint)
         ranks.watchdog.begin()
         yield trainer
         ranks.watchdog.end()
 
 
-def _go_on(trainer: Trainer, ranks: Ranks, run: Path) -> None:
-    """Take the weights of a run's newest checkpoint, and its place in the schedule."""
-    found = find_checkpoint(ranks, run / "checkpoints", trainer.run.identity())
-    if found is None:
-        raise ConfigError(f"checkpoint is {run}, which has no whole checkpoint; give the folder of a run.")
-    check_text(found, trainer.tokens)
+def _load_weights_of(trainer: Trainer, ranks: Ranks, run: Path) -> None:
+    """Load the weights of a run's newest checkpoint, and continue at its step of the schedule.
+
+    Raises:
+        ConfigError: if there is no complete checkpoint, or it does not fit this run.
+    """
+    checkpoint = find_checkpoint(ranks, run / "checkpoints", trainer.run.identity())
+    if checkpoint is None:
+        raise ConfigError(f"checkpoint is {run}, which has no complete checkpoint; give the folder of a run.")
+    check_text(checkpoint, trainer.tokens)
     try:
-        load_weights(trainer.engine, found)
-    except Exception as error:  # whatever another model's weights run into
+        load_weights(trainer.engine, checkpoint)
+    except Exception as error:  # of any class, if the weights are another model's
         raise ConfigError(f"checkpoint is {run}, whose weights can't be loaded: {first_line(error)}") from None
-    trainer.step = found.step
-    for _ in range(found.step):
+    trainer.step = checkpoint.step
+    for _ in range(checkpoint.step):
         trainer.engine.lr_scheduler.step()

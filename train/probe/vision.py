@@ -1,4 +1,4 @@
-"""Two small image classifiers on the digits that scikit-learn ships: the same questions, not of language (train.response)."""
+"""Two small image classifiers on the digits of scikit-learn, so that train.response can measure more than language."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Classifier:
         self.optimizer = BalancedAdam(self.model.parameters(), lr=LR, weight_decay=0.1)
 
     def train_step(self, see: Callable[[], None]) -> float:
-        """One step on a batch that is drawn at random; ``see`` is called when the gradients are there. The loss."""
+        """Take one step on a random batch and return the loss. ``see`` is called once the gradients are computed."""
         index = torch.randint(len(self.labels), (BATCH,), generator=self.order)
         loss: Tensor = nn.functional.cross_entropy(
             self.model(pixel_values=self.images[index]).logits, self.labels[index]

@@ -1,1 +1,1 @@
-"""One training run: settings, DeepSpeed configuration, model, training loop, folder and metrics."""
+"""One training run: options, DeepSpeed configuration, model, training loop, run folder and metrics."""

@@ -1,6 +1,6 @@
-"""Every setting of a run, one dataclass per concern, each with its checks; the command line is made from them.
+"""The options of a run, one dataclass per concern, each with its checks. The command line is built from them.
 
-A check raises :class:`ConfigError` with one sentence: the field, its value, and what would be right.
+A check raises :class:`ConfigError` with one sentence: the field, its value, and what it must be.
 """
 
 from __future__ import annotations
@@ -16,62 +16,60 @@ from train.common.errors import ConfigError, require
 from train.common.files import REPOSITORY
 from train.data.config import Data
 
-ARM = (
-    "lr",
-    "betas",
-    "state",
-    "allow_unbalanced",
-)  # the settings of the optimizer that the arms of a comparison may differ in
+ARM = ("lr", "betas", "state", "allow_unbalanced")
+"""The optimizer options in which the arms of a comparison may differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is trained."""
+    """The model."""
 
     model: str = "tiny"
-    """A preset (tiny, small, 124m, 350m, 1.3b), or the path or hub name of any causal language model's configuration."""
+    """A preset (tiny, small, 124m, 350m or 1.3b), or the path or hub name of a causal language model's
+    configuration."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more work."""
+    """Recompute activations in the backward pass. This saves memory and costs about a third more compute."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """BalancedAdam's parameters, and clipping."""
+    """The parameters of BalancedAdam, and gradient clipping."""
 
     lr: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate; above 0."""
     betas: float | tuple[float, float] | str = 0.95
-    """One number (beta1 = beta2), or two, which need --allow-unbalanced where they differ; or a rule that chooses one number: refresh:R
-    (R / steps is 1 - beta), half_life:STEPS, half_life_tokens:TOKENS or horizon:STEPS; or from:A:to:B, which moves."""
+    """One number in [0, 1) for beta1 = beta2. Or two numbers; if they differ, --allow-unbalanced is needed. Or a rule
+    that chooses one number: refresh:R (1 - beta = R / steps), half_life:STEPS, half_life_tokens:TOKENS or
+    horizon:STEPS. Or from:A:to:B, a beta that moves from A to B during the run."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled weight decay."""
+    """Decoupled weight decay, applied to matrices only."""
     state: Literal["fp32", "packed32", "packed16", "packed8"] = "fp32"
-    """How both moments are stored: 8, 4, 2 or 1 bytes a weight (docs/packed-state.md)."""
+    """Storage format of the two moments: together 8, 4, 2 or 1 bytes per weight (docs/packed-state.md)."""
     allow_unbalanced: bool = False
-    """Permit unequal betas: plain AdamW, the baseline of a comparison."""
+    """Allow beta1 and beta2 to differ. This is plain AdamW, the baseline of a comparison."""
     clip: float = 1.0
-    """Greatest norm of the gradient; 0 for no clipping."""
+    """Gradient norm above which the gradient is clipped; 0 disables clipping."""
 
     def check(self) -> None:
-        """Raise :class:`ConfigError` on a value out of range, but for betas (:meth:`Run.parameters`)."""
+        """Raise :class:`ConfigError` on a value out of range. :meth:`Run.parameters` checks the betas."""
         require(self.lr > 0.0, f"lr is {self.lr}; it must be above 0.")
         require(self.clip >= 0.0, f"clip is {self.clip}; it must be at least 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long, and the learning rate's course."""
+    """The length of the run and the learning-rate schedule."""
 
     steps: int = 300
-    """Optimizer steps."""
+    """Number of optimizer steps; at least 1."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-    """Shape of the decay; wsd (warm-up, stable, decay) decays over the last fifth."""
+    """Shape of the learning-rate decay. wsd (warm-up, stable, decay) decays over the last fifth of the steps."""
     warmup: int = 30
-    """Steps of linear warm-up, from 0 (wsd: from final_lr, as transformers does it)."""
+    """Steps of linear warm-up; fewer than steps. It starts at 0 (with wsd at final_lr, as in transformers)."""
     final_lr: float = 0.1
-    """The learning rate at the end, as a fraction of the peak."""
+    """Learning rate at the end, as a fraction of the peak, in [0, 1]."""
 
     def check(self) -> None:
         """Raise :class:`ConfigError` on a value out of range."""
@@ -85,17 +83,18 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallelism:
-    """How the work is split over ranks; changes no batch."""
+    """The batch size, and how the work is split over ranks. The split does not change the batches."""
 
     ds_config: Path = REPOSITORY / "ds_configs" / "zero1.json"
-    """A DeepSpeed configuration file: ZeRO stage, offload, communication."""
+    """A DeepSpeed configuration file, which sets the ZeRO stage, offload and communication."""
     batch: int = 16
-    """Sequences in one optimizer step, over all ranks."""
+    """Sequences in one optimizer step, over all ranks. A multiple of ranks x micro_batch."""
     micro_batch: int | None = None
-    """Sequences in one forward pass on one rank; what is left is accumulated. Default: batch / ranks."""
+    """Sequences in one forward pass on one rank. If ranks x micro_batch is less than batch, gradients are accumulated.
+    Default: batch / ranks."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """What forward and backward passes compute in (master weights are float32). "auto" is what the ds_config says, and
-    where that too says "auto", bf16 on GPUs and fp32 on CPU."""
+    """Number format of the forward and backward passes; master weights are float32. "auto" takes it from the ds_config;
+    if that says "auto" too, it is bf16 on GPUs and fp32 on CPU."""
 
     def check(self) -> None:
         """Raise :class:`ConfigError` on a value out of range."""
@@ -106,29 +105,31 @@ class Parallelism:
         )
 
     def micro_batch_on(self, world: int) -> int:
-        """The micro-batch on ``world`` ranks.
+        """Return the micro-batch size on ``world`` ranks.
 
         Raises:
-            ConfigError: if the batch doesn't divide.
+            ConfigError: if the batch is not a multiple of ranks x micro-batch.
         """
         micro = self.micro_batch or max(self.batch // world, 1)
         require(
             self.batch % (micro * world) == 0,
-            f"batch is {self.batch}; it must be a multiple of ranks x micro_batch = {world} x {micro} = {world * micro}.",
+            f"batch is {self.batch}; it must be a multiple of ranks x micro_batch = "
+            f"{world} x {micro} = {world * micro}.",
         )
         return micro
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """What is kept on disk."""
+    """Checkpoints and resuming."""
 
     save_every: int = 100
-    """Steps between checkpoints; 0 for one at the end only."""
+    """Steps between checkpoints; 0 saves only at the end."""
     keep: int = 2
-    """How many checkpoints are kept; the oldest go first."""
+    """Number of checkpoints to keep, at least 1. The oldest are removed first."""
     resume: bool = True
-    """Go on from the newest whole checkpoint in the output folder, if there is one."""
+    """Resume from the newest complete checkpoint in the output folder, if there is one. With --no-resume a folder that
+    holds a run is an error."""
 
     def check(self) -> None:
         """Raise :class:`ConfigError` on a value out of range."""
@@ -138,18 +139,19 @@ class Checkpoints:
 
 @dataclass(frozen=True, kw_only=True)
 class Logging:
-    """What is measured beside the training loss, and where it goes; metrics.jsonl is always written."""
+    """Validation, and where metrics are logged. metrics.jsonl is always written."""
 
     validate_every: int = 100
-    """Steps between validations; 0 for one at the end only."""
+    """Steps between validations; 0 validates only at the end."""
     validation_batches: int = 8
-    """Batches of held-out text in one validation, spread evenly over it and always the same ones; 0 for all."""
+    """Batches of held-out text in one validation; 0 for all of them. They are spread evenly over the text and always
+    the same."""
     tensorboard: bool = False
     """Also write TensorBoard files, through DeepSpeed's monitor."""
     csv: bool = False
     """Also write CSV files, through DeepSpeed's monitor."""
     wandb: str = ""
-    """Also log to this Weights & Biases project, through DeepSpeed's monitor."""
+    """Name of a Weights & Biases project to log to as well, through DeepSpeed's monitor. Default: none."""
 
     def check(self) -> None:
         """Raise :class:`ConfigError` on a value out of range."""
@@ -171,16 +173,17 @@ class Run:
     """One training run."""
 
     out: Path
-    """The run's own folder: settings, metrics, checkpoints, result."""
+    """Folder of this run alone, for its settings, metrics, checkpoints and result."""
     seed: int = 0
-    """Decides the initial weights and the order of the data."""
+    """Seed of the initial weights and of the order of the data; at least 0."""
     dry_run: bool = False
-    """Check everything, estimate memory, run one batch, write nothing."""
+    """Check everything, estimate memory and run one batch. Nothing is written to the run's folder."""
     stop_after_nonfinite: int = 3
-    """Stop when the loss or the gradient was NaN or infinite for this many steps in a row; the last good checkpoint is kept."""
+    """Stop when the loss or the gradient was NaN or infinite for this many steps in a row; at least 1. The last good
+    checkpoint is kept."""
     timeout: float = 600.0
-    """Seconds without progress after which a run is given up: a rank is stuck, a host is gone, the network is cut. Longer than the
-    slowest step, validation batch or file of a checkpoint."""
+    """Seconds without progress after which the run is aborted, because a rank is stuck, a host is gone or the network
+    is cut; at least 5. It must exceed the time of the slowest step, validation batch or checkpoint file."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -190,7 +193,11 @@ class Run:
     logging: Logging = field(default_factory=Logging)
 
     def check(self) -> None:
-        """Check everything that needs neither ranks nor data; raise :class:`ConfigError`."""
+        """Check everything that needs neither ranks nor data.
+
+        Raises:
+            ConfigError: on the first value that is out of range.
+        """
         require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must be at least 0 and below 2^63.")
         require(
             self.stop_after_nonfinite >= 1,
@@ -205,10 +212,10 @@ class Run:
         self.parameters()
 
     def parameters(self) -> dict[str, Any]:
-        """``optimizer.params`` of the ds_config, betas being two numbers.
+        """Return ``optimizer.params`` of the ds_config, with betas as a list of two numbers.
 
         Raises:
-            ConfigError: if BalancedAdam would refuse them, or betas is a rule that comes to no number here.
+            ConfigError: if BalancedAdam rejects them, or betas is a rule that yields no valid beta for this run.
         """
         import torch
 
@@ -226,10 +233,10 @@ class Run:
         return {**params, "betas": list(params["betas"])}
 
     def moving_beta(self) -> Callable[[float], float] | None:
-        """Where betas is a rule, the beta at each step, counted from 0.
+        """Return the beta as a function of the step (counted from 0) if betas is a rule, else None.
 
         Raises:
-            ValueError: if the rule comes to no number here.
+            ValueError: if the rule yields no valid beta for this run.
         """
         if not isinstance(self.optimizer.betas, str):
             return None
@@ -245,26 +252,27 @@ class Run:
         return self.parallelism.batch * self.data.sequence_length
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run: everything that decides the weights, as plain data for JSON.
+        """Return what makes two runs the same run: everything that decides the weights, as plain data for JSON.
 
-        Where things lie, how the work is split over ranks, how often it is saved and what is logged does not count.
+        The location of files, the split over ranks, the checkpoint interval and logging are not part of it.
         """
-        whole = dataclasses.asdict(self)
+        options = dataclasses.asdict(self)
         for name in ("data_cache", "verify_data"):
-            whole["data"].pop(name)
-        if (path := Path(self.data.data)).exists():  # however it is spelled
-            whole["data"]["data"] = str(path.resolve())
-        kept = {key: whole[key] for key in ("seed", "model", "data", "optimizer", "schedule")}
-        if self.optimizer.state == "fp32":  # so that runs from before there were others go on
-            del whole["optimizer"]["state"]
-        parallelism = whole["parallelism"]
+            options["data"].pop(name)
+        if (path := Path(self.data.data)).exists():  # one spelling for one file
+            options["data"]["data"] = str(path.resolve())
+        kept = {key: options[key] for key in ("seed", "model", "data", "optimizer", "schedule")}
+        if self.optimizer.state == "fp32":  # so that runs older than this option can be resumed
+            del options["optimizer"]["state"]
+        parallelism = options["parallelism"]
         kept["parallelism"] = {key: parallelism[key] for key in ("batch", "precision")}
         return kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preflight(Run):
-    """What train.pretrain will get, and on how many ranks."""
+    """The options of train.pretrain, and the number of ranks to check them for."""
 
     ranks: int | None = None
-    """Check settings, data and model alone, for a run on so many ranks."""
+    """Check only settings, data and model, for a run on this many ranks. Default: check all hosts, on the ranks that
+    the launcher has started."""

@@ -1,4 +1,4 @@
-"""A ds_config file, read strictly, with every "auto" filled in from the settings and every contradiction refused."""
+"""Read a ds_config file strictly, fill in every "auto" from the run's options and reject contradictions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from train.common.errors import ConfigError, first_line, require
 from train.run.config import Run
 
 OPTIMIZER = "BalancedAdam"
-PATHS = {"fused", "fused_zero"}  # parameters of the optimizer that choose how the step is computed, not what it gives
+PATHS = {"fused", "fused_zero"}  # optimizer parameters that choose how the step is computed, not its result
 
 
 def layout(ds_config: dict[str, Any], world: int) -> dict[str, Any]:
-    """What has to be equal for DeepSpeed to load a checkpoint as it is."""
+    """Return the properties that must be equal for DeepSpeed to load a checkpoint without conversion."""
     accumulation = ds_config.get("data_types", {}).get("grad_accum_dtype")
     dtype = next((name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")), "fp32")
     return {
@@ -31,7 +31,7 @@ def load(path: Path) -> dict[str, Any]:
     """Read a ds_config file.
 
     Raises:
-        ConfigError: if there is no such file, it isn't a JSON object, or an object holds a key twice.
+        ConfigError: if there is no such file, it isn't a JSON object, or an object in it has a key twice.
     """
     require(path.is_file(), f"ds_config is {path}, which is not a file; give one of ds_configs/*.json or your own.")
     try:
@@ -50,15 +50,15 @@ def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
 
 
 def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
-    """The configuration that ``deepspeed.initialize`` gets: the file's, completed by the settings.
+    """Return the configuration for ``deepspeed.initialize``: the file's, completed from the run's options.
 
     Args:
-        run: the settings, already checked.
+        run: the options, already checked.
         world: number of ranks.
-        gpus: whether the ranks run on GPUs, which decides bf16 where nobody else does.
+        gpus: whether the ranks run on GPUs. This decides bf16 if neither the file nor the options do.
 
     Raises:
-        ConfigError: where the file and the settings contradict each other, or DeepSpeed refuses the outcome.
+        ConfigError: if the file and the options contradict each other, or DeepSpeed rejects the result.
     """
     path = run.parallelism.ds_config
     config = load(path)
@@ -68,47 +68,70 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     )
     params = _section(optimizer, "params", path)
     micro = run.parallelism.micro_batch_on(world)
-    name = optimizer.setdefault("type", OPTIMIZER)
-    require(
-        name == OPTIMIZER,
-        f"ds_config {path} names the optimizer {name!r}; it must be {OPTIMIZER!r} (any betas, with --allow-unbalanced).",
-    )
-    require(
-        "scheduler" not in config,
-        f"ds_config {path} has a scheduler, which would fight with --schedule {run.schedule.schedule}; remove it there.",
-    )
-    logging = run.logging
-    monitor = {"output_path": str(run.out), "job_name": "monitor"}
-    if run.dry_run:
-        for name in ("tensorboard", "csv_monitor", "wandb", "comet"):
-            config.pop(name, None)
-    if logging.tensorboard and not run.dry_run:
-        config["tensorboard"] = {"enabled": True, **monitor}
-    if logging.csv and not run.dry_run:
-        config["csv_monitor"] = {"enabled": True, **monitor}
-    if logging.wandb and not run.dry_run:
-        config["wandb"] = {"enabled": True, "project": logging.wandb, "group": run.out.parent.name}
-
-    wanted = [
-        (config, "train_batch_size", run.parallelism.batch, "batch"),
-        (config, "train_micro_batch_size_per_gpu", micro, "micro_batch"),
-        (
-            config,
-            "gradient_accumulation_steps",
-            run.parallelism.batch // (micro * world),
-            "batch / (ranks x micro_batch)",
-        ),
-        (config, "gradient_clipping", run.optimizer.clip, "clip"),
-    ]
+    _check_optimizer(config, optimizer, run.schedule.schedule, path)
+    _set_monitors(config, run)
     own = run.parameters()
     unknown = set(params) - set(own) - PATHS
     require(
         not unknown,
         f"ds_config {path} has optimizer.params.{min(unknown, default='')}, which {OPTIMIZER} does not have.",
     )
-    wanted += [(params, key, value, key) for key, value in own.items()]
-    for section, key, value, flag in wanted:
-        _fill(section, key, value, flag, path)
+    accumulation = run.parallelism.batch // (micro * world)
+    _fill(config, "train_batch_size", run.parallelism.batch, "batch", path)
+    _fill(config, "train_micro_batch_size_per_gpu", micro, "micro_batch", path)
+    _fill(config, "gradient_accumulation_steps", accumulation, "batch / (ranks x micro_batch)", path)
+    _fill(config, "gradient_clipping", run.optimizer.clip, "clip", path)
+    for key, value in own.items():
+        _fill(params, key, value, key, path)
+    in_fp16 = _resolve_precision(bf16, fp16, run.parallelism.precision, gpus, path)
+    _check_zero(zero, in_fp16, path)
+    left = next(_autos(config), None)
+    require(
+        left is None, f'ds_config {path} has {left} "auto", which only Transformers\' Trainer fills in; give a value.'
+    )
+    _validate(config, path)
+    return config
+
+
+def _check_optimizer(config: dict[str, Any], optimizer: dict[str, Any], schedule: str, path: Path) -> None:
+    """Set the optimizer's type if it is missing.
+
+    Raises:
+        ConfigError: if the file names another optimizer, or has a scheduler.
+    """
+    name = optimizer.setdefault("type", OPTIMIZER)
+    require(
+        name == OPTIMIZER,
+        f"ds_config {path} names the optimizer {name!r}; it must be {OPTIMIZER!r} "
+        "(any betas, with --allow-unbalanced).",
+    )
+    require(
+        "scheduler" not in config,
+        f"ds_config {path} has a scheduler, which conflicts with --schedule {schedule}; remove it there.",
+    )
+
+
+def _set_monitors(config: dict[str, Any], run: Run) -> None:
+    """Enable DeepSpeed's monitors as the logging options say. A dry run writes nothing, so it has none."""
+    if run.dry_run:
+        for name in ("tensorboard", "csv_monitor", "wandb", "comet"):
+            config.pop(name, None)
+        return
+    monitor = {"output_path": str(run.out), "job_name": "monitor"}
+    if run.logging.tensorboard:
+        config["tensorboard"] = {"enabled": True, **monitor}
+    if run.logging.csv:
+        config["csv_monitor"] = {"enabled": True, **monitor}
+    if run.logging.wandb:
+        config["wandb"] = {"enabled": True, "project": run.logging.wandb, "group": run.out.parent.name}
+
+
+def _resolve_precision(bf16: dict[str, Any], fp16: dict[str, Any], precision: str, gpus: bool, path: Path) -> bool:
+    """Resolve ``enabled`` of the sections bf16 and fp16, and return whether the run computes in fp16.
+
+    Raises:
+        ConfigError: if a value is neither a boolean nor "auto", or the sections contradict ``precision``.
+    """
     for section, section_name in ((bf16, "bf16"), (fp16, "fp16")):
         enabled = section.get("enabled", "auto")
         require(
@@ -118,15 +141,23 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     in_fp16 = fp16.get("enabled") is True
     if "enabled" in fp16 and not in_fp16:
         fp16["enabled"] = False
-    precision = run.parallelism.precision
     wanted_bf16 = gpus and not in_fp16 if precision == "auto" else precision == "bf16"
     if bf16.setdefault("enabled", "auto") == "auto":
         bf16["enabled"] = wanted_bf16
     require(
         precision == "auto" or (bf16["enabled"] is wanted_bf16 and not in_fp16),
-        f"ds_config {path} has bf16.enabled = {json.dumps(bf16['enabled'])} and fp16.enabled = {json.dumps(in_fp16)}, but "
-        f"precision is {precision}; make them agree.",
+        f"ds_config {path} has bf16.enabled = {json.dumps(bf16['enabled'])} and "
+        f"fp16.enabled = {json.dumps(in_fp16)}, but precision is {precision}; make them agree.",
     )
+    return in_fp16
+
+
+def _check_zero(zero: dict[str, Any], in_fp16: bool, path: Path) -> None:
+    """Set the ZeRO stage to 0 if it is missing.
+
+    Raises:
+        ConfigError: if the stage is invalid, or fp16 or optimizer offload is asked for at stage 0.
+    """
     stage = zero.setdefault("stage", 0)
     require(
         type(stage) is int and 0 <= stage <= 3,
@@ -139,18 +170,17 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     offload = zero.get("offload_optimizer")
     require(
         stage > 0 or not isinstance(offload, dict) or offload.get("device", "none") == "none",
-        f"ds_config {path} has zero_optimization.offload_optimizer at stage 0, where DeepSpeed offloads nothing; take a stage from 1.",
+        f"ds_config {path} has zero_optimization.offload_optimizer at stage 0, where DeepSpeed offloads nothing; "
+        "use stage 1, 2 or 3.",
     )
-    left = next(_autos(config), None)
-    require(
-        left is None, f'ds_config {path} has {left} "auto", which only Transformers\' Trainer fills in; give a value.'
-    )
-    _validate(config, path)
-    return config
 
 
 def _fill(section: dict[str, Any], key: str, value: Any, flag: str, path: Path) -> None:
-    """Set ``section[key]`` where it is missing or "auto"; refuse another value."""
+    """Set ``section[key]`` to ``value`` if it is missing or "auto".
+
+    Raises:
+        ConfigError: if the file has another value there; it names the option, ``flag``.
+    """
     present = section.get(key, "auto")
     if key == "betas" and isinstance(present, int | float) and not isinstance(present, bool):
         present = [present, present]
@@ -159,12 +189,13 @@ def _fill(section: dict[str, Any], key: str, value: Any, flag: str, path: Path) 
         return
     require(
         type(present) in (type(value), int, float) and present == value,
-        f'ds_config {path} has {key} = {json.dumps(present)}, but {flag} is {json.dumps(value)}; make them equal, or write "auto".',
+        f"ds_config {path} has {key} = {json.dumps(present)}, but {flag} is {json.dumps(value)}; "
+        'make them equal, or write "auto".',
     )
 
 
 def _autos(node: Any, name: str = "") -> Any:
-    """The names of all values that still are "auto"."""
+    """Yield the dotted names of all values that are still "auto"."""
     if node == "auto":
         yield name
     elif isinstance(node, dict):
@@ -173,7 +204,11 @@ def _autos(node: Any, name: str = "") -> Any:
 
 
 def _section(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
-    """The object ``config[name]``, made if it is missing."""
+    """Return the object ``config[name]``, creating it if it is missing.
+
+    Raises:
+        ConfigError: if the value is not an object.
+    """
     section = config.setdefault(name, {})
     require(
         isinstance(section, dict),
@@ -182,8 +217,8 @@ def _section(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", section)
 
 
-class _Asked(dict[str, Any]):
-    """A dict that knows which of its keys somebody has asked for."""
+class _AccessRecorder(dict[str, Any]):
+    """A dict that records which keys were looked up."""
 
     def __init__(self, content: dict[str, Any]) -> None:
         super().__init__(content)
@@ -203,19 +238,23 @@ class _Asked(dict[str, Any]):
 
 
 def _validate(config: dict[str, Any], path: Path) -> None:
-    """Have DeepSpeed itself read the configuration, and see what it never looked at."""
+    """Have DeepSpeed parse the configuration, and reject keys that it never looks up.
+
+    Raises:
+        ConfigError: if DeepSpeed rejects a value, or does not know a key.
+    """
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
-    # Here DeepSpeed takes itself for alone, and would find the batch too large; its three sizes are checked already.
-    config = _Asked({key: value for key, value in copy.deepcopy(config).items() if key != "train_batch_size"})
+    # DeepSpeed assumes one rank here, so the batch size would not fit. The three batch sizes are checked already.
+    config = _AccessRecorder({key: value for key, value in copy.deepcopy(config).items() if key != "train_batch_size"})
     try:
         DeepSpeedConfig(config)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "a section"
         raise ConfigError(f"ds_config {path} has {where} = {first['input']!r}: {first['msg']}.") from None
-    except Exception as error:  # DeepSpeed raises whatever a wrong value runs into
+    except Exception as error:  # DeepSpeed raises errors of any class on a wrong value
         raise ConfigError(f"ds_config {path} is refused by DeepSpeed: {first_line(error)}") from None
     unknown = min((key for key in set(config) - config.asked if not key.startswith("_")), default="")  # _comment is one
     close = difflib.get_close_matches(unknown, config.asked, 1)

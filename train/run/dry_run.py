@@ -1,4 +1,4 @@
-"""One batch of a run, and an estimate of the memory that it needs."""
+"""A dry run: one training and one validation batch, and an estimate of the memory needed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from train.run.trainer import Trainer
 
 
 def dry_run(trainer: Trainer) -> None:
-    """One training and one validation batch, and DeepSpeed's own estimate of what each ZeRO stage would need."""
+    """Run one training and one validation batch, and print DeepSpeed's memory estimates for each ZeRO stage."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
@@ -23,7 +23,8 @@ def dry_run(trainer: Trainer) -> None:
         sum(getattr(p, "ds_numel", p.numel()) for p in m.parameters(False)) for m in trainer.engine.module.modules()
     )
     print(
-        f"{weights / 1e6:.2f} M parameters on {ranks.world} ranks; model states by DeepSpeed's estimators, in GiB (host, per GPU):"
+        f"{weights / 1e6:.2f} M parameters on {ranks.world} ranks; "
+        "model states by DeepSpeed's estimators, in GiB (host, per GPU):"
     )
     for offload in (False, True):
         host, gpu = estimate_zero2_model_states_mem_needs(weights, local, hosts, offload, 1.5)[:2]

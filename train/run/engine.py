@@ -1,4 +1,4 @@
-"""Data, model, schedule and DeepSpeed engine of one run."""
+"""Build the data, model, learning-rate schedule and DeepSpeed engine of one run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def learning_rate(settings: Schedule, peak: float) -> Callable[[torch.optim.Optimizer], LRScheduler]:
-    """The schedule, from transformers, as the callable that ``deepspeed.initialize`` takes."""
+    """Return the learning-rate schedule, from transformers, as the callable that ``deepspeed.initialize`` takes."""
     from transformers import get_scheduler
 
     names = {"cosine": "cosine_with_min_lr", "linear": "polynomial", "wsd": "warmup_stable_decay"}
@@ -40,10 +40,10 @@ def learning_rate(settings: Schedule, peak: float) -> Callable[[torch.optim.Opti
 
 
 def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
-    """Data, model and engine.
+    """Prepare the data, and build the model, the engine and the trainer.
 
     Raises:
-        ConfigError: on all ranks, if any of them can't be made.
+        ConfigError: on all ranks, if data or model is unsuitable.
     """
     import deepspeed
 
@@ -55,12 +55,12 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
     with ranks.collective_errors():
         begun_on = run_dir.begun_on(run.out)
     prepared: list[Path] = []
-    # One rank on each host; the others find it done.
+    # One rank on each host prepares the tokens; the other ranks use them.
     job = (
         (lambda: prepared.append(token_files.prepare(run.data, tokenizer, begun_on))) if ranks.local_rank == 0 else None
     )
     ranks.wait_for(job)
-    # One look at the corpus is enough.
+    # Rank 0's token folder counts: the corpus is examined once.
     name = ranks.broadcast(prepared[0].name if ranks.is_main else "")
     with ranks.collective_errors():
         tokens = token_files.folder_of(run.data, name)
@@ -71,12 +71,12 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         for part, blocks in (("training", train), ("validation", validation)):
             require(
                 len(blocks) >= batch,
-                f"data is {run.data.data!r}, whose {part} text is {len(blocks)} sequences of {train.length} tokens, less than "
-                f"one batch of {batch}; give more text, a shorter sequence_length or a smaller batch.",
+                f"data is {run.data.data!r}, whose {part} text is {len(blocks)} sequences of {train.length} tokens, "
+                f"less than one batch of {batch}; give more text, a shorter sequence_length or a smaller batch.",
             )
         network = model.build(config, run.model, run.seed, ds_config)
     trained = [p for p in network.parameters() if p.requires_grad]
-    # Matrices decay; gains and biases don't.
+    # Weight decay applies to matrices, not to gains and biases.
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]},
         {"params": [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2], "weight_decay": 0.0},

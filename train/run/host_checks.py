@@ -1,4 +1,4 @@
-"""What may be wrong with a host, a network or a shared folder, found before the first step."""
+"""Checks of hosts, network and shared folders, made before the first step."""
 
 from __future__ import annotations
 
@@ -20,30 +20,36 @@ from train.distributed.watchdog import is_lost
 from train.run.config import Run
 from train.run.model import CHECKPOINT_BYTES
 
-SEEN_WITHIN = 10.0  # seconds in which one host has to see another's file
-SKEW = 5.0  # seconds that the clocks may be apart: file times and logs are compared across hosts
+SEEN_WITHIN = 10.0  # seconds within which one host has to see another's file
+SKEW = 5.0  # greatest clock difference in seconds: file times and logs are compared across hosts
 ELEMENTS = 2**22  # float32 numbers in the all-reduce: 16 MiB
 Hosts = list[str]
-"""Host name of each rank."""
+"""Host name of each rank, in rank order."""
 
 
 def differences(hosts: Hosts, facts: list[dict[str, Any]]) -> Iterator[str]:
-    """A sentence for each fact that isn't the same on all ranks, naming the hosts that differ from most."""
+    """Yield a sentence for each fact that is not the same on all ranks, naming the hosts that differ from the majority.
+
+    Args:
+        hosts: host name of each rank.
+        facts: each rank's facts, by name; a fact is a value or a dict of values.
+    """
     for name in facts[0]:
-        told = [fact[name] for fact in facts]
-        keys = told[0] if isinstance(told[0], dict) else [""]
+        by_rank = [fact[name] for fact in facts]
+        keys = by_rank[0] if isinstance(by_rank[0], dict) else [""]
         for key in keys:
-            values = [str(value[key] if key else value) for value in told]
+            values = [str(value[key] if key else value) for value in by_rank]
             usual = Counter(values).most_common(1)[0][0]
             for value in dict.fromkeys(values):
                 odd = sorted({host for host, other in zip(hosts, values, strict=True) if other == value})
                 if value != usual:
                     first = hosts[values.index(usual)]
-                    yield f"{', '.join(odd)}: {name} differ from {first}'s ({key + ' ' if key else ''}{value:.16} and {usual:.16})"
+                    which = f"{key} " if key else ""
+                    yield f"{', '.join(odd)}: {name} differ from {first}'s ({which}{value:.16} and {usual:.16})"
 
 
 def digest_of_sources(root: Path) -> str:
-    """Of all sources that a rank runs."""
+    """Return the SHA-256 of all source files that a rank runs, as hex digits."""
     digest = hashlib.sha256()
     for part in ("balanced_adam", "train"):
         for file in sorted((root / part).rglob("*")):
@@ -53,11 +59,17 @@ def digest_of_sources(root: Path) -> str:
 
 
 def check_folders(ranks: Ranks, run: Run) -> str:
-    """Whether this rank can write where it must, and sees what rank 0 wrote into the run's folder, and rank 0 what it wrote."""
+    """Check that this rank can write to its folders, and that the run's folder is shared.
+
+    Rank 0 has to see the files of all other ranks, and each of them the file of rank 0.
+
+    Returns:
+        What is wrong; empty if nothing is.
+    """
     token = ranks.broadcast(f"{time.time_ns()}")
     meeting, cache = run.out / ".preflight" / token, run.data.data_cache.expanduser()
-    said = ""
-    for my_turn in (ranks.is_main, not ranks.is_main):  # rank 0 first, which makes the folder
+    unwritable = ""
+    for my_turn in (ranks.is_main, not ranks.is_main):  # rank 0 goes first and makes the folder
         for place in (meeting, cache) if my_turn else ():
             try:
                 place.mkdir(parents=True, exist_ok=True)
@@ -66,7 +78,7 @@ def check_folders(ranks: Ranks, run: Run) -> str:
                 if place == cache:
                     file.unlink()
             except OSError as error:
-                said = said or f"{place} can't be written to ({error.strerror})"
+                unwritable = unwritable or f"{place} can't be written to ({error.strerror})"
         dist.barrier()
     expected = range(ranks.world) if ranks.is_main else [0]
     until = time.monotonic() + SEEN_WITHIN
@@ -75,12 +87,12 @@ def check_folders(ranks: Ranks, run: Run) -> str:
         unseen = [rank for rank in unseen if not (meeting / f"{token}-{rank}").is_file()]
         time.sleep(0.05 if unseen else 0.0)
     names = ", ".join(map(str, unseen[:4]))
-    unshared = f"{run.out} is not shared: what rank {names} wrote there is not to be seen" if unseen else ""
-    return " and ".join(filter(None, (said, unshared)))
+    unshared = f"{run.out} is not shared: what rank {names} wrote there is not visible" if unseen else ""
+    return " and ".join(filter(None, (unwritable, unshared)))
 
 
 def complaint(check: Callable[[], str]) -> str:
-    """What a check says, or the error that it runs into, such as that of a broken GPU."""
+    """Return a check's result, or the message of the error it raises, such as that of a broken GPU."""
     try:
         return check()
     except (OSError, RuntimeError) as error:
@@ -90,18 +102,30 @@ def complaint(check: Callable[[], str]) -> str:
 
 
 def check_disk(run: Run, parameters: int) -> str:
-    """Room for as many checkpoints as are kept and the one on the way."""
+    """Check that the disk has room for the checkpoints that are kept and the one being written.
+
+    Returns:
+        What is wrong; empty if nothing is.
+    """
     there = sum(f.stat().st_size for f in (run.out / "checkpoints").rglob("*") if f.is_file())
     needed = (run.checkpoints.keep + 1) * CHECKPOINT_BYTES * parameters - there
     with suppress(OSError):
         free = shutil.disk_usage(run.out).free
         if free < needed:
-            return f"the disk of {run.out} has {free / 1e9:.1f} GB free, and the checkpoints need {needed / 1e9:.1f} GB more"
+            return (
+                f"the disk of {run.out} has {free / 1e9:.1f} GB free, "
+                f"and the checkpoints need {needed / 1e9:.1f} GB more"
+            )
     return ""
 
 
 def measure_all_reduce(ranks: Ranks) -> tuple[float, str]:
-    """Bus bandwidth in bytes per second, best of three (2 (n-1)/n times the bytes, over the time), and what is wrong."""
+    """Measure an all-reduce and check its sums.
+
+    Returns:
+        The bus bandwidth in bytes per second, 2 (n - 1) / n times the bytes over the time, best of three; and what is
+        wrong, empty if nothing is.
+    """
     fastest, exact = float("inf"), True
     for _ in range(3):
         numbers = torch.full((ELEMENTS,), float(ranks.rank + 1), device=ranks.device)
@@ -115,7 +139,7 @@ def measure_all_reduce(ranks: Ranks) -> tuple[float, str]:
 
 
 def check_clocks(ranks: Ranks, hosts: Hosts, wrong: list[str]) -> float:
-    """Seconds that the clocks are apart at most."""
+    """Return the greatest difference of the ranks' clocks in seconds, and add a message to ``wrong`` per bad host."""
     dist.barrier()
     clocks = ranks.gather(time.time())
     middle = sorted(clocks)[len(clocks) // 2]
@@ -125,12 +149,16 @@ def check_clocks(ranks: Ranks, hosts: Hosts, wrong: list[str]) -> float:
 
 
 def gpu_name(device: torch.device) -> str:
-    """Its model, or "none"."""
+    """Return the GPU's model name, or "none" on CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
 
 
 def check_gpu(device: torch.device) -> str:
-    """Whether this rank's GPU computes rightly and is free."""
+    """Check that this rank's GPU computes correctly and is free.
+
+    Returns:
+        What is wrong; empty if nothing is, or there is no GPU.
+    """
     if device.type != "cuda":
         return ""
     free, total = torch.cuda.mem_get_info(device)

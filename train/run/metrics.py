@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a step and one a validation, appended as they happen."""
+"""metrics.jsonl: one line per step and per validation, appended as they happen."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ METRICS, DAMAGED_METRICS = "metrics.jsonl", "metrics.damaged.jsonl"
 
 
 class Metrics:
-    """metrics.jsonl: appended line by line; numbers that are not finite become null."""
+    """Writes metrics.jsonl line by line. Numbers that are not finite become null."""
 
     def __init__(self, out: Path, step: int) -> None:
-        """Open the file, dropping what a run that was cut wrote after ``step``, where it goes on."""
+        """Open the file and drop the lines after ``step``, where the run resumes.
+
+        Damaged lines are moved to metrics.damaged.jsonl.
+        """
         path = out / METRICS
         lines, damaged = _metrics(path)
         if damaged:
@@ -29,17 +32,17 @@ class Metrics:
                 file.writelines(line + b"\n" for line in damaged.values())
         kept = [line for line in lines if line["step"] <= step]
         if lines and not step:
-            _tell_once(f"{out} has metrics up to step {lines[-1]['step']} and no checkpoint: it begins anew at step 0.")
+            _tell_once(f"{out} has metrics up to step {lines[-1]['step']} and no checkpoint: it restarts at step 0.")
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self.seconds = sum(line.get("step_seconds") or 0.0 for line in kept)
-        """Time spent in training steps, also before a resume."""
+        """Time spent in training steps, including those before a resume."""
 
     def sync(self) -> None:
-        """Bring what was written to the disk.
+        """Flush what was written to disk (fsync).
 
         Raises:
-            ConfigError: if it can't be.
+            ConfigError: if that fails.
         """
         try:
             os.fsync(self._file.fileno())
@@ -47,10 +50,10 @@ class Metrics:
             raise ConfigError(f"{self._file.name} can't be written: {error.strerror}.") from None
 
     def write(self, **values: float | None) -> None:
-        """Append one line and hand it to the operating system.
+        """Append one line and flush it to the operating system.
 
         Raises:
-            ConfigError: if it can't be written.
+            ConfigError: if that fails.
         """
         self.seconds += values.get("step_seconds") or 0.0
         clean = {k: None if v is None or not math.isfinite(v) else v for k, v in values.items()}
@@ -62,12 +65,15 @@ class Metrics:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """All whole lines of the run's metrics.jsonl; none if there is no such file. What is damaged is told and left out."""
+    """Return the valid lines of the run's metrics.jsonl; none if there is no such file. Damaged lines are reported."""
     return _metrics(out / METRICS)[0]
 
 
 def _metrics(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
-    """The whole lines, and those that are damaged, by number. The last one may have been cut with the run that wrote it."""
+    """Return the valid lines, and the damaged ones by line number.
+
+    An incomplete last line does not count as damaged, since the run may have been interrupted while writing it.
+    """
     texts = path.read_bytes().split(b"\n") if path.is_file() else []
     lines, damaged = [], {}
     for number, text in enumerate(texts, 1):

@@ -1,4 +1,4 @@
-"""A causal language model from a preset, or from any configuration of transformers, with weights decided by the seed."""
+"""Build a causal language model from a preset or a transformers configuration, with weights decided by the seed."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 CHECKPOINT_BYTES = 16
-"""Of each parameter: float32 weights, two moments, and the model's own weights."""
+"""Bytes of a checkpoint per parameter: float32 master weight, two moments and the model's own weight."""
 # Llama shapes: width, layers, heads, feed-forward width, positions, tied embeddings.
 PRESETS = {
     "tiny": (128, 2, 4, 352, 1024, True),  # 0.45 M parameters with the byte tokenizer
     "small": (384, 6, 6, 1024, 2048, True),  # 10.8 M
-    "124m": (768, 12, 12, 2048, 2048, True),  # 124 M with a vocabulary of 50 000, and so on
+    "124m": (768, 12, 12, 2048, 2048, True),  # this and the following: sizes with a vocabulary of 50 000
     "350m": (1024, 24, 16, 2736, 2048, True),
     "1.3b": (2048, 24, 32, 5504, 4096, False),
 }
 
 
 def configuration(settings: Model, vocabulary: int, sequence_length: int) -> PretrainedConfig:
-    """The model's configuration; presets get the tokenizer's vocabulary.
+    """Return the model's configuration. Presets get the tokenizer's vocabulary.
 
     Args:
-        settings: names the model.
-        vocabulary: number of tokens that the data may hold.
+        settings: the model options.
+        vocabulary: number of different tokens that the data may hold.
         sequence_length: tokens in one training sequence.
 
     Raises:
@@ -56,9 +56,10 @@ def configuration(settings: Model, vocabulary: int, sequence_length: int) -> Pre
     else:
         try:
             config = AutoConfig.from_pretrained(settings.model)
-        except Exception as error:  # whatever a configuration's files run into
+        except Exception as error:  # of any class, depending on the configuration's files
             raise ConfigError(
-                f"model is {settings.model!r}, which is no preset ({', '.join(PRESETS)}) and can't be loaded: {first_line(error)}"
+                f"model is {settings.model!r}, which is not a preset ({', '.join(PRESETS)}) and can't be loaded: "
+                f"{first_line(error)}"
             ) from None
     config.use_cache = False
     rows = getattr(config, "vocab_size", vocabulary)
@@ -69,25 +70,29 @@ def configuration(settings: Model, vocabulary: int, sequence_length: int) -> Pre
     longest = getattr(config, "max_position_embeddings", None) or sequence_length
     require(
         longest >= sequence_length,
-        f"sequence_length is {sequence_length}, but model {settings.model!r} has {longest} positions; it can be {longest} at most.",
+        f"sequence_length is {sequence_length}, but model {settings.model!r} has {longest} positions; "
+        f"it can be {longest} at most.",
     )
     return config
 
 
 def build(config: PretrainedConfig, settings: Model, seed: int, ds_config: dict[str, Any]) -> PreTrainedModel:
-    """The model with its initial weights, the same for every number of ranks and every ZeRO stage.
+    """Build the model. Its initial weights are the same for every number of ranks and every ZeRO stage.
 
-    At stage 3 transformers builds it under ``deepspeed.zero.Init``: no rank ever holds the whole model.
+    At stage 3 transformers builds it under ``deepspeed.zero.Init``, so no rank ever holds all of the model.
+
+    Raises:
+        ConfigError: if transformers can't build a causal language model from the configuration.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    # Alive while the model is built: this is how transformers knows of stage 3.
+    # This object must stay alive while the model is built; it tells transformers that this is stage 3.
     zero3 = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     torch.manual_seed(seed)
     try:
-        # torch's own initialization of each module is left out, as at stage 3, so that both draw the same numbers.
+        # torch's own initialization of each module is skipped, as at stage 3, so that both draw the same numbers.
         with nullcontext() if zero3 else no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if zero3 is None:
@@ -95,9 +100,10 @@ def build(config: PretrainedConfig, settings: Model, seed: int, ds_config: dict[
             model.tie_weights()
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-    except Exception as error:  # whatever a configuration that makes no sense runs into
+    except Exception as error:  # of any class, depending on what is wrong with the configuration
         raise ConfigError(
-            f"model is {settings.model!r}, which transformers can't build as a causal language model: {first_line(error)}"
+            f"model is {settings.model!r}, which transformers can't build as a causal language model: "
+            f"{first_line(error)}"
         ) from None
     finally:
         del zero3
@@ -106,7 +112,7 @@ def build(config: PretrainedConfig, settings: Model, seed: int, ds_config: dict[
 
 
 def empty(config: PretrainedConfig) -> PreTrainedModel:
-    """The model's shapes without its weights; call it under ``torch.device("meta")``."""
+    """Build the model. Under ``torch.device("meta")`` it has shapes and no weights."""
     from transformers import AutoModelForCausalLM
 
     network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -114,12 +120,15 @@ def empty(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def parameter_count(model: PreTrainedModel) -> int:
-    """Number of weights in the whole model, also where ZeRO-3 leaves this rank a part of each."""
+    """Return the number of weights in the model, including those that ZeRO-3 has partitioned to other ranks."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def own_part(parameter: Any) -> torch.Tensor:
-    """What this rank holds of a parameter's elements. Under ZeRO-3, without the padding of the last ranks' parts, which is never set."""
+    """Return the elements of a parameter that this rank holds.
+
+    Under ZeRO-3 this leaves out the padding of the last ranks' partitions, which is never initialized.
+    """
     if not hasattr(parameter, "ds_tensor"):
         return cast(torch.Tensor, parameter.detach())
     part: torch.Tensor = parameter.ds_tensor

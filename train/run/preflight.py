@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -35,10 +36,10 @@ TIMEOUT = 60.0  # seconds for the ranks to meet, and for any collective here
 
 
 def preflight(run: Preflight) -> str:
-    """Check everything; what was found, for the user.
+    """Check everything, and return a summary for the user.
 
     Raises:
-        ConfigError: on all ranks, with one sentence for each thing that is wrong.
+        ConfigError: on all ranks, with a clause for each problem.
     """
     began = time.monotonic()
     run.check()
@@ -51,7 +52,7 @@ def preflight(run: Preflight) -> str:
                 run_dir.check(run)
             tokenizer = token_files.load_tokenizer(run.data.tokenizer)
             config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
-        # One rank on each host: where the text has never been read, that may take long.
+        # One rank on each host reads the text. This may take long the first time.
         read: list[str] = []
         job = (lambda: read.append(token_files.fingerprint(run.data, tokenizer))) if ranks.local_rank == 0 else None
         ranks.wait_for(job)
@@ -59,16 +60,8 @@ def preflight(run: Preflight) -> str:
         text = of_hosts.get(platform.node(), "")
         if run.ranks is not None:
             return f"preflight: settings, text and model are right for {run.ranks} ranks."
-        facts = {
-            "Python and packages": {"python": sys.version.split()[0], **environment_facts()["packages"]},
-            "code of train/ and balanced_adam/": digest_of_sources(REPOSITORY),
-            "settings": hashlib.sha256(json.dumps([run.identity(), ds_config], sort_keys=True).encode()).hexdigest(),
-            "text and tokenizer": text,
-            "kernels": kernels.why_not(ranks.device) or "found",
-            "GPUs": gpu_name(ranks.device),
-        }
         hosts = ranks.gather(platform.node())
-        wrong = [*differences(hosts, ranks.gather(facts))]
+        wrong = [*differences(hosts, ranks.gather(_facts(run, ds_config, text, ranks.device)))]
         with torch.device("meta"):
             parameters = model.parameter_count(model.empty(config))
         speed, wrong_sum = measure_all_reduce(ranks)
@@ -79,7 +72,8 @@ def preflight(run: Preflight) -> str:
             lambda: check_gpu(ranks.device),
         ]
         for check in checks:
-            wrong += [f"{hosts[rank]}: {said}" for rank, said in enumerate(ranks.gather(complaint(check))) if said]
+            complaints = ranks.gather(complaint(check))
+            wrong += [f"{hosts[rank]}: {problem}" for rank, problem in enumerate(complaints) if problem]
         skew = check_clocks(ranks, hosts, wrong)
         with ranks.collective_errors():
             if ranks.is_main:
@@ -87,6 +81,22 @@ def preflight(run: Preflight) -> str:
                 if wrong:
                     raise ConfigError("; ".join(dict.fromkeys(wrong)) + ".")
         ranks.watchdog.end()
-    what = f"{ranks.world} {'ranks' if ranks.world > 1 else 'rank'} on {len(set(hosts))} host{'s' * (len(set(hosts)) > 1)}, {parameters / 1e6:.1f} M parameters"
+    host_count = len(set(hosts))
+    what = (
+        f"{ranks.world} {'ranks' if ranks.world > 1 else 'rank'} on {host_count} host{'s' * (host_count > 1)}, "
+        f"{parameters / 1e6:.1f} M parameters"
+    )
     network = f"all-reduce {speed / 1e9:.2f} GB/s, clocks within {skew:.3f} s; " if ranks.world > 1 else ""
     return f"preflight: {what}; {network}nothing wrong found in {time.monotonic() - began:.0f} s."
+
+
+def _facts(run: Preflight, ds_config: dict[str, Any], text: str, device: torch.device) -> dict[str, Any]:
+    """Return what has to be the same on all ranks, by name; ``text`` is the fingerprint of text and tokenizer."""
+    return {
+        "Python and packages": {"python": sys.version.split()[0], **environment_facts()["packages"]},
+        "code of train/ and balanced_adam/": digest_of_sources(REPOSITORY),
+        "settings": hashlib.sha256(json.dumps([run.identity(), ds_config], sort_keys=True).encode()).hexdigest(),
+        "text and tokenizer": text,
+        "kernels": kernels.why_not(device) or "found",
+        "GPUs": gpu_name(device),
+    }

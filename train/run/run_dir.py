@@ -1,11 +1,11 @@
-"""A run's own folder: who may write there, what it says about itself, and its metrics.
+"""A run's folder: who may write there, and the files that describe the run.
 
-run.json        what the run is (settings, command, versions), written when all of it has been found good
-attempts.jsonl  one line for each start and each end of it: when, where, from which step, why it ended
-ds_config.json  what DeepSpeed was given
-metrics.jsonl   one line a step, and one a validation; a damaged line of it goes to metrics.damaged.jsonl when the run goes on
+run.json        what the run is (options, command, versions); written once all of it is valid
+attempts.jsonl  one line for each start and each end of the run: when, where, at which step, why it ended
+ds_config.json  the configuration that DeepSpeed was given
+metrics.jsonl   one line per step and per validation; on resuming, damaged lines move to metrics.damaged.jsonl
 checkpoints/    see train.checkpoint.manifest
-result.json   written last: how it ended
+result.json     how the run ended; written last
 """
 
 from __future__ import annotations
@@ -26,22 +26,18 @@ from train.common.files import environment_facts, load_file, write_json
 from train.common.schemas import ResultFile, RunFile
 from train.run.config import Run
 
-OURS_EARLY = (
-    "log.txt",
-    "monitor",
-    "attempts.jsonl",
-    "STOP",
-)  # what may lie there before run.json, and names with a dot
-LOCK_SECONDS = 15.0  # that a run which is just ending has to let go of the folder
+OURS_EARLY = ("log.txt", "monitor", "attempts.jsonl", "STOP")
+"""Files that may exist in the folder before run.json, besides hidden ones."""
+LOCK_SECONDS = 15.0  # time for a run that is just ending to release the folder
 JOB = {"job": "SLURM_JOB_ID", "restart": "SLURM_RESTART_COUNT", "nodes": "SLURM_JOB_NODELIST"}
 
 
 def check(run: Run) -> None:
-    """See whether the run may use its folder; change nothing.
+    """Check that the run may use its folder. Nothing is changed.
 
     Raises:
-        ConfigError: if the folder belongs to another configuration or to nobody we know, or it holds a run that
-            ``--no-resume`` would overwrite.
+        ConfigError: if the folder belongs to another run, holds files that are not a run's, or holds this run and
+            ``--no-resume`` is given.
     """
     out = run.out
     try:
@@ -69,7 +65,7 @@ def check(run: Run) -> None:
 
 
 def claim(run: Run) -> FileLock:
-    """Take the run's folder for this run alone, until the lock is released or this process ends. Call on one rank.
+    """Lock the run's folder until the lock is released or this process ends. Call this on one rank.
 
     Raises:
         ConfigError: as :func:`check`, or if another run is at work there.
@@ -92,9 +88,10 @@ def claim(run: Run) -> FileLock:
 
 @contextmanager
 def sole_worker(out: Path) -> Iterator[bool]:
-    """Whether this process alone is to start the run in ``out``, for as long as the block takes.
+    """Claim the right to start the run in ``out`` during the block; yields whether this process has it.
 
-    Nobody is to while its ranks are at work: those of another worker, a batch system, or a worker that was killed.
+    No process has it while ranks of the run are at work, whether another worker, a batch system or a worker that was
+    killed has started them.
     """
     out.mkdir(parents=True, exist_ok=True)
     ours, theirs = FileLock(out / ".worker"), FileLock(out / ".lock")
@@ -116,7 +113,7 @@ def sole_worker(out: Path) -> Iterator[bool]:
 
 
 def note(out: Path, event: str, **values: Any) -> None:
-    """Append a line to attempts.jsonl: what happened, when, on which host and in which job of Slurm's."""
+    """Append a line to attempts.jsonl: what happened, when, on which host and in which Slurm job."""
     job = {key: os.environ[name] for key, name in JOB.items() if name in os.environ}
     line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "event": event, **values}
     with (out / "attempts.jsonl").open("a") as file:
@@ -126,17 +123,17 @@ def note(out: Path, event: str, **values: Any) -> None:
 
 
 def describe(run: Run, tokens: str, ds_config: dict[str, Any]) -> None:
-    """Write run.json and ds_config.json, or see that the run that is there is this one on the same text.
+    """Write run.json and ds_config.json. If run.json exists, check that the run began on the same tokens.
 
     Raises:
-        ConfigError: if its text has changed since.
+        ConfigError: if the text or its tokenizer has changed since the run began.
     """
     written = run.out / "run.json"
     if before := begun_on(run.out):
         require(
             before == tokens,
-            f"data is {run.data.data!r}, which has changed since the run in {run.out} began (or its tokenizer has); restore it, "
-            "or give another folder.",
+            f"data is {run.data.data!r}, which has changed since the run in {run.out} began (or its tokenizer has); "
+            "restore it, or give another folder.",
         )
     else:
         write_json(written, {"identity": run.identity(), "tokens": tokens, **environment_facts()})
@@ -144,15 +141,15 @@ def describe(run: Run, tokens: str, ds_config: dict[str, Any]) -> None:
 
 
 def begun_on(out: Path) -> str:
-    """What the run in ``out`` trains on: the name of its folder of tokens; empty where no run has begun."""
+    """Return the name of the token folder that the run in ``out`` trains on; empty if no run has begun there."""
     written = out / "run.json"
     return load_file(RunFile, written).tokens if written.exists() else ""
 
 
 def difference_from(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
-    """The first thing that makes another run of one, by their identities: "seed = 1, not 0"; empty if they are one run.
+    """Return the first difference of two identities, such as "seed = 1, not 0"; empty if they are the same run.
 
-    Where a corpus lies makes none: it is known by its content.
+    The path of a corpus makes no difference: its content identifies it.
     """
     theirs, mine = (json.loads(json.dumps(identity)) for identity in (theirs, mine))
     both = [data for identity in (theirs, mine) if isinstance(data := identity.get("data"), dict)]
@@ -175,7 +172,7 @@ def _differences(theirs: Any, mine: Any, name: str = "") -> Any:
 
 
 def result(out: Path) -> dict[str, Any] | None:
-    """How the run in ``out`` ended, or None while it hasn't.
+    """Return the content of result.json of the run in ``out``, or None while the run has not ended.
 
     Raises:
         ConfigError: if the file is damaged.

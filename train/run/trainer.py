@@ -1,4 +1,4 @@
-"""The training loop of one run. It talks to BalancedAdam through the DeepSpeed engine."""
+"""The training loop of one run: steps, validation, divergence checks and saving."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from train.run.metrics import Metrics
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-# Peak dense bf16 FLOP/s of a GPU, from the makers' data sheets, by words in its name; the first that matches.
+# Peak dense bf16 FLOP/s of a GPU, from data sheets, by words in its name. The first match counts.
 PEAK_FLOPS = {
     "B200": 2.25e15,
     "H200": 989e12,
@@ -51,7 +51,7 @@ class Trainer:
         layout: dict[str, Any],
     ) -> None:
         self.run, self.ranks, self.train, self.validation, self.engine = run, ranks, train, validation, engine
-        self.tokens = tokens  # the fingerprint of text and tokenizer
+        self.tokens = tokens  # name of the token folder, a fingerprint of text and tokenizer
         self.micro = engine.train_micro_batch_size_per_gpu()
         self.accumulation = engine.gradient_accumulation_steps()
         self.parameters = model.parameter_count(engine.module)
@@ -60,21 +60,21 @@ class Trainer:
         self.layout = layout
         self.stop = StopRequest(run.out / STOP_FILE if ranks.is_main else None)
         self.stopping = False
-        """Whether some rank has been asked to stop; the same on all ranks."""
+        """Whether any rank has been asked to stop; the same on all ranks."""
 
     def local_batch(self, indices: np.ndarray, part: int) -> torch.Tensor:
-        """This rank's rows of micro-batch ``part`` of a global batch: [micro_batch, sequence_length]."""
+        """Return this rank's sequences of micro-batch ``part`` of a global batch: [micro_batch, sequence_length]."""
         rows = indices.reshape(self.accumulation, self.ranks.world, self.micro)[part, self.ranks.rank]
         blocks = self.train if self.engine.module.training else self.validation
         return blocks.take(rows).to(self.ranks.device)
 
     def train_step(self) -> dict[str, float | None]:
-        """One optimizer step; the line for metrics.jsonl, the same on all ranks."""
+        """Take one optimizer step and return its line for metrics.jsonl, equal on all ranks but for time and memory."""
         began = time.perf_counter()
         run, engine = self.run, self.engine
         # Any randomness in the model (dropout) is a function of seed, step and rank, so that a resume needs no state.
         seed = hash((run.seed, self.step, self.ranks.rank))
-        # (torch.manual_seed also asks for devices that aren't ours, for half a millisecond.)
+        # Not torch.manual_seed, which also queries other devices and takes half a millisecond.
         torch.default_generator.manual_seed(seed)
         if self.ranks.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -92,14 +92,14 @@ class Trainer:
             engine.backward(loss)
             total += loss.detach().float() / self.accumulation
             if part == self.accumulation - 1 and not hasattr(engine.optimizer, "_global_grad_norm"):
-                # Stage 0 in float32 runs BalancedAdam bare, and DeepSpeed clips without telling the norm.
+                # At stage 0 in float32 DeepSpeed has no optimizer wrapper, and clips without reporting the norm.
                 norm = self.norm_at_stage_0()
             with self.without_clipping() if norm is not None and not math.isfinite(norm) else nullcontext():
                 engine.step()
         self.step += 1
         if norm is None:
-            told = engine.get_global_grad_norm()
-            norm = None if told is None else float(told)
+            reported = engine.get_global_grad_norm()
+            norm = None if reported is None else float(reported)
         size = engine.basic_optimizer.update_size()
         (loss_sum, squares, count), (greatest, stopping) = self.ranks.sum_and_max(
             [float(total), size.sum_of_squares, size.numel], [size.greatest, float(bool(self.stop))]
@@ -122,7 +122,7 @@ class Trainer:
         }
 
     def norm_at_stage_0(self) -> float:
-        """The norm of the gradient. If it isn't finite, the gradient is dropped, as DeepSpeed itself does at other stages."""
+        """Return the gradient norm. If it is not finite, drop the gradient, as DeepSpeed does at other stages."""
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
@@ -133,7 +133,7 @@ class Trainer:
 
     @contextmanager
     def without_clipping(self) -> Iterator[None]:
-        """DeepSpeed can't clip where there is no gradient."""
+        """Disable clipping during the block: DeepSpeed can't clip if there is no gradient."""
         settings = self.engine._config
         clip, settings.gradient_clipping = settings.gradient_clipping, 0.0
         try:
@@ -143,13 +143,16 @@ class Trainer:
 
     @property
     def validation_blocks(self) -> int:
-        """How many blocks of held-out text one validation reads, in whole batches."""
+        """Number of held-out blocks that one validation reads; a multiple of the batch."""
         batch = self.run.parallelism.batch
         return batch * min(len(self.validation) // batch, self.run.logging.validation_batches or sys.maxsize)
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss on held-out text: blocks spread evenly over all of it, the same ones every time and for every number of ranks."""
+        """Return the mean loss on held-out text.
+
+        The blocks are spread evenly over the text. They are the same every time and for every number of ranks.
+        """
         batch, count = self.run.parallelism.batch, self.validation_blocks
         batches, blocks = count // batch, np.arange(count) * len(self.validation) // count
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
@@ -163,14 +166,14 @@ class Trainer:
         return self.ranks.sum([float(total)])[0] / (batches * self.accumulation * self.ranks.world)
 
     def fit(self, metrics: Metrics | None, progress: Progress, save: Callable[[], None]) -> dict[str, Any]:
-        """Train to the last step; validate and save on the way; return the content of result.json.
+        """Train to the last step, validating and saving on the way, and return the content of result.json.
 
-        Asked to stop, save and return with the status "stopped".
+        If asked to stop, save and return the status "stopped".
 
         Args:
-            metrics: where each step is logged, on rank 0.
-            progress: where it is shown.
-            save: saves a checkpoint of the engine as it is now; called on all ranks.
+            metrics: where each step is logged, on rank 0; None on the others.
+            progress: where progress is shown.
+            save: saves a checkpoint of the engine's current state; called on all ranks.
 
         Raises:
             ConfigError: if a checkpoint can't be written.
@@ -200,14 +203,14 @@ class Trainer:
             spoiled = self.nonfinite_weight() if due else ""
             if spoiled and self.ranks.is_main:
                 print(f"No checkpoint is written at step {self.step}: weight {spoiled} is not finite.", flush=True)
-            # A step that DeepSpeed has skipped leaves the weights as they were; the last one may be such a step.
+            # A step that DeepSpeed skips leaves the weights unchanged, so the last one is saved even if it was skipped.
             if due and not spoiled and (last or not nonfinite):
                 if metrics:
                     metrics.sync()
                 save()
             if self.stopping and not last:
                 return {"status": "stopped", "step": self.step}
-        if not math.isfinite(validation_loss):  # finished before, but cut before result.json was written
+        if not math.isfinite(validation_loss):  # all steps were done before, but the run was cut before result.json
             validation_loss = self.validate()
         if spoiled or not math.isfinite(validation_loss):
             what = f"weight {spoiled}" if spoiled else "validation loss"
@@ -215,11 +218,11 @@ class Trainer:
         return {"status": "finished", "step": self.step, "validation_loss": validation_loss, **self.about()}
 
     def diverged(self, reason: str) -> dict[str, Any]:
-        """The content of result.json of a run that has."""
+        """Return the content of result.json of a run that has diverged."""
         return {"status": "diverged", "reason": reason, "step": self.step, "validation_loss": None, **self.about()}
 
     def about(self) -> dict[str, Any]:
-        """For result.json."""
+        """Return the fields of result.json that do not depend on how the run ended."""
         return {
             "tokens": self.step * self.run.parallelism.batch * self.train.length,
             "parameters": self.parameters,
@@ -229,30 +232,36 @@ class Trainer:
         }
 
     def is_finite(self, line: dict[str, Any]) -> bool:
-        """Whether loss and gradient norm were numbers.
+        """Return whether loss and gradient norm of a step were finite.
 
-        DeepSpeed skips a step with a gradient that isn't, silently and for ever; in fp16 that is how the loss scale finds
-        its place, so there the loss alone counts.
+        DeepSpeed silently skips steps whose gradient is not finite, without limit. In fp16 this is how the loss scale
+        adjusts, so there only the loss counts.
         """
         norm = 0.0 if self.engine.fp16_enabled() or line["grad_norm"] is None else line["grad_norm"]
         return math.isfinite(line["loss"]) and math.isfinite(norm)
 
     def nonfinite_weight(self) -> str:
-        """The name of a weight that holds a number that isn't finite, on any rank; one step can spoil it before any loss shows it."""
+        """Return the name of a weight with an element that is not finite, on any rank; empty if there is none.
+
+        One step can spoil a weight before any loss shows it.
+        """
         named = self.engine.module.named_parameters()
         mine = next((name for name, p in named if not torch.isfinite(model.own_part(p)).all()), "")
         return next(filter(None, self.ranks.gather(mine)), "")
 
     def _monitor(self, values: dict[str, float | None]) -> None:
         if self.engine.monitor.enabled:
-            # Counted in samples, as DeepSpeed's own events are: W&B drops what comes with a smaller number than the last.
+            # Counted in samples, like DeepSpeed's own events: W&B drops events with a smaller number than the last.
             at = self.engine.global_samples
             self.engine.monitor.write_events(
                 [(f"train/{k}", v, at) for k, v in values.items() if v is not None and math.isfinite(v)]
             )
 
     def _utilization(self, tokens_per_second: float) -> dict[str, float]:
-        """Model FLOP/s utilization on GPUs we know: 6 FLOP per weight and token, and attention (arXiv 2204.02311, B)."""
+        """Return the model FLOP/s utilization ("mfu") on known GPUs, else nothing.
+
+        It counts 6 FLOP per weight and token, plus attention (arXiv 2204.02311, appendix B).
+        """
         peak = peak_flops(_device_name(self.ranks.device))
         config = self.engine.module.config
         if peak is None or not hasattr(config, "num_hidden_layers"):
@@ -262,12 +271,12 @@ class Trainer:
 
 
 def peak_flops(gpu: str) -> float | None:
-    """FLOP/s of a GPU of that name, or None if we don't know it."""
+    """Return the peak FLOP/s of a GPU by its name, or None if it is unknown."""
     return next((flops for words, flops in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", gpu)), None)
 
 
 def _memory() -> float:
-    """Bytes: the peak allocated on this GPU, or this process's resident memory on CPU."""
+    """Return the peak memory allocated on this GPU, or on CPU this process's resident memory, in bytes."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
     import psutil

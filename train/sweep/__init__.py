@@ -1,1 +1,1 @@
-"""Many runs: the plan of a comparison, its launch and its execution."""
+"""Many runs: plan, launch and execute a comparison."""

@@ -1,4 +1,4 @@
-"""The arms of a comparison: betas, or a rule that chooses them, and how the optimizer's state is stored."""
+"""The arms of a comparison: betas, or a rule that chooses them, and the storage format of the optimizer's state."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from train.run.config import Optimizer
 
 
 class Arm(NamedTuple):
-    """What the runs of a comparison differ in, but for lr and seed."""
+    """What distinguishes the runs of a comparison, besides lr and seed."""
 
     betas: tuple[float, ...] | str
-    """One number where both are equal; or the rule that chooses it."""
+    """beta1 and beta2, or one number if they are equal, or the rule that chooses it."""
     state: str
+    """Storage format of the optimizer's state, such as "fp32"."""
 
     @property
     def words(self) -> list[str]:
-        """The betas, for a command line."""
+        """The values of --betas on a command line."""
         return [self.betas] if isinstance(self.betas, str) else list(map(repr, self.betas))
 
     def __str__(self) -> str:
@@ -26,36 +27,40 @@ class Arm(NamedTuple):
 
     @staticmethod
     def of(optimizer: Optimizer) -> Arm:
-        """That of a run."""
+        """Return the arm of a run with these optimizer options."""
         betas = (optimizer.betas,) if isinstance(optimizer.betas, float) else optimizer.betas
         return Arm.shortened(betas, optimizer.state)
 
     @staticmethod
     def shortened(betas: tuple[float, ...] | str, state: str) -> Arm:
-        """With one beta where both are equal."""
+        """Return the arm, with one number if both betas are equal."""
         return Arm(betas[:1] if isinstance(betas, tuple) and betas[0] == betas[-1] else betas, state)
 
     @staticmethod
     def parse(text: str) -> Arm:
-        """From the command line; raises :class:`ConfigError`."""
+        """Parse an arm from the command line.
+
+        Raises:
+            ConfigError: if the text is not an arm.
+        """
         from balanced_adam import beta_schedule
         from balanced_adam.state import FORMATS
 
-        said, _, state = text.rpartition(":")
+        setting, _, state = text.rpartition(":")
         if state not in FORMATS:
-            said, state = text, "fp32"
-        if beta_schedule.is_rule(said):
-            with suppress(ValueError):  # what is no number is refused with the run's settings
-                name, _, number = said.rpartition(":")
-                said = f"{name}:{repr(float(number)).removesuffix('.0')}"
-            return Arm(said, state)
+            setting, state = text, "fp32"
+        if beta_schedule.is_rule(setting):
+            with suppress(ValueError):  # a bad number is rejected with the run's settings
+                name, _, number = setting.rpartition(":")
+                setting = f"{name}:{repr(float(number)).removesuffix('.0')}"
+            return Arm(setting, state)
         try:
-            betas = tuple(float(part) for part in said.split(","))
+            betas = tuple(float(part) for part in setting.split(","))
             if len(betas) not in (1, 2) or not all(0.0 <= beta < 1.0 for beta in betas):
                 raise ValueError
         except ValueError:
             raise ConfigError(
-                f"arms has {text!r}; an arm is one beta or beta1,beta2, each in [0, 1), or a rule such as refresh:1000; and then, after a "
-                f"colon, one of {', '.join(FORMATS)}."
+                f"arms has {text!r}; an arm is one beta or beta1,beta2, each in [0, 1), or a rule such as "
+                f"refresh:1000, optionally followed by a colon and one of {', '.join(FORMATS)}."
             ) from None
         return Arm.shortened(betas, state)

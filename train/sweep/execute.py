@@ -1,4 +1,4 @@
-"""Execute the runs of a comparison, one after the other, beside other workers that do the same."""
+"""Execute the runs of a comparison one after the other, alongside other workers that do the same."""
 
 from __future__ import annotations
 
@@ -27,47 +27,55 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What this worker may spend."""
+    """The limits of this worker; infinite by default."""
 
     runs: float = math.inf
+    """Number of runs to begin."""
     seconds: float = math.inf
+    """Time after which no run should end."""
 
 
 def execute(plan: dict[str, Any], out: Path, budget: Budget | None = None, discard: bool = False) -> None:
-    """Run what isn't finished and no other worker is at, one run after the other, until all runs have ended or the budget is spent.
+    """Execute the runs that are not finished and that no other worker is working on, until all have ended.
+
+    Args:
+        plan: the comparison's plan; see :func:`train.sweep.plan.manifest`.
+        out: the comparison's folder.
+        budget: stop when it is spent. None sets no limit.
+        discard: remove the checkpoints of each run that this worker has finished.
 
     Raises:
-        ConfigError: if a run fails (one that diverges doesn't: that is a result), with its own sentence.
+        ConfigError: if a run fails, with its own message. A run that diverges does not fail: that is a result.
     """
     budget = budget or Budget()
     runs, steps = plan["runs"], plan["steps"]
-    for run in runs:  # none of them may be another run of that name, made before the plan was edited
+    for run in runs:  # an older run of the same name, made before the plan was edited, is an error
         run_dir.check(settings_of(run, out))
 
     def left() -> list[dict[str, Any]]:
         return [run for run in runs if run_dir.result(out / run["name"]) is None]
 
-    took: list[float] = []  # seconds of whole runs of this worker
+    took: list[float] = []  # seconds of the runs that this worker began and finished
 
     def typical() -> float:
-        """Seconds of a run: the median of this worker's, or of all that have ended, whose start isn't counted."""
+        """Return the typical seconds of a run: the median of this worker's, or of all ended runs' training time."""
         ended = [run_dir.result(out / run["name"]) for run in runs if not took]
         return statistics.median(took or [result["seconds"] for result in ended if result] or [0.0])
 
     done = len(runs) - len(left())
     if done:
         print(f"{done} of {len(runs)} runs are finished already.", flush=True)
-    begun, begun_here, told = time.monotonic(), 0, False
+    begun, begun_here, announced = time.monotonic(), 0, False
     with Progress(len(runs) * steps, done * steps, "compare", enabled=True) as progress:
         while pending := left():
             for run in pending:
                 seconds, count = typical(), len(left())
-                if seconds and count and not told:
+                if seconds and count and not announced:
                     print(
                         f"A run takes {seconds:.0f} s; {count} are left: {count * seconds / 3600:.1f} h on one worker.",
                         flush=True,
                     )
-                    told = True
+                    announced = True
                 spent = time.monotonic() - begun
                 if begun_here >= budget.runs or spent + seconds > budget.seconds:
                     print(
@@ -82,12 +90,16 @@ def execute(plan: dict[str, Any], out: Path, budget: Budget | None = None, disca
                         took += [time.monotonic() - begun - spent] if fresh else []
                         if discard:
                             shutil.rmtree(out / run["name"] / "checkpoints", ignore_errors=True)
-            time.sleep(POLL_SECONDS)  # what is left now, another worker is at
+            time.sleep(POLL_SECONDS)  # other workers are working on the remaining runs
         progress.show(len(runs) * steps)
 
 
 def _execute(plan: dict[str, Any], run: dict[str, Any], out: Path, progress: Progress, done: int) -> None:
-    """One run, ``done`` steps being behind it."""
+    """Execute one run, and show its progress on top of the ``done`` steps of earlier runs.
+
+    Raises:
+        ConfigError: if the run fails.
+    """
     log = out / run["name"] / "log.txt"
     with started(launch_command(plan, run, out), log) as process:
         while process.poll() is None:
@@ -95,15 +107,15 @@ def _execute(plan: dict[str, Any], run: dict[str, Any], out: Path, progress: Pro
             lines = read_metrics(out / run["name"])
             progress.show(done + (lines[-1]["step"] if lines else 0), run["name"])
     if run_dir.result(out / run["name"]) is None:
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
-        raise ConfigError(f"run {run['name']} failed: {said[-1][7:] if said else f'see {log}'}")
+        errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+        raise ConfigError(f"run {run['name']} failed: {errors[-1][7:] if errors else f'see {log}'}")
 
 
 def compare(comparison: Comparison) -> None:
-    """Plan, run, report.
+    """Plan the runs, execute them and write the report.
 
     Raises:
-        ConfigError: on a bad plan, another plan in the same folder, or a failed run.
+        ConfigError: if the plan is invalid, the folder holds another comparison, or a run fails.
     """
     require(
         comparison.launcher != "slurm" or comparison.plan_only,
@@ -112,7 +124,8 @@ def compare(comparison: Comparison) -> None:
     plan = read_manifest(comparison.manifest) if comparison.manifest else json.loads(json.dumps(manifest(comparison)))
     require(
         not comparison.plan_only or not (comparison.max_runs or comparison.max_hours or comparison.discard_checkpoints),
-        "max_runs, max_hours and discard_checkpoints are for runs that are started here; a plan alone has no use for them.",
+        "max_runs, max_hours and discard_checkpoints are for runs that are started here; "
+        "a plan alone has no use for them.",
     )
     for name in ("max_runs", "max_hours"):
         value = getattr(comparison, name)
@@ -123,7 +136,8 @@ def compare(comparison: Comparison) -> None:
         begun = any((comparison.out / run["name"] / "run.json").exists() for run in before["runs"])
         require(
             not begun or (before["runs"], before["ranks"]) == (plan["runs"], plan["ranks"]),
-            f"out is {comparison.out}, which holds another comparison ({len(before['runs'])} runs); give another folder.",
+            f"out is {comparison.out}, which holds another comparison ({len(before['runs'])} runs); "
+            "give another folder.",
         )
     try:
         comparison.out.mkdir(parents=True, exist_ok=True)

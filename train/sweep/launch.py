@@ -1,4 +1,4 @@
-"""Start one run of a comparison under its launcher, and end it with all its ranks."""
+"""Start one run of a comparison under its launcher, and terminate it with all its ranks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import torch
 from train.common.files import REPOSITORY
 from train.distributed.launch import free_port
 
-# What a surrounding launcher may have set, and the launchers started here set anew.
+# A surrounding launcher may have set these; the launchers started here set them anew.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def launch_command(plan: dict[str, Any], run: dict[str, Any], out: Path) -> list[str]:
-    """The command line that starts one run."""
+    """Return the command line that starts one run."""
     program = ["train.pretrain", "--out", str(out / run["name"]), *run["arguments"]]
     ranks, port = str(plan["ranks"]), str(free_port())
     launch = [sys.executable, "-m"]
@@ -38,7 +38,7 @@ def launch_command(plan: dict[str, Any], run: dict[str, Any], out: Path) -> list
 
 @contextmanager
 def started(line: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A run in a session of its own; it ends with the block, whatever happens, with all its ranks."""
+    """Start a run in a session of its own, and yield its process. The run is terminated at the end of the block."""
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
@@ -50,7 +50,7 @@ def started(line: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            start_new_session=True,  # a Ctrl-C reaches this process alone, which then ends the ranks in order
+            start_new_session=True,  # Ctrl-C reaches only this process, which then terminates the ranks
         )
     try:
         yield process
@@ -59,7 +59,10 @@ def started(line: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def end(process: subprocess.Popen[Any], patience: float = 10.0) -> None:
-    """End a launcher and all its ranks, wherever they have put themselves; gently first. Does nothing if it has ended."""
+    """Terminate a launcher and all its descendants; kill those left after ``patience`` seconds.
+
+    Does nothing if the launcher has ended.
+    """
     if process.poll() is not None:
         return
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]

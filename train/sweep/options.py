@@ -1,4 +1,4 @@
-"""What is compared, as the user says it."""
+"""The options of train.compare."""
 
 from __future__ import annotations
 
@@ -11,43 +11,48 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What is compared, and how it is run."""
+    """The runs to compare, and how they are executed."""
 
     out: Path = Path("runs/compare")
-    """The folder of the comparison: manifest.json, one folder for each run, and the report."""
+    """Folder of the comparison, for manifest.json, one folder per run, and the report."""
     arms: tuple[str, ...] = ("0.95", "0.9,0.95", "0.9,0.999")
-    """Beta settings: one number, beta1,beta2, or a rule as --betas of train.pretrain takes it; and, after a colon, how the optimizer's
-    state is stored, as in 0.95:packed16 or refresh:1000:packed16.
-    The first one is what the others are compared with."""
+    """Beta settings to compare: one number, beta1,beta2, or a rule as for --betas of train.pretrain. An optional state
+    format follows after a colon, as in 0.95:packed16 or refresh:1000:packed16. The first arm is the baseline."""
     grid: tuple[float, ...] = ()
-    """Instead of arms: every pair of these betas, the tied ones first."""
+    """Instead of arms: compare every pair of these betas, the tied ones first."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds; every arm starts from the same weights and sees the same batches for the same seed."""
+    """Seeds of the runs of each arm. With the same seed every arm starts from the same weights and sees the same
+    batches."""
     lr: tuple[float, ...] | None = None
-    """Peak learning rates; every arm is run with each. Default: 1e-3, and 5e-4, 1e-3 and 2e-3 for a grid."""
+    """Peak learning rates; every arm is run at each. Default: 1e-3; for a grid 5e-4, 1e-3 and 2e-3."""
     lr_from: tuple[Path, ...] = ()
-    """Instead of lr: folders of comparisons in which these arms were tuned; each is run at its best learning rate there."""
+    """Instead of lr: folders of comparisons in which these arms were tuned. Each arm is run at its best learning rate
+    there."""
     steps: int = 200
-    """Optimizer steps of one run."""
+    """Optimizer steps of one run; at least 1."""
     tokens: int | None = None
-    """Instead of steps: training tokens of one run (a multiple of batch x sequence_length is taken)."""
+    """Instead of steps: training tokens of one run, rounded down to a multiple of batch x sequence_length."""
     batch: int = 16
-    """Sequences in one optimizer step."""
+    """Sequences in one optimizer step, over all ranks."""
     sequence_length: int = 128
-    """Tokens in one sequence."""
+    """Tokens in one sequence; at least 2."""
     ranks: int | None = None
-    """Processes of one run. Default: 2, but 1 where there is a single GPU."""
+    """Number of ranks (processes) of one run; on GPUs at most one per GPU. Default: 2, or 1 if there is a single
+    GPU."""
     launcher: Literal["deepspeed", "torchrun", "accelerate", "python", "slurm"] = "deepspeed"
-    """What starts the ranks. "slurm" is for slurm/compare.sbatch, which makes a job of each run."""
+    """Launcher that starts the ranks. "python" starts one. "slurm" is for slurm/compare.sbatch, which submits each run
+    as a job; it needs --plan-only."""
     max_runs: int | None = None
-    """Begin no more than so many runs now; the same command goes on."""
+    """Number of runs to begin now. The same command continues later. Default: no limit."""
     max_hours: float | None = None
-    """Begin no run that would end later than so many hours from now, if it takes as long as those before it."""
+    """Begin no run that would end later than this many hours from now, if it takes as long as the runs before it.
+    Default: no limit."""
     discard_checkpoints: bool = False
-    """Remove the checkpoints of a run that has finished; a sweep of many runs would fill the disk."""
+    """Remove the checkpoints of each run that has finished. Otherwise a sweep of many runs may fill the disk."""
     plan_only: bool = False
     """Write the manifest and stop."""
     manifest: Path | None = None
-    """Run the plan in this file instead, whatever the settings above say but for out: one that --plan-only has written, edited."""
+    """Execute the plan in this file, such as one that --plan-only wrote and you edited. All options above but out are
+    ignored."""
     rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """After "--": further options for every run, as train.pretrain takes them, such as -- --model small."""
+    """After "--": further options of every run, as for train.pretrain, such as -- --model small."""

@@ -1,4 +1,4 @@
-"""The plan of a comparison: arms (beta settings) x learning rates x seeds, each run with its arguments for train.pretrain."""
+"""The plan of a comparison: arms x learning rates x seeds, each run with its arguments for train.pretrain."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.run.config import ARM, Run
 from train.sweep.arms import Arm
 from train.sweep.options import Comparison
 
-# What a comparison decides for each of its runs.
+# Options that a comparison sets for each of its runs.
 COMPARED = {
     "--out",
     "--betas",
@@ -42,15 +42,16 @@ MODULES = {
     "python": "torch",
     "slurm": "torch",
 }
-ARMS_LR, GRID_LR = (1e-3,), (5e-4, 1e-3, 2e-3)  # a cell at one learning rate alone would say little of its betas
+ARMS_LR, GRID_LR = (1e-3,), (5e-4, 1e-3, 2e-3)  # one learning rate would not be the best of every cell of a grid
 
 
 def manifest(comparison: Comparison) -> dict[str, Any]:
-    """The plan as plain data: every run's name, arm, lr, seed, and arguments for train.pretrain.
+    """Return the plan as plain data: every run's name, arm, lr, seed, and arguments for train.pretrain.
 
     Raises:
-        ConfigError: if an arm is no pair of betas, an arm or a seed is given twice, an option after "--" is one of those
-            that are compared, an arm was not tuned, or train.pretrain would refuse a run's settings.
+        ConfigError: if an arm is invalid, an arm, seed or learning rate is given twice, an option after "--" is one
+            that the comparison sets, an arm was not tuned in ``lr_from``, or train.pretrain would reject a run's
+            settings.
     """
     wanted = comparison.arms
     if comparison.grid:
@@ -71,7 +72,8 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
     options = {option.split("=")[0].replace("_", "-") for option in comparison.rest}
     require(
         not options & COMPARED,
-        f"{min(options & COMPARED, default='')} is given after --, where it would override what is compared; give it before.",
+        f"{min(options & COMPARED, default='')} is given after --, where it would override what is compared; "
+        "give it before.",
     )
     for name in ("batch", "sequence_length"):
         require(getattr(comparison, name) >= 1, f"{name} is {getattr(comparison, name)}; it must be at least 1.")
@@ -81,7 +83,7 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
         require(steps >= 1, f"tokens is {comparison.tokens}, less than one batch.")
     often = str(max(1, steps // 4))
     runs = []
-    # Seed by seed, so that whatever is finished when somebody stops can be compared in pairs.
+    # Seed by seed, so that the runs finished so far can be compared in pairs at any time.
     cells = [(lr, label, arm) for label, arm in arms.items() for lr in rates[label]]
     for seed, (lr, label, arm) in product(comparison.seeds, cells):
         arguments = ["--betas", *arm.words, "--lr", repr(lr), "--seed", str(seed), "--steps", str(steps)]
@@ -99,7 +101,11 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
 
 
 def _tuned(comparison: Comparison, arms: Iterable[str]) -> dict[str, tuple[float, ...]]:
-    """Of each arm, its best learning rate in the comparisons in ``lr_from``, or what a plan in ``out`` has taken for it before."""
+    """Return each arm's best learning rate in the comparisons of ``lr_from``, or the one in an earlier plan in ``out``.
+
+    Raises:
+        ConfigError: if no run of an arm has ended there, or all have diverged.
+    """
     planned = comparison.out / "manifest.json"
     if planned.exists():
         before = load_file(PlanFile, planned).model_dump(exclude_unset=True)
@@ -113,7 +119,8 @@ def _tuned(comparison: Comparison, arms: Iterable[str]) -> dict[str, tuple[float
         there = best.loc[best["arm"] == arm, "validation_loss"]
         require(
             len(there) > 0,
-            f"lr_from is {folders}, where no run of the arm {arm} has ended; there are {', '.join(best['arm'].unique())}.",
+            f"lr_from is {folders}, where no run of the arm {arm} has ended; "
+            f"there are {', '.join(best['arm'].unique())}.",
         )
         require(
             there.notna().any(),
@@ -125,18 +132,18 @@ def _tuned(comparison: Comparison, arms: Iterable[str]) -> dict[str, tuple[float
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
-    """A plan from a file, as :func:`manifest` makes it and somebody may have edited it.
+    """Read a plan from a file that :func:`manifest` has made and a user may have edited.
 
     Raises:
-        ConfigError: if it is no plan, or train.pretrain would refuse a run's settings.
+        ConfigError: if it is not a plan, contradicts itself, or train.pretrain would reject a run's settings.
     """
     require(file.is_file(), f"manifest is {file}, which is not a file; --plan-only writes one.")
     try:
         plan = read_schema(PlanFile, file).model_dump(exclude_unset=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"manifest is {file}, which is no plan: {first_line(error)}.") from None
+        raise ConfigError(f"manifest is {file}, which is not a plan: {first_line(error)}.") from None
     missing = [name for name in ("steps", "ranks", "launcher") if plan.get(name) is None]
-    require(not missing, f"manifest is {file}, which is no plan: it has no {', '.join(missing)}.")
+    require(not missing, f"manifest is {file}, which is not a plan: it has no {', '.join(missing)}.")
     _check_launch(plan["launcher"], plan["ranks"])
     runs = {run["name"]: run for run in plan["runs"]}
     require(bool(runs) and len(runs) == len(plan["runs"]), f"{file} has no run, or two of one name.")
@@ -147,14 +154,14 @@ def read_manifest(file: Path) -> dict[str, Any]:
             f"{file} has the run {name!r}; a name is a folder's: letters, digits and . , - _.",
         )
         settings = _checked(run, plan["ranks"])
-        told = {
+        from_arguments = {
             "lr": settings.optimizer.lr,
             "seed": settings.seed,
             "arm": str(Arm.of(settings.optimizer)),
             "steps": settings.schedule.steps,
             "name": str(settings.out),
         }
-        for key, value in told.items():
+        for key, value in from_arguments.items():
             have = plan[key] if key == "steps" else run[key]
             require(
                 have == value,
@@ -174,11 +181,16 @@ def read_manifest(file: Path) -> dict[str, Any]:
 
 
 def settings_of(run: dict[str, Any], out: Path = Path()) -> Run:
-    """What train.pretrain will make of a run's arguments."""
+    """Parse a run's arguments as train.pretrain will. The run's folder is in ``out``."""
     return parse(Run, ["--out", str(out / run["name"]), *run["arguments"]], "train.pretrain", None)
 
 
 def _checked(run: dict[str, Any], ranks: int) -> Run:
+    """Parse and check a run's settings.
+
+    Raises:
+        ConfigError: if train.pretrain would reject them.
+    """
     settings = settings_of(run)
     settings.check()
     settings.parallelism.micro_batch_on(ranks)
@@ -186,6 +198,11 @@ def _checked(run: dict[str, Any], ranks: int) -> Run:
 
 
 def _check_launch(launcher: Any, ranks: Any) -> None:
+    """Check that this machine can start the ranks with the launcher.
+
+    Raises:
+        ConfigError: if it can't.
+    """
     require(launcher in MODULES, f"launcher is {launcher!r}; it must be one of {', '.join(MODULES)}.")
     require(type(ranks) is int and ranks >= 1, f"ranks is {ranks!r}; it must be a number, at least 1.")
     gpus = torch.cuda.device_count() or ranks
