@@ -34,7 +34,7 @@ bench: $(INSTALLED) ## time the step against its peers, and measure memory (half
 	$(BIN)/python -m tests.perf
 
 drill: $(INSTALLED) ## kill one run sixty times and see that nothing is lost (a quarter of an hour)
-	$(BIN)/python -m tests.drill --faults 60 --seed 1
+	$(BIN)/python -m tests.fault_injection --faults 60 --seed 1
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ from train.distributed.watchdog import Watchdog
 from train.run import run_dir
 from train.run.metrics import read_metrics
 
-VICTIM = "tests.drill.victim"
+FAULTY_RANK = "tests.fault_injection.faulty_rank"
 
 
 def newest(run: Any) -> Path:
@@ -211,13 +211,13 @@ def undisturbed(options: list[str], straight: dict[str, Path]) -> Path:
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("rank", "moment", "count"),
-    [(1, "forward", 17), (0, "finishing", 2)],  # more in python -m tests.drill
+    [(1, "forward", 17), (0, "finishing", 2)],  # more in python -m tests.fault_injection
 )
 def test_a_rank_that_is_killed_is_named_and_the_run_ends_with_the_bits_of_an_undisturbed_one(
     small_run: list[str], straight: dict[str, Path], rank: int, moment: str, count: int
 ) -> None:
     options = change(small_run, steps=12, save_every=4)
-    code, said = finish(options, module=VICTIM, VICTIM=f"{rank} {moment} {count} kill")
+    code, said = finish(options, module=FAULTY_RANK, FAULT=f"{rank} {moment} {count} kill")
     assert code != 0
     if moment == "forward":  # rank 0 kept the meeting point, and can't tell of itself
         assert re.search(
@@ -231,7 +231,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_ends_with_the_bits_of_an_und
 @pytest.mark.ranks
 def test_a_rank_that_is_stuck_is_named_within_the_time_out(small_run: list[str], straight: dict[str, Path]) -> None:
     options = change(small_run, steps=12, save_every=4, timeout=20)
-    code, said = finish(options, module=VICTIM, VICTIM="0 forward 19 stop", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5")
+    code, said = finish(options, module=FAULTY_RANK, FAULT="0 forward 19 stop", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5")
     since = time.time() - (out_of(options) / "metrics.jsonl").stat().st_mtime
     assert code != 0 and since < 90
     assert re.search(r"^error: .*rank 0 on \S+ does not answer", said, re.MULTILINE), said
@@ -247,7 +247,7 @@ def test_a_conversion_that_is_killed_is_made_anew(small_run: list[str], tmp_path
         (tmp_path / name / "result.json").unlink()
         shutil.rmtree(tmp_path / name / "checkpoints" / "step-0000006")
     killed = change(options, out=tmp_path / "killed")
-    assert finish(killed, None, VICTIM, VICTIM="0 finishing 1 kill")[0] == -signal.SIGKILL
+    assert finish(killed, None, FAULTY_RANK, FAULT="0 finishing 1 kill")[0] == -signal.SIGKILL
     assert (tmp_path / "killed" / "checkpoints" / ".step-0000003-universal").exists()
     for name in ("killed", "spared"):
         assert finish(change(options, out=tmp_path / name), None)[0] == 0
@@ -309,7 +309,7 @@ def test_a_second_job_in_the_same_folder_waits_and_then_refuses(
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_nan_in_one_ranks_gradient_is_skipped_on_all_and_counted(small_run: list[str], stage: int) -> None:
     options = change(small_run, steps=8, ds_config=REPOSITORY / "ds_configs" / f"zero{stage}.json")
-    code, said = finish(options, module=VICTIM, VICTIM="1 - 4 nan")
+    code, said = finish(options, module=FAULTY_RANK, FAULT="1 - 4 nan")
     assert code == 0, said
     lines = [line for line in read_metrics(out_of(options)) if "loss" in line]
     assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 1, 1, 1, 1, 1]
@@ -320,7 +320,7 @@ def test_a_nan_in_one_ranks_gradient_is_skipped_on_all_and_counted(small_run: li
 @pytest.mark.ranks
 def test_nan_again_and_again_stops_the_run_with_the_last_good_checkpoint_kept(small_run: list[str]) -> None:
     options = change(small_run, steps=20, save_every=2)
-    code, said = finish(options, module=VICTIM, VICTIM="1 - -6 nan")
+    code, said = finish(options, module=FAULTY_RANK, FAULT="1 - -6 nan")
     assert code != 0 and "the loss or the gradient was not finite for 3 steps in a row, up to step 8" in said
     out = out_of(options)
     assert run_dir.result(out) and newest_step(out / "checkpoints") == 4

@@ -12,7 +12,7 @@ from torch import Tensor
 from balanced_adam.packed import FORMATS
 from balanced_adam.state import MOMENTS, moments
 from tests.parity.compare import differences
-from tests.parity.control import TENSORS, Absent, Clip, State, train
+from tests.parity.control import TENSORS, Clip, MissingGrad, State, train
 from tests.parity.model import EPS, GROUPS, MICRO, TRAINED, AwkwardModel, moving_beta, share
 from tests.parity.mutants import MUTANTS, wrong
 from tests.ranks import device, spawn
@@ -81,7 +81,7 @@ class Case(NamedTuple):
             config["data_types"] = {"grad_accum_dtype": self.grad_accum}
         return config
 
-    def absent(self) -> Absent:
+    def absent(self) -> MissingGrad:
         """What the optimizer is given for a parameter that got no gradient since the last step.
 
         Never nothing, so that its moments and its weight decay go on at every stage. Zeros in buffers made anew:
@@ -97,8 +97,8 @@ class Case(NamedTuple):
         * offload at stage 2: the fp32 ``grad`` of runtime/zero/stage_1_and_2.py:1893 (:2154 with grad_accum_dtype).
         """
         if self.offload:
-            return Absent.STALE_AND_CLIPPED
-        return Absent.STALE if self.stage == 3 else Absent.ZERO
+            return MissingGrad.STALE_AND_CLIPPED
+        return MissingGrad.STALE if self.stage == 3 else MissingGrad.ZERO
 
     def control_clip(self, world: int) -> Clip | None:
         """How the norm of the gradient is rounded: per group, in float32 but for stage 3 without offload.

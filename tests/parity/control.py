@@ -18,7 +18,7 @@ State = dict[str, dict[str, Tensor]]
 """weights, exp_avg, exp_avg_sq -> name of the parameter -> value, fp32."""
 
 
-class Absent(Enum):
+class MissingGrad(Enum):
     """What DeepSpeed gives the optimizer for a parameter that got no gradient in this step."""
 
     ZERO = "zeros"
@@ -58,7 +58,7 @@ def gradient(step: int, name: str) -> Tensor | None:
 @cache
 def train(
     steps: int,
-    absent: Absent,
+    absent: MissingGrad,
     clip: Clip | None = None,
     device: str = "cpu",
     stored: str = "fp32",
@@ -84,12 +84,12 @@ def train(
                 if fmt != "fp32":
                     _pack_again(packed.FORMATS[fmt], state, step)
         grads = {name: grad for name in TRAINED if (grad := gradient(step, name)) is not None}
-        if absent is Absent.ZERO:
+        if absent is MissingGrad.ZERO:
             given = {name: torch.zeros(SHAPES[name]) for name in TRAINED}
         given |= grads
-        factor = clip.factor(grads if absent is Absent.STALE_AND_CLIPPED else given) if clip else 1.0
+        factor = clip.factor(grads if absent is MissingGrad.STALE_AND_CLIPPED else given) if clip else 1.0
         clipped = {name: grad * factor for name, grad in given.items()}
-        if absent is Absent.STALE_AND_CLIPPED:
+        if absent is MissingGrad.STALE_AND_CLIPPED:
             given = clipped
         for number, group in enumerate(GROUPS):
             settings = {**group.settings(betas_of), "step": step + 1, "eps": EPS}

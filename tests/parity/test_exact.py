@@ -8,7 +8,7 @@ import torch
 
 from tests.parity.cases import STEPS, Case, matrix, outcomes
 from tests.parity.compare import EXACT, ulps
-from tests.parity.control import TENSORS, Absent, train
+from tests.parity.control import TENSORS, MissingGrad, train
 from tests.parity.model import WITHOUT_GRADIENT, WORLDS
 
 pytestmark = pytest.mark.ranks
@@ -23,7 +23,7 @@ def test_bit_identical_to_the_control(world: int, case: Case) -> None:
 
 
 def test_the_two_fates_of_an_absent_gradient_can_be_told_apart() -> None:
-    zero, stale = train(STEPS, Absent.ZERO), train(STEPS, Absent.STALE)
+    zero, stale = train(STEPS, MissingGrad.ZERO), train(STEPS, MissingGrad.STALE)
     different = {name for name in zero["weights"] if any(ulps(zero[k][name], stale[k][name]) for k in TENSORS)}
     assert different == set(WITHOUT_GRADIENT)
 

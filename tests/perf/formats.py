@@ -80,7 +80,7 @@ TRAINED: list[tuple[str, Format, Numbers]] = [
     ("packed8-1.38", HIGH, packed.dither),
     ("packed8-5+3", COARSE, packed.dither),
 ]
-"""Those that were trained, too (tests.perf.rivals), with their names there."""
+"""Those that were trained, too (tests.perf.baselines), with their names there."""
 
 
 def candidates() -> list[tuple[str, Format, Numbers | None]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from train.checkpoint import manifest
-from train.checkpoint.load import readable, verified
+from train.checkpoint import load, manifest
+from train.checkpoint.load import readable
 from train.checkpoint.manifest import (
     CheckpointInfo,
     checkpoint_info,
@@ -57,7 +57,7 @@ def convert_layout(ranks: Ranks, checkpoint: CheckpointInfo, wanted: dict[str, A
             why_incomplete(target) or checkpoint_info(target)._replace(path=checkpoint.path) != checkpoint
         )
     ranks.wait_for((lambda: _convert(checkpoint, target)) if missing else None)
-    if not verified(ranks, target):
+    if not load.verified(ranks, target):
         raise ConfigError(f"{target} has been damaged; remove it, to have it made anew from {checkpoint.path.name}.")
     return checkpoint._replace(path=target, universal=True)
 

@@ -1,6 +1,6 @@
 """A fire drill: a run on two hosts is killed or hangs again and again, and ends with the bits of an undisturbed one.
 
-``python -m tests.drill --faults 50 --seed 0``. As root each rank has a host of its own (tests/cluster/hosts.py), whose
+``python -m tests.fault_injection --faults 50 --seed 0``. As root each rank has a host of its own (tests/cluster/hosts.py), whose
 plug can be pulled; otherwise both ranks share this machine, and no host crashes. Everything done is in drill.jsonl.
 """
 
@@ -36,7 +36,7 @@ from train.common.files import REPOSITORY
 from train.distributed.launch import free_port
 from train.run import run_dir
 
-VICTIM = "tests.drill.victim"
+FAULTY_RANK = "tests.fault_injection.faulty_rank"
 # Where a rank is killed, or hangs: how often it may have been there before in this attempt, and whether rank 0 alone
 # comes there.
 MOMENTS = {
@@ -84,15 +84,15 @@ class Machine:
         self.cluster, self.forked = cluster, forked
         self.launchers: list[subprocess.Popen[bytes] | Started] = []
 
-    def start(self, out: Path, options: list[str], victim: str = "") -> None:
-        """Start it. ``victim``: see tests/drill/victim.py."""
+    def start(self, out: Path, options: list[str], fault: str = "") -> None:
+        """Start it. ``fault``: see tests/fault_injection/faulty_rank.py."""
         hosts = 2 if self.cluster else 1
         head, port = ("node1", random.randrange(20000, 30000)) if self.cluster else ("127.0.0.1", free_port())
         log = out.with_suffix(".log")
-        environment = {"VICTIM": victim, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        environment = {"FAULT": fault, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         if self.forked:
             arguments = ["--out", str(out), *options]
-            program = Program(VICTIM, arguments, clean_environment(**environment), log, 2, grace=5.0)
+            program = Program(FAULTY_RANK, arguments, clean_environment(**environment), log, 2, grace=5.0)
             self.launchers = [start_program(program)]
             return
         self.launchers = []
@@ -105,7 +105,7 @@ class Machine:
                 f"--master-addr={head}",
                 f"--master-port={port}",
             ]
-            line += ["-m", VICTIM, "--out", str(out), *options]
+            line += ["-m", FAULTY_RANK, "--out", str(out), *options]
             if self.cluster:
                 self.launchers.append(
                     self.cluster.nodes[number].start(*line, log=log, GLOO_SOCKET_IFNAME="eth0", **environment)
@@ -151,7 +151,7 @@ class Machine:
                 os.killpg(self.launchers[0].pid, 0)
                 return True
             return False
-        return any(VICTIM in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
+        return any(FAULTY_RANK in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
 
     def mend(self) -> None:
         """Boot whatever is down."""

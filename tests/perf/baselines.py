@@ -1,6 +1,6 @@
 """Other optimizers with a small state, and other packed formats, on the runs of a comparison.
 
-``python -m tests.perf.rivals --help``. Each takes BalancedAdam's place in train.pretrain, at ZeRO stage 0; weights,
+``python -m tests.perf.baselines --help``. Each takes BalancedAdam's place in train.pretrain, at ZeRO stage 0; weights,
 batches, schedule, clipping and validation are the same, so that ``python -m train.report`` may put its runs beside
 those of a comparison. A run that is cut begins anew.
 """
@@ -122,7 +122,7 @@ def torchao4(groups: Groups) -> Rival:
     return AdamW4bit(groups)
 
 
-RIVALS: dict[str, Callable[[Groups], Rival]] = {
+BASELINES: dict[str, Callable[[Groups], Rival]] = {
     "bf16": BFloat16Moments,
     "bitsandbytes8": bitsandbytes,
     "torchao8": torchao,
@@ -132,11 +132,11 @@ RIVALS: dict[str, Callable[[Groups], Rival]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rivals:
+class Baselines:
     """Which of them, and the runs; as in train.compare."""
 
-    out: Path = Path("runs/rivals")
-    rivals: tuple[str, ...] = ("bf16", "bitsandbytes8", "torchao8", "torchao4")
+    out: Path = Path("runs/baselines")
+    baselines: tuple[str, ...] = ("bf16", "bitsandbytes8", "torchao8", "torchao4")
     """bitsandbytes and torchao must have been installed (pip install --no-deps)."""
     betas: tuple[str, ...] = ("0.95",)
     lr: tuple[float, ...] = (1e-3,)
@@ -147,42 +147,47 @@ class Rivals:
     rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
 
 
-def plan(settings: Rivals) -> dict[str, Any]:
-    """A comparison's plan with every run once for each rival."""
-    require(not set(settings.rivals) - set(RIVALS), f"rivals is {settings.rivals}; there are {', '.join(RIVALS)}.")
+def plan(settings: Baselines) -> dict[str, Any]:
+    """A comparison's plan with every run once for each baseline."""
+    require(
+        not set(settings.baselines) - set(BASELINES),
+        f"baselines is {settings.baselines}; there are {', '.join(BASELINES)}.",
+    )
     require(not any(":" in betas for betas in settings.betas), f"betas is {settings.betas}; give numbers alone.")
     shared = {
-        field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in ("rivals", "betas")
+        field.name: getattr(settings, field.name)
+        for field in fields(settings)
+        if field.name not in ("baselines", "betas")
     }
     found = manifest(Comparison(arms=settings.betas, launcher="python", ranks=1, **shared))
     stage_0 = ["--ds-config", str(REPOSITORY / "ds_configs" / "zero0.json"), "--save-every", "0"]
     found["runs"] = [
         {
             **run,
-            "arm": f"{run['arm']}:{rival}",
-            "name": run["name"].replace("_lr", f"-{rival}_lr"),
+            "arm": f"{run['arm']}:{baseline}",
+            "name": run["name"].replace("_lr", f"-{baseline}_lr"),
             "arguments": [*run["arguments"], *stage_0],
-            "rival": rival,
+            "baseline": baseline,
         }
         for run in found["runs"]
-        for rival in settings.rivals
+        for baseline in settings.baselines
     ]
     return found
 
 
-def train(rival: str, arguments: list[str]) -> int:
-    """train.pretrain, whose engine's optimizer has the rival take its steps."""
+def train(baseline: str, arguments: list[str]) -> int:
+    """train.pretrain, whose engine's optimizer has the baseline take its steps."""
     import deepspeed
 
     initialize = deepspeed.initialize
 
-    def with_rival(*positional: Any, **named: Any) -> Any:
+    def with_baseline(*positional: Any, **named: Any) -> Any:
         engine, *rest = initialize(*positional, **named)
         optimizer = (
             engine.optimizer
         )  # at stage 0 in fp32, BalancedAdam itself, whose groups the schedule and DeepSpeed know
         groups = [{k: g[k] for k in ("params", "lr", "betas", "eps", "weight_decay")} for g in optimizer.param_groups]
-        other = RIVALS[rival](groups)
+        other = BASELINES[baseline](groups)
 
         def step(*_: Any, **__: Any) -> None:
             for mine, theirs in zip(optimizer.param_groups, other.param_groups, strict=True):
@@ -193,23 +198,23 @@ def train(rival: str, arguments: list[str]) -> int:
             other.step()
 
         optimizer.step = step
-        optimizer.update_size = lambda: UpdateSize(math.nan, math.nan, 1)  # nobody measures the rival's
+        optimizer.update_size = lambda: UpdateSize(math.nan, math.nan, 1)  # nobody measures the baseline's
         return engine, *rest
 
-    deepspeed.initialize = with_rival
+    deepspeed.initialize = with_baseline
     return pretrain.main(arguments)
 
 
 def main(arguments: list[str]) -> None:
-    if arguments and arguments[0] in RIVALS:
+    if arguments and arguments[0] in BASELINES:
         sys.exit(train(arguments[0], arguments[1:]))
     try:
-        settings = parse(Rivals, arguments, "tests.perf.rivals", __doc__)
+        settings = parse(Baselines, arguments, "tests.perf.baselines", __doc__)
         chosen = plan(settings)
 
         def command(_: dict[str, Any], run: dict[str, Any], out: Path) -> list[str]:
             place = ["--out", str(out / run["name"])]
-            return [sys.executable, "-m", "tests.perf.rivals", run["rival"], *place, *run["arguments"]]
+            return [sys.executable, "-m", "tests.perf.baselines", run["baseline"], *place, *run["arguments"]]
 
         execute.launch_command = command  # type: ignore[assignment, attr-defined]
         file = settings.out / "manifest.json"

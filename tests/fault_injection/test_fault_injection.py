@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.drill.__main__ import Drill, Machine, drill
+from tests.fault_injection.__main__ import Drill, Machine, drill
 
 
 @pytest.mark.long

@@ -1,6 +1,6 @@
-"""train.pretrain, to which something happens on one rank at one moment. ``LAUNCHER -m tests.drill.victim ...``
+"""train.pretrain, to which something happens on one rank at one moment. ``LAUNCHER -m tests.fault_injection.faulty_rank ...``
 
-VICTIM="RANK MOMENT COUNT DEED": on that rank, the COUNT-th time (from 1) that it comes to MOMENT, DEED is done.
+FAULT="RANK MOMENT COUNT WHAT": on that rank, the COUNT-th time (from 1) that it comes to MOMENT, WHAT is done.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
 """What a rank comes to before it does it. "step" and "backward" are the engine's, which come with DeepSpeed."""
 
 
-def deed(name: str) -> None:
+def inject(name: str) -> None:
     """What is done to this process, or to its folder."""
     if name == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -89,11 +89,11 @@ def arrange(rank: int, moment: str, count: int, what: str) -> None:
         place, method = {**MOMENTS, "step": (DeepSpeedEngine, "step"), "backward": (DeepSpeedEngine, "backward")}[
             moment
         ]
-        at(place, method, count, lambda: deed(what))
+        at(place, method, count, lambda: inject(what))
 
 
 if __name__ == "__main__":
-    if told := os.environ.get("VICTIM"):
+    if told := os.environ.get("FAULT"):
         rank, moment, count, what = told.split()
         arrange(int(rank), moment, int(count), what)
     exit_process(pretrain.main())
