@@ -14,16 +14,9 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hoo
 
 from balanced_adam import bias_correction, dtensor, kernels, parameter_step, rule
 from balanced_adam import state as states
+from balanced_adam import state_dict as state_dicts
 from balanced_adam.arguments import SWITCHES, Betas, as_pair, check_format, check_group, check_switches
 from balanced_adam.fused_grad import FusedGrad
-from balanced_adam.state_dict import (
-    as_saved,
-    check_state_dict,
-    describe_groups,
-    keep_betas,
-    keep_precision,
-    restore_products,
-)
 from balanced_adam.update_size import LastStep, UpdateSize, update_size
 from balanced_adam.warn import is_rank_0, warn_once
 
@@ -117,13 +110,13 @@ class BalancedAdam(torch.optim.Optimizer):
         self._forget()
         for group in self.param_groups:
             self._remember(group)
-            restore_products(group, self.state, self._made_with[id(group)])
+            state_dicts.restore_products(group, self.state, self._made_with[id(group)])
             self._complete(group)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled and deep-copied."""
         saved = super().__getstate__()
-        return {**saved, "state": as_saved(saved["state"], saved["param_groups"])}
+        return {**saved, "state": state_dicts.as_saved(saved["state"], saved["param_groups"])}
 
     def _remember(self, group: dict[str, Any]) -> None:
         """Note the betas that a loaded group's averages were made with, for states that don't say so themselves."""
@@ -193,9 +186,10 @@ class BalancedAdam(torch.optim.Optimizer):
         Returns:
             What ``closure`` returned, if there was one.
 
-        Raises: RuntimeError: if a gradient is sparse; no parameter has changed then. ValueError: if somebody, or a
-            checkpoint, has made a group's betas unequal without permission, or a tensor does not fit its
-                parameter (any more); no parameter has changed then, but the step may have been counted.
+        Raises:
+            RuntimeError: if a gradient is sparse; no parameter has changed then.
+            ValueError: if somebody, or a checkpoint, has made a group's betas unequal without permission, or a tensor
+                does not fit its parameter (any more); no parameter has changed then, but the step may have been counted.
         """
         loss = None
         if closure is not None:
@@ -273,7 +267,7 @@ class BalancedAdam(torch.optim.Optimizer):
         self.fused_grads.pop(param, None)
 
     def hand_over(self, param: Tensor, pieces: Any, factor: Any = None, copy: Any = None, keep: bool = False) -> bool:
-        """The former name of :meth:`set_fused_grad`."""
+        """Former name of :meth:`set_fused_grad`."""
         warnings.warn("hand_over is now set_fused_grad", DeprecationWarning, stacklevel=2)
         return self.set_fused_grad(param, pieces, factor, copy, keep)
 
@@ -338,8 +332,8 @@ class BalancedAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             self._complete(group)
         saved = super().state_dict()
-        describe_groups(saved)
-        saved["state"] = as_saved(saved["state"], saved["param_groups"])
+        state_dicts.describe_groups(saved)
+        saved["state"] = state_dicts.as_saved(saved["state"], saved["param_groups"])
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -351,10 +345,10 @@ class BalancedAdam(torch.optim.Optimizer):
         as in torch, but for unequal betas where this optimizer takes only equal ones: then its own betas stay, and a
         warning says so. Settings that ``state_dict`` lacks stay as they are.
 
-        Raises: ValueError: if the groups don't match, a moment is missing or has another shape than its parameter,
-            moments are in a format that
-                isn't known or not the one they are called, or the state is that of AMSGrad or of an Adam whose weight
-                decay was not decoupled; nothing has changed then.
+        Raises:
+            ValueError: if the groups don't match, a moment is missing or has another shape than its parameter, moments
+                are in an unknown format or not in the one they are called, or the state is that of AMSGrad or of an
+                Adam whose weight decay was not decoupled; nothing has changed then.
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
         if not isinstance(state_dict, dict):
@@ -362,7 +356,7 @@ class BalancedAdam(torch.optim.Optimizer):
 
         def examine(_: torch.optim.Optimizer, seen: dict[str, Any]) -> None:
             # Registered last, so that it sees what torch will load, whatever other hooks have made of it.
-            loaded.update(check_state_dict(seen, self.param_groups))
+            loaded.update(state_dicts.check_state_dict(seen, self.param_groups))
 
         hook = self.register_load_state_dict_pre_hook(examine)
         try:
@@ -371,7 +365,7 @@ class BalancedAdam(torch.optim.Optimizer):
         finally:
             hook.remove()
         for param, state in loaded.items():
-            keep_precision(param, state, self.state[param])
+            state_dicts.keep_precision(param, state, self.state[param])
 
     @contextmanager
     def keeping_own(self) -> Iterator[None]:
@@ -397,5 +391,5 @@ class BalancedAdam(torch.optim.Optimizer):
                 self._remember(group)
                 self._complete(group)
             may_be_unequal = self.defaults["allow_unbalanced"] and settings["state"] == "fp32"
-            if (warning := keep_betas(group, settings["betas"], may_be_unequal)) and is_rank_0():
+            if (warning := state_dicts.keep_betas(group, settings["betas"], may_be_unequal)) and is_rank_0():
                 warnings.warn(warning, stacklevel=4)  # at who called load_state_dict

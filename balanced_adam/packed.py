@@ -1,8 +1,8 @@
 r"""Both moments of an element in one word of 32, 16 or 8 bits: the oracle for every other implementation of these
 formats.
 
-With equal betas |m| ≤ √v for any sequence of gradients (:mod:`balanced_adam.gradient_scale`). So with a small constant
-δ
+With equal betas |m| ≤ √v for any sequence of gradients (:mod:`balanced_adam.gradient_scale`). So with a small
+constant δ
 
 .. math:: w = v + \delta^2, \qquad r = m / s, \qquad s = \text{the power of 2 next to } \sqrt w
 
@@ -14,10 +14,10 @@ division beyond the update's own.)
 
 Rounding to nearest would stall in the short formats: in one step an average moves by a small part (1 - β) of the way to
 the gradient, often less than half of a level. So they round up or down, in such proportion that the *expectations of v
-and m* are what they
-were: w goes to the upper of its two levels with the probability that makes the expectation of w - δ² equal v, and r is
-taken against the w that is stored, so that the expectation of r s is m. (Where |r| exceeds its greatest level it is cut
-off: by Cauchy-Schwarz (m, v) with m² = v is an extreme point, which no average of other points can be.)
+and m* stay what they were: w goes to the upper of its two levels with the probability that makes the expectation of
+w - δ² equal v, and r is taken against the w that is stored, so that the expectation of r s is m. (Where |r| exceeds its
+greatest level it is cut off: by Cauchy-Schwarz (m, v) with m² = v is an extreme point, which no average of other points
+can be.)
 
 The numbers that decide this need no generator and no state (:func:`dither`). For w they are a hash of the bits of the
 element's weight and gradient and of the step. For r they are

@@ -104,14 +104,19 @@ def update(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of (balanced) AdamW; changes none of its arguments.
 
-    Args: param: the weights, any shape, a real floating dtype. grad: the gradient, same shape; cast to the moments'
-        dtype first. exp_avg: first moment m, same shape, float32 (float64 for float64 parameters). exp_avg_sq: second
-        moment v, same shape and dtype as ``exp_avg``. step: the number of this step, counted from 1. lr: learning rate.
-        betas: decay rates of m and v, each in [0, 1). eps: added to the root of the bias-corrected v. weight_decay:
-        decoupled decay; the weights shrink by ``lr * weight_decay`` of themselves. maximize: ascend instead of descend.
+    Args:
+        param: the weights, any shape, a real floating dtype.
+        grad: the gradient, same shape; cast to the moments' dtype first.
+        exp_avg: first moment m, same shape, float32 (float64 for float64 parameters).
+        exp_avg_sq: second moment v, same shape and dtype as ``exp_avg``.
+        step: the number of this step, counted from 1.
+        lr: learning rate.
+        betas: decay rates of m and v, each in [0, 1).
+        eps: added to the root of the bias-corrected v.
+        weight_decay: decoupled decay; the weights shrink by ``lr * weight_decay`` of themselves.
+        maximize: ascend instead of descend.
         bounded: for moments that are about to be packed (:mod:`balanced_adam.packed`): keep |u_t| ≤ 1, which rounded
-        moments
-            might exceed, and leave alone what is below the smallest normal number, since packing sees to it.
+            moments might exceed, and leave alone what is below the smallest normal number, since packing sees to it.
 
     Returns:
         The new weights (in ``param``'s dtype) and the new moments (in the moments' dtype).

@@ -43,8 +43,9 @@ def convert_(format: str, state: State, param: Tensor) -> int:
     Words of another format are decoded first. Moments that are there beside words are newer: DeepSpeed puts them there
     when it loads a universal checkpoint. Nothing is lost if there is no memory for it.
 
-    Returns: The number of elements of loaded moments whose m was beyond what the format holds, and is cut off: |m|
-        above √v, as unequal betas make it, or in packed8 above 0.91 times the root of the w that is stored.
+    Returns:
+        The number of elements of loaded moments whose m was beyond what the format holds, and is cut off: |m| above √v,
+        as unequal betas make it, or in packed8 above 0.91 times the root of the w that is stored.
     """
     known = packed.FORMATS.get(format)
     loaded = "exp_avg" in state
@@ -104,8 +105,9 @@ def check_loaded(format: Any, group: list[State], betas: tuple[float, float]) ->
 
     A group may hold several formats: that of a run that ended while it changed to the one that its group is called by.
 
-    Raises: ValueError: if it is called by a format that isn't known, or that none of its states has, or one of them
-        lacks something.
+    Raises:
+        ValueError: if it is called by an unknown format, or by one that none of its states has, or one of them lacks
+            something.
     """
     if format not in FORMATS:
         raise ValueError(

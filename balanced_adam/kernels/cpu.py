@@ -64,9 +64,9 @@ class Library:
             )
 
     def measure(self, updates: Sequence[Update], *, directions: bool) -> tuple[Tensor, Tensor]:
-        """Of each gradient, all of one dtype, or of each direction of states of one dtype
-        (:func:`balanced_adam.rule.direction`): the sum of squares, and of directions the greatest absolute value; two
-        tensors of shape (len(updates),), float64.
+        """Measure each gradient, all of one dtype, or each direction (:func:`balanced_adam.rule.direction`) of states
+        of one dtype: the sum of squares, and for directions the greatest absolute value; two tensors of shape
+        (len(updates),), float64.
 
         Each depends on its own numbers alone: not on the number of threads, and not on the instruction set.
         """

@@ -109,8 +109,9 @@ class Update(NamedTuple):
     def check(self) -> None:
         """See that the kernel reads and writes within these tensors, and takes each for what it is.
 
-        Raises: ValueError: naming the tensor, where one has another size, dtype, device or layout than the parameter
-            asks for.
+        Raises:
+            ValueError: naming the tensor, where one has another size, dtype, device or layout than the parameter asks
+                for.
         """
         param, grad, first, second, copy, factor = (
             self.param, self.grad, self.first, self.second, self.copy, self.factor

@@ -1,7 +1,8 @@
 """A fire drill: a run on two hosts is killed or hangs again and again, and ends with the bits of an undisturbed one.
 
-``python -m tests.fault_injection --faults 50 --seed 0``. As root each rank has a host of its own (tests/cluster/hosts.py), whose
-plug can be pulled; otherwise both ranks share this machine, and no host crashes. Everything done is in drill.jsonl.
+``python -m tests.fault_injection --faults 50 --seed 0``. As root each rank has a host of its own
+(tests/cluster/hosts.py), whose plug can be pulled; otherwise both ranks share this machine, and no host crashes.
+Everything done is in drill.jsonl.
 """
 
 from __future__ import annotations

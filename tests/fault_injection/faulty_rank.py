@@ -1,4 +1,5 @@
-"""train.pretrain, to which something happens on one rank at one moment. ``LAUNCHER -m tests.fault_injection.faulty_rank ...``
+"""train.pretrain, to which something happens on one rank at one moment. ``LAUNCHER -m tests.fault_injection.faulty_rank
+...``
 
 FAULT="RANK MOMENT COUNT WHAT": on that rank, the COUNT-th time (from 1) that it comes to MOMENT, WHAT is done.
 """

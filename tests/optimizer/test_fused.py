@@ -300,6 +300,6 @@ def test_former_names_still_work_and_warn() -> None:
     with pytest.warns(DeprecationWarning, match="take_back is now clear_fused_grad"):
         optimizer.take_back(weight)
     assert not optimizer.fused_grads
-    code = "from balanced_adam import horizon; print(horizon.choose('0.9', steps=1, tokens_per_step=1), horizon.horizon(0.5))"
+    code = "from balanced_adam import horizon as h; print(h.choose('0.9', steps=1, tokens_per_step=1), h.horizon(0.5))"
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True)
     assert done.stdout == "0.9 2.0\n" and "balanced_adam.horizon is now balanced_adam.beta_schedule" in done.stderr

@@ -1,7 +1,8 @@
 """Bytes a weight of all that a step needs, by component, beside other optimizers; ``python -m tests.perf.memory``.
 
-One process, bf16 weights and gradients with fp32 master weights. Each optimizer is built on real tensors and takes one step; then
-the storages of all tensors alive are counted. The command prints a table and writes docs/figures/memory.svg (docs/packed-state.md).
+One process, bf16 weights and gradients with fp32 master weights. Each optimizer is built on real tensors and takes one
+step; then the storages of all tensors alive are counted. The command prints a table and writes docs/figures/memory.svg
+(docs/packed-state.md).
 """
 
 from __future__ import annotations
