@@ -189,7 +189,7 @@ class BalancedAdam(torch.optim.Optimizer):
         Raises:
             RuntimeError: if a gradient is sparse; no parameter has changed then.
             ValueError: if somebody, or a checkpoint, has made a group's betas unequal without permission, or a tensor
-                does not fit its parameter (any more); no parameter has changed then, but the step may have been counted.
+                does not fit its parameter (any more); no parameter has changed, but the step may have been counted.
         """
         loss = None
         if closure is not None:
