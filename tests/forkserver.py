@@ -33,8 +33,7 @@ MODULES = (
     "train.checkpoint.resumable_run",
     "train.run.preflight",
 )
-"""What ranks run as ``__main__`` is left out, or it would be there twice: train.pretrain, train.checkpoint.universal,
-tests.job."""
+"""Not what ranks run as ``__main__``, or it would be there twice: train.pretrain, checkpoint.universal, tests.job."""
 
 
 def prepare() -> None:

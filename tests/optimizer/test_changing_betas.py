@@ -151,7 +151,7 @@ def test_a_run_whose_betas_change_may_be_cut_anywhere_and_keeps_its_bits(seed: i
         assert mine == other
     for number, values in ours["state"].items():
         for name, value in values.items():
-            rounded = name == "log_beta_excess"  # a difference is, at each save
+            rounded = name == "log_beta_excess"  # it is a difference, rounded at each save
             same = raw(theirs["state"][number][name])
             assert raw(value) == (pytest.approx(same, rel=1e-9, abs=1e-9) if rounded else same), name
 

@@ -132,7 +132,7 @@ def test_betas_out_of_range_are_named(bad: float) -> None:
 
 
 def of_noise(beta1: float, beta2: float, scales: list[float]) -> float:
-    """The root of E[m^2] / E[v] after independent gradients of mean 0 and these scales, from their covariance."""
+    """The root of E[m^2] / E[v] after independent gradients of mean 0 and these scales, without a closed form."""
     age = torch.arange(len(scales) - 1, -1, -1, dtype=torch.float64)
     squares = torch.tensor(scales, dtype=torch.float64) ** 2
     weights1, weights2 = (1 - beta1) * beta1**age, (1 - beta2) * beta2**age
