@@ -1,4 +1,4 @@
-"""``python -m tests.parity`` prints the tables of parity as Markdown; README.md shows them."""
+"""``python -m tests.parity`` prints the tables of parity as Markdown; docs/parity.md shows them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def exact() -> list[dict[str, str]]:
 def real() -> list[dict[str, str]]:
     found = [(case, world, greatest(traces(world)[case], plain_run())) for case in FP32 for world in (2, 3)]
     return [
-        where(case, world) | {key: "not told" if isnan(ulp) else f"{ulp:.1f}" for key, ulp in apart.items()}
+        where(case, world) | {key: "n/a" if isnan(ulp) else f"{ulp:.1f}" for key, ulp in apart.items()}
         for case, world, apart in found
     ]
 

@@ -1,4 +1,4 @@
-"""``python -m tests.perf [step] [engine] [harness] [scaling] [formats]`` prints the tables of README.md as Markdown."""
+"""``python -m tests.perf [step] [engine] [harness] [scaling] [formats]`` prints the tables of docs/ as Markdown."""
 
 import sys
 
