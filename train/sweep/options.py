@@ -54,6 +54,6 @@ class Comparison:
     """Write the manifest and stop."""
     manifest: Path | None = None
     """Execute the plan in this file, such as one that --plan-only wrote and you edited.
-    The options from arms to launcher are ignored."""
+    The options from arms to launcher and those after "--" are ignored."""
     rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """After "--": further options of every run, as for train.pretrain, such as -- --model small."""
