@@ -1,6 +1,6 @@
 """Choose a beta for your model and text from a short pilot run: ``python -m train.choose_beta -- --data FOLDER``.
 
-:mod:`train.probe.pilot` explains what is measured, and why.
+The module train.probe.pilot explains what is measured, and why.
 """
 
 from __future__ import annotations

@@ -23,9 +23,11 @@ class Regret:
     """The runs and the rules to evaluate."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (Path("runs/plane"),)
-    """Comparisons, one row of the table each. Either a folder that holds the report.csv of train.report (after
-    train.report A B C that is A) and, for the rule "pilot", the pilot.json of train.choose_beta --out. Or a CSV file
-    NAME.csv with NAME.pilot.json beside it, such as docs/results/plane-tiny.csv. Only arms with fp32 state are used."""
+    """Comparisons, one row of the table each.
+    A folder has to hold the report.csv of train.report (after train.report A B C it is in A).
+    For the rule "pilot" it also needs the pilot.json of train.choose_beta --out.
+    A CSV file NAME.csv needs NAME.pilot.json beside it, as docs/results/plane-tiny.csv has.
+    Only arms with fp32 state are used."""
     rules: tuple[str, ...] = ("0.95", "0.944", "refresh:1000", "half_life_tokens:10e6", "pilot")
     """Rules as for --betas of train.pretrain, except from:A:to:B; or "pilot", the beta that train.choose_beta chose."""
 

@@ -17,8 +17,8 @@ class Report:
     """The runs to report, and the baseline."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = (Path("runs/compare"),)
-    """Folders of comparisons, each with a manifest.json. Their runs are combined. The report goes into the first
-    folder."""
+    """Folders of comparisons, each with a manifest.json. Their runs are combined.
+    The report goes into the first folder."""
     baseline: str = ""
     """The arm that the others are compared with, such as 0.9,0.95. Default: the first arm with an ended run."""
 

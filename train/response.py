@@ -1,6 +1,6 @@
 """Measure how an update responds to a change in the gradient's scale, for any betas, on gradients of a real run.
 
-:mod:`train.analysis.scale_response` explains what is measured.
+The module train.analysis.scale_response explains what is measured.
 """
 
 from __future__ import annotations

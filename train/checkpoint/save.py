@@ -90,7 +90,7 @@ def save_checkpoint(
     with ranks.collective_errors():
         if writer.error is not None:
             raise ConfigError(_not_written(target, writer.error))
-    written = ranks.gather(writer.files)
+    by_rank = ranks.gather(writer.files)
     with ranks.collective_errors():
         if ranks.is_main:
             try:
@@ -100,7 +100,7 @@ def save_checkpoint(
                     "layout": layout,
                     **(origin._asdict() if origin else {}),
                 }
-                known = {name: summed for files in written for name, summed in files.items()}
+                known = {name: summed for files in by_rank for name, summed in files.items()}
                 manifest.finish(tmp, target, about, known)
                 require(not (reason := why_incomplete(target)), _not_written(target, ValueError(reason)))
                 _rotate(folder, step, keep)

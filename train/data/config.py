@@ -13,9 +13,10 @@ class Data:
     """The training data."""
 
     data: str = "stdlib"
-    """The text: "stdlib" (the sources of Python's standard library); a file or a folder of .txt/.md/.py, .jsonl/.json
-    or .parquet files (all but .parquet also compressed as .gz, .bz2 or .xz); or "hub:NAME" or "hub:NAME:CONFIGURATION",
-    the train split of a Hugging Face hub dataset."""
+    """The text: "stdlib", a path, "hub:NAME" or "hub:NAME:CONFIGURATION". "stdlib" is Python's standard library.
+    A path is a file or a folder of .txt/.md/.py, .jsonl/.json or .parquet files.
+    All but .parquet may be compressed (.gz, .bz2 or .xz).
+    "hub:" takes the train split of a Hugging Face hub dataset."""
     text_field: str = "text"
     """Name of the column that holds the text, in JSON, Parquet and hub data."""
     tokenizer: str = "byt5"
@@ -27,8 +28,8 @@ class Data:
     data_cache: Path = Path("~/.cache/balanced_adam")
     """Folder where tokenized data is cached. All runs on the same data share it."""
     verify_data: bool = False
-    """Read all files of the corpus and all tokens again and compare their checksums. By default only files whose size
-    or modification time has changed are read again."""
+    """Read all files of the corpus and all tokens again and compare their checksums.
+    By default only files whose size or modification time has changed are read again."""
 
     def check(self) -> None:
         """Raise :class:`ConfigError` on a value out of range."""

@@ -90,7 +90,7 @@ def free_port() -> int:
         ConfigError: if none of a thousand ports is free.
     """
     draw = random.SystemRandom()  # the operating system's, so that two runs with the same seed choose differently
-    end = _first_ephemeral_port()
+    end = _first_of_connections()
     for _ in range(1000):
         with socket.socket() as probe, suppress(OSError):
             port = draw.randrange(10000, end)
@@ -99,7 +99,7 @@ def free_port() -> int:
     raise ConfigError(f"none of a thousand TCP ports from 10000 to {end - 1} is free on {platform.node()}; free some.")
 
 
-def _first_ephemeral_port() -> int:
+def _first_of_connections() -> int:
     """Return the first port of the range that outgoing connections use."""
     try:
         return max(11000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]))

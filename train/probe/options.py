@@ -20,14 +20,13 @@ class Pilot:
     checkpoints: int = 4
     """Points at which gradients are drawn, at the ends of equal parts of the pilot; at least 3."""
     out: Path | None = None
-    """Folder to write the result to, as pilot.json. In a comparison's folder train.regret finds it. Default: none, the
-    result is only printed."""
+    """Folder to write the result to, as pilot.json. In a comparison's folder train.regret finds it.
+    Default: none, the result is only printed."""
     planned_steps: int | None = None
-    """Optimizer steps of the run that the beta is for; at least the pilot's. The pilot follows that run's learning-rate
-    schedule. Default: ten times the pilot's steps."""
+    """Optimizer steps of the run that the beta is for; at least the pilot's.
+    The pilot follows that run's learning-rate schedule. Default: ten times the pilot's steps."""
     rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """After "--": options of the run that the beta is for, as for train.pretrain, such as -- --model small --data
-    FOLDER."""
+    """After "--": options of the run that the beta is for, as for train.pretrain, such as -- --model small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +38,17 @@ class Response:
     task: Literal["language", "vit", "resnet"] = "language"
     """The run: language (as train.pretrain), or a small vision transformer or ResNet on the digits of scikit-learn."""
     betas: tuple[str, ...] = ("0.95", "0.9,0.95", "0.9,0.999", "0.9,0.81")
-    """Pairs of betas to evaluate, each one number or beta1,beta2. They do not affect the run, whose betas are set by
-    the options after "--"."""
+    """Pairs of betas to evaluate, each one number or beta1,beta2.
+    They do not affect the run, whose betas are set by the options after "--"."""
     at: tuple[int, ...] = (200,)
     """Steps after which the response is measured; at least window."""
     window: int = 150
     """Steps whose gradients are recorded before each measurement; more than 10."""
     elements: int = 4096
-    """Elements drawn from each tensor; at least 1. The recording takes 4 bytes x window x elements x tensors of
-    memory."""
+    """Elements drawn from each tensor; at least 1.
+    The recording takes 4 bytes x window x elements x tensors of memory."""
     checkpoint: Path | None = None
-    """Folder of a run of train.pretrain with the options after "--". Its newest weights are resumed, with the moments
-    at zero. Default: start from initial weights."""
+    """Folder of a run of train.pretrain with the options after "--".
+    Its newest weights are resumed, with the moments at zero. Default: start from initial weights."""
     rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """After "--": options of the run, as for train.pretrain, such as -- --model small --lr 2e-3."""

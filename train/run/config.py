@@ -25,8 +25,7 @@ class Model:
     """The model."""
 
     model: str = "tiny"
-    """A preset (tiny, small, 124m, 350m or 1.3b), or the path or hub name of a causal language model's
-    configuration."""
+    """A preset (tiny, small, 124m, 350m or 1.3b), or the path or hub name of a causal language model's config."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass. This saves memory and costs about a third more compute."""
 
@@ -38,9 +37,9 @@ class Optimizer:
     lr: float = 1e-3
     """Peak learning rate; above 0."""
     betas: float | tuple[float, float] | str = 0.95
-    """One number in [0, 1) for beta1 = beta2. Or two numbers; if they differ, --allow-unbalanced is needed. Or a rule
-    that chooses one number: refresh:R (1 - beta = R / steps), half_life:STEPS, half_life_tokens:TOKENS or
-    horizon:STEPS. Or from:A:to:B, a beta that moves from A to B during the run."""
+    """One number in [0, 1) for beta1 = beta2. Or two numbers; if they differ, --allow-unbalanced is needed.
+    Or a rule for one number: refresh:R (1 - beta = R / steps), half_life:STEPS, half_life_tokens:TOKENS, horizon:STEPS.
+    Or from:A:to:B, a beta that moves from A to B during the run."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
@@ -93,8 +92,8 @@ class Parallelism:
     """Sequences in one forward pass on one rank. If ranks x micro_batch is less than batch, gradients are accumulated.
     Default: batch / ranks."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the forward and backward passes; master weights are float32. "auto" takes it from the ds_config;
-    if that says "auto" too, it is bf16 on GPUs and fp32 on CPU."""
+    """Number format of the forward and backward passes; master weights are float32.
+    "auto" takes it from the ds_config; if that says "auto" too, it is bf16 on GPUs and fp32 on CPU."""
 
     def check(self) -> None:
         """Raise :class:`ConfigError` on a value out of range."""
@@ -128,8 +127,8 @@ class Checkpoints:
     keep: int = 2
     """Number of checkpoints to keep, at least 1. The oldest are removed first."""
     resume: bool = True
-    """Resume from the newest complete checkpoint in the output folder, if there is one. With --no-resume a folder that
-    holds a run is an error."""
+    """Resume from the newest complete checkpoint in the output folder, if there is one.
+    With --no-resume a folder that holds a run is an error."""
 
     def check(self) -> None:
         """Raise :class:`ConfigError` on a value out of range."""
@@ -144,8 +143,8 @@ class Logging:
     validate_every: int = 100
     """Steps between validations; 0 validates only at the end."""
     validation_batches: int = 8
-    """Batches of held-out text in one validation; 0 for all of them. They are spread evenly over the text and always
-    the same."""
+    """Batches of held-out text in one validation; 0 for all of them.
+    They are spread evenly over the text and always the same."""
     tensorboard: bool = False
     """Also write TensorBoard files, through DeepSpeed's monitor."""
     csv: bool = False
@@ -179,11 +178,12 @@ class Run:
     dry_run: bool = False
     """Check everything, estimate memory and run one batch. Nothing is written to the run's folder."""
     stop_after_nonfinite: int = 3
-    """Stop when the loss or the gradient was NaN or infinite for this many steps in a row; at least 1. The last good
-    checkpoint is kept."""
+    """Stop when the loss or the gradient was NaN or infinite for this many steps in a row; at least 1.
+    The last good checkpoint is kept."""
     timeout: float = 600.0
-    """Seconds without progress after which the run is aborted, because a rank is stuck, a host is gone or the network
-    is cut; at least 5. It must exceed the time of the slowest step, validation batch or checkpoint file."""
+    """Seconds without progress (a rank is stuck, a host is gone, the network is cut) after which the run is aborted.
+    At least 5.
+    It must exceed the time of the slowest step, validation batch or checkpoint file."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -274,5 +274,5 @@ class Preflight(Run):
     """The options of train.pretrain, and the number of ranks to check them for."""
 
     ranks: int | None = None
-    """Check only settings, data and model, for a run on this many ranks. Default: check all hosts, on the ranks that
-    the launcher has started."""
+    """Check only settings, data and model, for a run on this many ranks.
+    Default: check all hosts, on the ranks that the launcher has started."""

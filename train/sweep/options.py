@@ -16,18 +16,19 @@ class Comparison:
     out: Path = Path("runs/compare")
     """Folder of the comparison, for manifest.json, one folder per run, and the report."""
     arms: tuple[str, ...] = ("0.95", "0.9,0.95", "0.9,0.999")
-    """Beta settings to compare: one number, beta1,beta2, or a rule as for --betas of train.pretrain. An optional state
-    format follows after a colon, as in 0.95:packed16 or refresh:1000:packed16. The first arm is the baseline."""
+    """Beta settings to compare: one number, beta1,beta2, or a rule as for --betas of train.pretrain.
+    An optional state format follows after a colon, as in 0.95:packed16 or refresh:1000:packed16.
+    The first arm is the baseline."""
     grid: tuple[float, ...] = ()
     """Instead of arms: compare every pair of these betas, the tied ones first."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the runs of each arm. With the same seed every arm starts from the same weights and sees the same
-    batches."""
+    """Seeds of the runs of each arm.
+    With the same seed every arm starts from the same weights and sees the same batches."""
     lr: tuple[float, ...] | None = None
     """Peak learning rates; every arm is run at each. Default: 1e-3; for a grid 5e-4, 1e-3 and 2e-3."""
     lr_from: tuple[Path, ...] = ()
-    """Instead of lr: folders of comparisons in which these arms were tuned. Each arm is run at its best learning rate
-    there."""
+    """Instead of lr: folders of comparisons in which these arms were tuned.
+    Each arm is run at its best learning rate there."""
     steps: int = 200
     """Optimizer steps of one run; at least 1."""
     tokens: int | None = None
@@ -37,11 +38,11 @@ class Comparison:
     sequence_length: int = 128
     """Tokens in one sequence; at least 2."""
     ranks: int | None = None
-    """Number of ranks (processes) of one run; on GPUs at most one per GPU. Default: 2, or 1 if there is a single
-    GPU."""
+    """Number of ranks (processes) of one run; on GPUs at most one per GPU.
+    Default: 2, or 1 if there is a single GPU."""
     launcher: Literal["deepspeed", "torchrun", "accelerate", "python", "slurm"] = "deepspeed"
-    """Launcher that starts the ranks. "python" starts one. "slurm" is for slurm/compare.sbatch, which submits each run
-    as a job; it needs --plan-only."""
+    """Launcher that starts the ranks. "python" starts one.
+    "slurm" is for slurm/compare.sbatch, which submits each run as a job; it needs --plan-only."""
     max_runs: int | None = None
     """Number of runs to begin now. The same command continues later. Default: no limit."""
     max_hours: float | None = None
@@ -52,7 +53,7 @@ class Comparison:
     plan_only: bool = False
     """Write the manifest and stop."""
     manifest: Path | None = None
-    """Execute the plan in this file, such as one that --plan-only wrote and you edited. All options above but out are
-    ignored."""
+    """Execute the plan in this file, such as one that --plan-only wrote and you edited.
+    The options from arms to launcher and those after "--" are ignored."""
     rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """After "--": further options of every run, as for train.pretrain, such as -- --model small."""
