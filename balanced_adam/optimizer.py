@@ -311,7 +311,7 @@ class BalancedAdam(torch.optim.Optimizer):
                 parameter_step.step_in_torch(weights, grad, moments, step, corrected, lr, settings)
                 return
             scalars = kernels.scalars(step, lr, **settings, corrected=corrected)
-        moments = parameter_step.lay_out_moments(param, state, moments)
+        parameter_step.lay_out_moments(param, weights, state, moments)
         updates += parameter_step.kernel_updates(weights, moments, scalars, grad, fused_grad)
 
     @torch.no_grad()

@@ -129,20 +129,23 @@ def step_in_torch(
         tensor.copy_(value)
 
 
-def lay_out_moments(param: Tensor, state: states.State, moments: dict[str, Tensor]) -> dict[str, Tensor]:
-    """These moments as a kernel takes them, in the state too.
+def lay_out_moments(param: Tensor, weights: Tensor, state: states.State, moments: dict[str, Tensor]) -> None:
+    """Bring moments, in place and in the state too, to where and how a kernel takes them.
 
-    They are what they were, unless somebody has changed the model or the state by hand.
+    They are so already, unless somebody has changed the model or the state by hand.
+
+    Args:
+        param: the parameter.
+        weights: this rank's part of it.
+        state: of the parameter.
+        moments: this rank's parts of the tensors that hold its moments.
     """
-    weights = dtensor.local(param)
-    laid_out = dict(moments)
     for name, tensor in moments.items():
         dtype = tensor.dtype if name == states.PACKED else torch.float32
-        laid_out[name] = _laid_out_as(weights, tensor.to(weights.device, dtype))
-        if laid_out[name] is not tensor:
-            state[name] = dtensor.placed_as(param, laid_out[name])
-            laid_out[name] = dtensor.local(state[name])
-    return laid_out
+        laid_out = _laid_out_as(weights, tensor.to(weights.device, dtype))
+        if laid_out is not tensor:
+            state[name] = dtensor.placed_as(param, laid_out)
+            moments[name] = dtensor.local(state[name])
 
 
 def kernel_updates(
@@ -153,14 +156,14 @@ def kernel_updates(
     fused_grad: FusedGrad | None,
 ) -> list[kernels.Update]:
     """What a kernel shall do: one update, or one for each stretch of memory that a fused gradient lies in."""
-    update = kernels.Update.of(weights, moments, scalars)
     if fused_grad is None:
         assert grad is not None
-        return [update._replace(grad=_laid_out_as(weights, grad.resolve_neg()))]
+        return [kernels.Update.of(weights, _laid_out_as(weights, grad.resolve_neg()), moments, scalars)]
     shards, factor, copy, keep = fused_grad
     updates, offset = [], 0
     for shard in join_neighbours(shards):
-        updates.append(update._replace(grad=shard, offset=offset, copy=copy, factor=factor, keep=keep))
+        update = kernels.Update.of(weights, shard, moments, scalars)
+        updates.append(update._replace(offset=offset, copy=copy, factor=factor, keep=keep))
         offset += shard.numel()
     return updates
 

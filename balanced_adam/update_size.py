@@ -57,7 +57,7 @@ def update_size(
         count += weights.numel()
         if param.device.type == "cpu" and fuses(param):
             scalars = kernels.scalars(last.step, 0.0, last.betas, last.eps, 0.0, False)
-            update = kernels.Update.of(weights, moments, scalars)
+            update = kernels.Update.of(weights, weights, moments, scalars)
             in_kernel.setdefault(update.first.dtype, []).append((update, correction.scale))
         else:
             sums.add_in_torch(moments, correction)

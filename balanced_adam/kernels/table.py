@@ -93,12 +93,10 @@ class Update(NamedTuple):
     """Store factor * gradient in place of the gradient (float32 only)."""
 
     @classmethod
-    def of(cls, param: Tensor, moments: dict[str, Tensor], scalars: bytes | Recipe) -> Update:
-        """The step of a whole parameter, from the tensors that hold its moments by name; the gradient is still
-        missing."""
-        first, second = (*moments.values(), None)[:2]
-        assert first is not None
-        return cls(param, param, first, second, scalars)
+    def of(cls, param: Tensor, grad: Tensor, moments: dict[str, Tensor], scalars: bytes | Recipe) -> Update:
+        """The step of a whole parameter, from the tensors that hold its moments by name."""
+        first, *second = moments.values()
+        return cls(param, grad, first, second[0] if second else None, scalars)
 
     @property
     def variant(self) -> Variant:
