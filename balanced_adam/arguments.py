@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from balanced_adam import bias_correction, rule
+from balanced_adam import bias_correction, dtensor, rule
 from balanced_adam import state as states
 from balanced_adam.warn import warn_once
 
@@ -55,6 +55,22 @@ def check_group(group: dict[str, Any], allow_unbalanced: bool) -> None:
             f"eps is {group['eps']} and state is {group['state']!r}, which reads sqrt(v) below 7e-9 as 0: updates of "
             "such small gradients may be as large as lr; keep eps at 1e-9 or above, or take packed32."
         )
+
+
+def check_before_step(group: dict[str, Any], allow_unbalanced: bool) -> None:
+    """Refuse, before anything has changed, what a scheduler, a checkpoint or the model may have brought.
+
+    Raises:
+        RuntimeError: if a gradient is sparse.
+        ValueError: if betas are no pair, or unequal without permission, or a gradient is not placed as its parameter.
+    """
+    group["betas"] = as_pair(group["betas"], allow_unbalanced)
+    check_format(group)
+    for param in group["params"]:
+        if param.grad is not None and param.grad.is_sparse:
+            raise RuntimeError("BalancedAdam does not take sparse gradients; build the embedding with sparse=False.")
+        if reason := dtensor.obstacle(param, param.grad):
+            raise ValueError(reason)
 
 
 def check_loaded_group(group: dict[str, Any], own: dict[str, Any]) -> None:

@@ -125,7 +125,7 @@ def resolve(rule: str, *, steps: float, tokens_per_step: float) -> float:
 
 
 def schedule(rule: str, *, steps: float, tokens_per_step: float) -> Callable[[float], float]:
-    """The beta at each step, counted from 0: that of :func:`resolve` all the time, or one that moves, ``from:A:TO:B``:
+    """The beta at each step, counted from 0: that of :func:`resolve` all the time, or one that moves, ``from:A:to:B``:
     the horizon goes from that of A to that of B, by the same factor in every step.
 
     Args:

@@ -16,20 +16,20 @@ class FusedGrad(NamedTuple):
 
     shards: list[Tensor]
     """Dense tensors of one dtype of ``kernels.DTYPES`` on the parameter's device; they tile the parameter in order."""
-    grad_scale: Tensor | None
-    """One float32 on the same device, which multiplies the gradient. It is read when the step is taken."""
+    grad_factor: Tensor | None
+    """One float32 on the same device, which multiplies the gradient (torch's fused optimizers divide by their
+    ``grad_scale``). It is read when the step is taken."""
     lp_param_out: Tensor | None
     """Dense, on the same device, as many elements as the parameter: receives the new weights in its own dtype."""
     store_scaled_grad: bool
-    """Whether grad_scale * gradient is stored in place of the gradient (float32 on CPUs only)."""
+    """Whether grad_factor * gradient is stored in place of the gradient (float32 on CPUs only)."""
 
     def fits(self, param: Tensor) -> bool:
-        """Whether a kernel can take this for ``param``, by dtypes, devices, layout and number of elements."""
+        """Whether a kernel steps ``param`` with this; what does not fit otherwise is refused by the step itself."""
         if param.dtype != torch.float32 or not param.is_contiguous():
             return False
-        if self.store_scaled_grad and not (
-            param.device.type == "cpu" and {shard.dtype for shard in self.shards} == {torch.float32}
-        ):
+        dtypes = {shard.dtype for shard in self.shards}  # one: neighbours in memory are joined
+        if len(dtypes) != 1 or (self.store_scaled_grad and (dtypes != {torch.float32} or param.device.type != "cpu")):
             return False
         tensors = [*self.shards, *([] if self.lp_param_out is None else [self.lp_param_out])]
         alike = all(t.dtype in kernels.DTYPES and t.device == param.device and t.is_contiguous() for t in tensors)

@@ -15,7 +15,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hoo
 from balanced_adam import bias_correction, dtensor, kernels, parameter_step, rule
 from balanced_adam import state as states
 from balanced_adam import state_dict as state_dicts
-from balanced_adam.arguments import SWITCHES, Betas, as_pair, check_format, check_group, check_switches
+from balanced_adam.arguments import SWITCHES, Betas, as_pair, check_before_step, check_group, check_switches
 from balanced_adam.fused_grad import FusedGrad
 from balanced_adam.update_size import LastStep, UpdateSize, update_size
 from balanced_adam.warn import is_rank_0, warn_once
@@ -46,17 +46,19 @@ class BalancedAdam(torch.optim.Optimizer):
         fused: take the step in one pass over memory, through the kernels of :mod:`balanced_adam.kernels`. None does so
             for every parameter that they take (float32, bfloat16, float16 on CPU or CUDA, without gaps in memory), and
             warns once if there ought to be a kernel and is none; True raises instead; False is plain torch. All three
-            have the same bits and the same state, so that a run may change between them.
+            have the same bits and the same state, so that a run may change between them. (A gradient of a dtype that
+            no kernel takes beside its parameter's goes through plain torch.)
         capturable: keep the step count on the GPU, and read an ``lr`` that is a tensor there, so that a CUDA graph may
             capture :meth:`step` (after one step outside of it). Needs the kernels.
         fused_zero: under DeepSpeed ZeRO, let the same pass unscale and clip the gradients and write the 16-bit weights
             (:mod:`balanced_adam.zero.one_pass`).
 
     State per parameter: ``step`` (0-dim float32 tensor), ``exp_avg`` and ``exp_avg_sq`` (the parameter's shape;
-    float32, or float64 for float64 parameters). The names are those of ``torch.optim.AdamW``, whose state loads here,
-    and back. In place of the moments a packed state has ``packed`` (integers, the parameter's shape). Any format loads
-    into any other; ``state`` of this optimizer stays as it is. :func:`balanced_adam.unpacked` makes a state dict for
-    others.
+    float32, or float64 for float64 parameters), ``log_beta_product`` (a float; :mod:`balanced_adam.bias_correction`).
+    The names are those of ``torch.optim.AdamW``, whose state loads here, and back. In place of the moments a packed
+    state has ``packed`` (the parameter's shape; int32, the bits of bfloat16, or uint8). Any format loads into any
+    other: the optimizer keeps its own, and converts at the next step. :func:`balanced_adam.unpacked` makes a state dict
+    for others.
 
     As torch's own optimizers, it is not thread-safe: two threads must not step one optimizer at once.
 
@@ -195,18 +197,24 @@ class BalancedAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_before_step()
+        for group in self.param_groups:
+            check_before_step(group, self.defaults["allow_unbalanced"])
         updates: list[kernels.Update] = []
+        plain_steps: list[parameter_step.PlainStep] = []
         distributed: list[Tensor] = []
         for group in self.param_groups:
             for param in group["params"]:
                 if param in self.fused_grads or param.grad is not None:
-                    self._step_parameter(param, group, updates)
+                    self._prepare_step(param, group, updates, plain_steps)
                     if dtensor.is_dtensor(param):
                         distributed.append(param)
                 elif states.format_of(self.state.get(param, {})) not in (None, group["state"]):  # loaded
                     self._cut += states.convert_(group["state"], self.state[param], param)
+        for plain in plain_steps:
+            plain.check()
         kernels.step(updates)
+        for plain in plain_steps:
+            plain.take()
         for param in distributed:  # of which autograd counts versions apart from those of this rank's part
             torch.autograd.graph.increment_version(param)
         if self._cut:
@@ -222,24 +230,11 @@ class BalancedAdam(torch.optim.Optimizer):
                     torch.autograd.graph.increment_version(tensor)
         return loss
 
-    def _check_before_step(self) -> None:
-        """Refuse, before anything has changed, what a scheduler, a checkpoint or the model may have brought."""
-        for group in self.param_groups:
-            group["betas"] = as_pair(group["betas"], self.defaults["allow_unbalanced"])
-            check_format(group)
-            for param in group["params"]:
-                if param.grad is not None and param.grad.is_sparse:
-                    raise RuntimeError(
-                        "BalancedAdam does not take sparse gradients; build the embedding with sparse=False."
-                    )
-                if reason := dtensor.obstacle(param, param.grad):
-                    raise ValueError(reason)
-
     def set_fused_grad(
         self,
         param: Tensor,
         shards: list[Tensor],
-        grad_scale: Tensor | None = None,
+        grad_factor: Tensor | None = None,
         lp_param_out: Tensor | None = None,
         store_scaled_grad: bool = False,
     ) -> bool:
@@ -247,13 +242,14 @@ class BalancedAdam(torch.optim.Optimizer):
 
         Args:
             param: a contiguous float32 parameter of this optimizer.
-            shards, grad_scale, lp_param_out, store_scaled_grad: see :class:`balanced_adam.fused_grad.FusedGrad`.
+            shards, grad_factor, lp_param_out, store_scaled_grad: see :class:`balanced_adam.fused_grad.FusedGrad`.
 
         Returns:
             Whether it was taken. It is not where plain torch steps this parameter, a dtype or device doesn't suit, or
-            hooks or ``capturable`` need ``param.grad``.
+            hooks or ``capturable`` need ``param.grad``. What was taken is for one step, counts in place of
+            ``param.grad``, and is dropped when a state is loaded.
         """
-        fused_grad = FusedGrad(shards, grad_scale, lp_param_out, store_scaled_grad)
+        fused_grad = FusedGrad(shards, grad_factor, lp_param_out, store_scaled_grad)
         if not (fused_grad.fits(param) and self._fuses(param)):
             return False
         hooks = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, _global_pre_hooks, _global_post_hooks)
@@ -285,12 +281,20 @@ class BalancedAdam(torch.optim.Optimizer):
         fused, capturable = self.defaults["fused"], self.defaults["capturable"]
         return fused is not False and parameter_step.fuses(dtensor.local(param), bool(fused), capturable)
 
-    def _step_parameter(self, param: Tensor, group: dict[str, Any], updates: list[kernels.Update]) -> None:
-        """Take the step in plain torch, or append what a kernel shall do."""
+    def _prepare_step(
+        self,
+        param: Tensor,
+        group: dict[str, Any],
+        updates: list[kernels.Update],
+        plain_steps: list[parameter_step.PlainStep],
+    ) -> None:
+        """Count the step of a parameter, and append what a kernel shall do, or plain torch."""
         fused = self._fuses(param)
         fused_grad = self.fused_grads.pop(param, None)
         grad = None if param.grad is None else dtensor.local(param.grad)
         state, weights = self.state[param], dtensor.local(param)
+        if fused and fused_grad is None and grad is not None and grad.dtype != weights.dtype:
+            fused = parameter_step.fuses_grad(weights, grad)
         if "step" in state and bias_correction.LOG_PRODUCT not in state:
             self._complete(group)
         moments, cut = parameter_step.prepare_moments(param, state, group["state"])
@@ -305,10 +309,9 @@ class BalancedAdam(torch.optim.Optimizer):
             step, corrected = parameter_step.count(state, group["betas"])
             self._moved[param] = LastStep(corrected, group["betas"], group["eps"])
             lr = float(group["lr"])
-            if not fused or (grad is not None and fused_grad is None and grad.dtype != weights.dtype):
-                # A gradient of another dtype (Tensor.grad_dtype) is cast by the rule.
+            if not fused:
                 assert grad is not None
-                parameter_step.step_in_torch(weights, grad, moments, step, corrected, lr, settings)
+                plain_steps.append(parameter_step.PlainStep(weights, grad, moments, step, corrected, lr, settings))
                 return
             scalars = kernels.scalars(step, lr, **settings, corrected=corrected)
         parameter_step.lay_out_moments(param, weights, state, moments)
@@ -321,7 +324,7 @@ class BalancedAdam(torch.optim.Optimizer):
         Call it after each step to have the size of that step; it is worked out from the moments, and costs nothing
         where it isn't called. (DeepSpeed calls :meth:`step` once for each group or sub-group, so that one call of
         ``step`` need not be a whole step.) Under ZeRO it covers the partition of this rank. ``numel`` is 0 if nothing
-        has moved.
+        has moved, and with ``capturable=True``, where no step is noted.
         """
         moved, self._moved = self._moved, {}
         return update_size(moved, self.state, self._fuses)

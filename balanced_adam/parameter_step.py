@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,9 @@ def fuses(param: Tensor, fused: bool, capturable: bool) -> bool:
     elif param.device.type not in ("cpu", "cuda"):
         reason = f"it is on {param.device.type}"
     elif not kernels.is_dense(param):
-        reason = "it has gaps in memory"
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
+        order = "it is neither contiguous nor channels_last"
+        reason = "it has gaps in memory" if extent > param.numel() else order
     elif capturable and param.device.type != "cuda":
         reason = f"only CUDA has graphs, and it is on {param.device.type}"
     elif (reason := kernels.why_not(param.device)) is not None and not fused and not capturable:
@@ -44,6 +46,11 @@ def fuses(param: Tensor, fused: bool, capturable: bool) -> bool:
         setting = "fused" if fused else "capturable"
         raise RuntimeError(f"{setting} is True, and a parameter of shape {tuple(param.shape)} can't be: {reason}.")
     return reason is None
+
+
+def fuses_grad(weights: Tensor, grad: Tensor) -> bool:
+    """Whether a kernel takes a gradient of another dtype than the weights that it steps (see ``Tensor.grad_dtype``)."""
+    return weights.dtype == torch.float32 and grad.dtype in kernels.DTYPES
 
 
 def prepare_moments(param: Tensor, state: states.State, format: str) -> tuple[dict[str, Tensor], int]:
@@ -109,24 +116,44 @@ def recipe(
     return kernels.Recipe(state["step"], lr if isinstance(lr, Tensor) else float(lr), **settings)
 
 
-def step_in_torch(
-    weights: Tensor,
-    grad: Tensor,
-    moments: dict[str, Tensor],
-    step: int,
-    corrected: int,
-    lr: float,
-    settings: Settings,
-) -> None:
-    """Take the step by the rule, in place: DeepSpeed keeps views of the weights and of the state."""
-    old = [weights, *moments.values()]
-    new: tuple[Tensor, ...]
-    if states.PACKED in moments:
-        new = packed.update(weights, grad, *old[1:], step=step, corrected=corrected, lr=lr, **settings)
-    else:
-        new = rule.update(weights, grad, *old[1:], step=corrected, lr=lr, **settings)
-    for tensor, value in zip(old, new, strict=True):
-        tensor.copy_(value)
+class PlainStep(NamedTuple):
+    """A step in plain torch; all tensors are this rank's parts."""
+
+    weights: Tensor
+    grad: Tensor
+    moments: dict[str, Tensor]
+    """By name; as the state holds them."""
+    step: int
+    corrected: int
+    """The number of the step for bias correction."""
+    lr: float
+    settings: Settings
+
+    def check(self) -> None:
+        """See that the tensors fit together.
+
+        Raises:
+            ValueError: naming the tensor that does not.
+        """
+        for name, tensor in {"gradient": self.grad, **self.moments}.items():
+            if tensor.shape != self.weights.shape or tensor.device != self.weights.device:
+                raise ValueError(
+                    f"the {name} has shape {tuple(tensor.shape)} on {tensor.device}, and its parameter "
+                    f"{tuple(self.weights.shape)} on {self.weights.device}; has it been given other data?"
+                )
+
+    def take(self) -> None:
+        """Take it by the rule, in place: DeepSpeed keeps views of the weights and of the state."""
+        old = [self.weights, *self.moments.values()]
+        new: tuple[Tensor, ...]
+        if states.PACKED in self.moments:
+            new = packed.update(
+                self.weights, self.grad, *old[1:], step=self.step, corrected=self.corrected, lr=self.lr, **self.settings
+            )
+        else:
+            new = rule.update(self.weights, self.grad, *old[1:], step=self.corrected, lr=self.lr, **self.settings)
+        for tensor, value in zip(old, new, strict=True):
+            tensor.copy_(value)
 
 
 def lay_out_moments(param: Tensor, weights: Tensor, state: states.State, moments: dict[str, Tensor]) -> None:

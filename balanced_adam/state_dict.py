@@ -142,7 +142,6 @@ def keep_betas(group: dict[str, Any], own: Any, may_be_unequal: bool) -> str | N
     if beta1 == beta2 or may_be_unequal:
         return None
     group["betas"] = own
-    return (
-        f"the loaded state was made with betas ({beta1}, {beta2}); this BalancedAdam goes on with {own}. "
-        "A step may exceed lr until the old averages have faded."
+    return f"the loaded state was made with betas ({beta1}, {beta2}); this BalancedAdam goes on with {own}." + (
+        " A step may exceed lr until the old averages have faded." if group["state"] == "fp32" else ""
     )

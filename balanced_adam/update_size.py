@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -65,7 +66,20 @@ def update_size(
         sums.add_in_kernel(updates)
     if not count:
         return UpdateSize(0.0, 0.0, 0)
-    return UpdateSize(float(torch.stack(sums.greatest).amax()), float(torch.stack(sums.squares).sum()), count)
+    greatest, squares = (_by_device(tensors) for tensors in sums)
+    return UpdateSize(
+        max(float(torch.stack(tensors).amax()) for tensors in greatest),
+        math.fsum(float(torch.stack(tensors).sum()) for tensors in squares),
+        count,
+    )
+
+
+def _by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """The tensors of each device: a value is fetched once from each."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(tensor)
+    return list(found.values())
 
 
 class _Sums(NamedTuple):

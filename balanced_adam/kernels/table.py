@@ -90,7 +90,7 @@ class Update(NamedTuple):
     factor: Tensor | None = None
     """One float32 on the same device; multiplies the gradient."""
     keep: bool = False
-    """Store factor * gradient in place of the gradient (float32 only)."""
+    """Store factor * gradient in place of the gradient (float32 on CPUs only)."""
 
     @classmethod
     def of(cls, param: Tensor, grad: Tensor, moments: dict[str, Tensor], scalars: bytes | Recipe) -> Update:
@@ -194,7 +194,7 @@ def scalars(
 ) -> bytes:
     """``Scalars`` of ``rule.h`` for step number ``step``: worked out in double, rounded once.
 
-    Bias correction is that of step number ``corrected``, if it is another (:mod:`balanced_adam.decay`).
+    Bias correction is that of step number ``corrected``, if it is another (:mod:`balanced_adam.bias_correction`).
     """
     beta1, beta2 = betas
     correction = rule.bias_correction(step if corrected is None else corrected, betas, eps)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from balanced_adam import BalancedAdam, kernels
+from balanced_adam import BalancedAdam, kernels, rule
 from tests.kernels.build import needs_compiler
 from tests.ranks import spawn
 
@@ -162,7 +162,11 @@ def test_a_gradient_handed_over_in_pieces_is_the_same_step_with_a_factor_and_a_c
 
 def test_a_gradient_that_does_not_suit_is_not_taken() -> None:
     param = nn.Parameter(torch.zeros(4))
+    both = torch.zeros(4, dtype=torch.bfloat16)
+    mixed = [both[:2], both.view(torch.float16)[2:]]  # neighbours in memory, of two dtypes
     for optimizer, pieces in (
+        (BalancedAdam([param]), mixed),
+        (BalancedAdam([param]), []),
         (BalancedAdam([param]), [torch.zeros(3)]),  # too short
         (BalancedAdam([param]), [torch.zeros(4, dtype=torch.float64)]),
         (BalancedAdam([param]), [torch.zeros(8)[::2]]),
@@ -303,3 +307,34 @@ def test_former_names_still_work_and_warn() -> None:
     code = "from balanced_adam import horizon as h; print(h.choose('0.9', steps=1, tokens_per_step=1), h.horizon(0.5))"
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True)
     assert done.stdout == "0.9 2.0\n" and "balanced_adam.horizon is now balanced_adam.beta_schedule" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_gradient_of_another_dtype_has_the_bits_of_the_rule(dtype: torch.dtype) -> None:
+    weight, control = nn.Parameter(torch.linspace(-1, 1, 33)), torch.linspace(-1, 1, 33)
+    if not hasattr(weight, "grad_dtype"):
+        pytest.skip("this torch has gradients of the parameter's dtype only")
+    moments = [torch.zeros(33), torch.zeros(33)]
+    optimizer = BalancedAdam([weight], lr=0.1, betas=0.9, weight_decay=0.1, fused=True)
+    weight.grad_dtype = dtype
+    for step in (1, 2, 3):
+        weight.grad = torch.linspace(-2, 1, 33).to(dtype)
+        control, *moments = rule.update(
+            control, weight.grad, *moments, step=step, lr=0.1, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.1
+        )
+        optimizer.step()
+        assert torch.equal(weight, control)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_where_a_tensor_does_not_fit_no_parameter_has_moved(fused: bool | None) -> None:
+    double, single = nn.Parameter(torch.ones(3, dtype=torch.float64)), nn.Parameter(torch.ones(4))
+    optimizer = BalancedAdam([double, single], lr=0.1, fused=fused)
+    for param in (double, single):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = [param.detach().clone() for param in (double, single)]
+    optimizer.state[single]["exp_avg"] = torch.zeros(5)
+    with pytest.raises(ValueError, match="given other data"):
+        optimizer.step()
+    assert all(torch.equal(param, value) for param, value in zip((double, single), before, strict=True))
