@@ -24,8 +24,9 @@ compare: $(INSTALLED) ## compare beta settings on a small language model; with S
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 
-test-fast: $(INSTALLED) ## run those that start no ranks and compile nothing (a minute)
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not ranks and not long" tests/optimizer tests/parity tests/harness/test_[bd]*.py
+test-fast: $(INSTALLED) ## run a quick part: optimizer, parity, layout, bad input, data (a minute)
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not ranks and not long" tests/optimizer tests/parity tests/packaging/test_layout.py \
+		tests/harness/test_bad_input.py tests/harness/test_data.py tests/harness/test_dynamics.py
 
 test-long: $(INSTALLED) ## run the tests that `make test` leaves out (an hour; as root with tests/cluster/install.sh, a Slurm too)
 	$(BIN)/python -m pytest -m long

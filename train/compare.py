@@ -11,7 +11,7 @@ import signal
 import sys
 
 from train.common.command_line import parse
-from train.common.errors import ConfigError
+from train.common.errors import EXIT_RETRY, ConfigError, RetryError
 from train.sweep.options import Comparison
 
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
         compare(comparison)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_RETRY if isinstance(error, RetryError) else 2)
     except KeyboardInterrupt:
         print("\nStopped. Run the same command again to resume.", file=sys.stderr)
         sys.exit(130)

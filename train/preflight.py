@@ -9,12 +9,15 @@ from __future__ import annotations
 import sys
 
 from train.common.command_line import parse
-from train.common.errors import ConfigError, RankError, is_main_process
+from train.common.errors import EXIT_RETRY, ConfigError, PeerLostError, RankError, RetryError, is_main_process
 from train.run.config import Preflight
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0, or 2 if something is wrong."""
+    """Run the command line and return the exit code.
+
+    0: nothing wrong was found. 2: something is wrong. 75: a rank was lost, or a file could not be read now.
+    """
     try:
         run = parse(Preflight, sys.argv[1:] if arguments is None else arguments, "train.preflight", __doc__)
 
@@ -30,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         if is_main_process() or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return EXIT_RETRY if isinstance(error, PeerLostError | RetryError) else 2
     return 0
 
 

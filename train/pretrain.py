@@ -20,9 +20,11 @@ from train.run.config import Run
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line (``python -m train.pretrain --help``) and return the exit code.
 
-    0: finished. 2: the input is invalid or the run has diverged; starting it again would not help. 75: stopped as
-        asked, a
-    rank was lost, or a file could not be read now; start it again. 130: Ctrl-C. 1: a bug in this program.
+    0: finished.
+    1: a bug in this program.
+    2: the input is invalid or the run has diverged; starting it again would not help.
+    75: stopped as asked, a rank was lost, or a file could not be read now; start it again.
+    130: Ctrl-C.
     """
     try:
         run = parse(Run, sys.argv[1:] if arguments is None else arguments, "train.pretrain", __doc__)

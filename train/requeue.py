@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from train.checkpoint.manifest import newest_step
+from train.common.command_line import parse
 from train.common.errors import EXIT_RETRY, ConfigError
 from train.common.files import read_lines
 from train.run import run_dir
@@ -38,10 +43,18 @@ def verdict(out: Path) -> tuple[int, str]:
     return EXIT_RETRY, f"{out} is saved up to step {step} and can be resumed"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Requeue:
+    """Which run."""
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """The run's folder."""
+
+
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit code."""
     try:
-        code, why = verdict(Path(*arguments))
+        code, why = verdict(parse(Requeue, arguments, "train.requeue", __doc__).out)
     except (ConfigError, OSError, ValueError) as error:
         code, why = 1, str(error)
     print(why, flush=True)

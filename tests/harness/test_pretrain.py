@@ -18,7 +18,7 @@ from train.distributed.launch import prepare_environment
 from train.probe.single_rank import single_rank_run
 from train.run import model
 from train.run.config import Model, Run, Schedule
-from train.run.engine import learning_rate
+from train.run.engine import lr_scheduler
 from train.run.metrics import read_metrics
 from train.run.trainer import peak_flops
 from train.sweep.launch import RANK_VARIABLES
@@ -111,7 +111,7 @@ def test_a_schedule_warms_up_and_ends_at_the_final_fraction(
 ) -> None:
     settings = Schedule(steps=100, warmup=10, schedule=name, final_lr=0.1)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    scheduler = learning_rate(settings, 2.0)(optimizer)
+    scheduler = lr_scheduler(settings, 2.0)(optimizer)
     for step in range(101):
         expected = before(step) if step < 10 else after(step)
         assert scheduler.get_last_lr()[0] == pytest.approx(2.0 * expected)

@@ -17,9 +17,12 @@ import pytest
 from tests.harness.runs import change, finish, losses, out_of, start
 from tests.ranks import LIMIT, Forking
 from train import compare, report
+from train.common.errors import ConfigError, RetryError
 from train.common.files import REPOSITORY, read_lines, write_json
+from train.common.progress import Progress
 from train.run import run_dir
 from train.run.metrics import read_metrics
+from train.sweep import execute
 from train.sweep.launch import launch_command
 
 CONFIGS = sorted((REPOSITORY / "ds_configs").glob("zero*.json"))
@@ -248,6 +251,24 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
     steps = [entry["step"] for entry in read_metrics(run) if "loss" in entry]
     assert steps == list(range(1, 401)) and (out / "report.html").exists()
     assert "400/400" in said  # the progress line
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "output"),
+    [(75, RetryError, "error: a rank is gone"), (2, ConfigError, "error: bad"), (1, ConfigError, "")],
+)
+def test_a_failed_run_is_reported_with_its_own_error_and_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[ConfigError], output: str
+) -> None:
+    log = tmp_path / "x" / "log.txt"
+    log.parent.mkdir()
+    log.write_text("error: of the attempt before\n")
+    line = [sys.executable, "-c", f"import sys; print({output!r}); sys.exit({code})"]
+    monkeypatch.setattr(execute, "launch_command", lambda *_: line)
+    expected = re.escape(output.removeprefix("error: ") or f"see {log}")
+    with Progress(1, 0, "x", enabled=False) as progress, pytest.raises(kind, match=f"^run x failed: {expected}$") as e:
+        execute._execute({"runs": []}, {"name": "x"}, tmp_path, progress, 0)
+    assert type(e.value) is kind
 
 
 def test_python_that_runs_the_tests_is_the_one_that_runs_the_harness() -> None:

@@ -16,17 +16,18 @@ class Pilot:
     steps: int = 200
     """Optimizer steps of the pilot; at least the number of checkpoints."""
     probes: int = 16
-    """Gradients drawn at each checkpoint; at least 2."""
+    """Gradients drawn at each checkpoint, each of one batch; at least 2."""
     checkpoints: int = 4
     """Points at which gradients are drawn, at the ends of equal parts of the pilot; at least 3."""
     out: Path | None = None
-    """Folder to write the result to, as pilot.json. In a comparison's folder train.regret finds it.
+    """Folder to write the result to, as pilot.json. Give a comparison's folder if train.regret is to use it.
     Default: none, the result is only printed."""
     planned_steps: int | None = None
     """Optimizer steps of the run that the beta is for; at least the pilot's.
     The pilot follows that run's learning-rate schedule. Default: ten times the pilot's steps."""
     rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """After "--": options of the run that the beta is for, as for train.pretrain, such as -- --model small."""
+    """After "--": options of the run that the beta is for, as for train.pretrain, such as -- --model small.
+    The pilot itself runs at beta = 0.95 with fp32 state on one rank."""
 
 
 @dataclass(frozen=True, kw_only=True)

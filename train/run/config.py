@@ -41,18 +41,19 @@ class Optimizer:
     Or a rule for one number: refresh:R (1 - beta = R / steps), half_life:STEPS, half_life_tokens:TOKENS, horizon:STEPS.
     Or from:A:to:B, a beta that moves from A to B during the run."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment; at least 0, and with packed16 and packed8 1e-9 or more."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, applied to matrices only."""
+    """Each step shrinks a weight by lr x weight_decay of itself. At least 0.
+    It applies to parameters of two or more dimensions."""
     state: Literal["fp32", "packed32", "packed16", "packed8"] = "fp32"
-    """Storage format of the two moments: together 8, 4, 2 or 1 bytes per weight (docs/packed-state.md)."""
+    """Storage format of the optimizer's two moments: together 8, 4, 2 or 1 bytes per weight (docs/packed-state.md)."""
     allow_unbalanced: bool = False
-    """Allow beta1 and beta2 to differ. This is plain AdamW, the baseline of a comparison."""
+    """Allow beta1 and beta2 to differ: plain AdamW, the baseline of a comparison."""
     clip: float = 1.0
-    """Gradient norm above which the gradient is clipped; 0 disables clipping."""
+    """Global L2 norm above which the gradient is clipped; at least 0, and 0 disables clipping."""
 
     def check(self) -> None:
-        """Raise :class:`ConfigError` on a value out of range. :meth:`Run.parameters` checks the betas."""
+        """Raise :class:`ConfigError` on a value out of range. :meth:`Run.parameters` checks the rest."""
         require(self.lr > 0.0, f"lr is {self.lr}; it must be above 0.")
         require(self.clip >= 0.0, f"clip is {self.clip}; it must be at least 0.")
 
@@ -64,9 +65,11 @@ class Schedule:
     steps: int = 300
     """Number of optimizer steps; at least 1."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-    """Shape of the learning-rate decay. wsd (warm-up, stable, decay) decays over the last fifth of the steps."""
+    """Shape of the decay from lr to final_lr x lr.
+    wsd (warm-up, stable, decay) decays over the last fifth of the steps."""
     warmup: int = 30
-    """Steps of linear warm-up; fewer than steps. It starts at 0 (with wsd at final_lr, as in transformers)."""
+    """Steps in which the learning rate rises linearly from 0, so that the first step moves nothing; fewer than steps.
+    With wsd it rises from final_lr x lr, as in transformers."""
     final_lr: float = 0.1
     """Learning rate at the end, as a fraction of the peak, in [0, 1]."""
 

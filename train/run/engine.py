@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
-def learning_rate(settings: Schedule, peak: float) -> Callable[[torch.optim.Optimizer], LRScheduler]:
+def lr_scheduler(settings: Schedule, peak: float) -> Callable[[torch.optim.Optimizer], LRScheduler]:
     """Return the learning-rate schedule, from transformers, as the callable that ``deepspeed.initialize`` takes."""
     from transformers import get_scheduler
 
@@ -85,7 +85,7 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         model=network,
         model_parameters=[group for group in groups if group["params"]],
         config=ds_config,
-        lr_scheduler=learning_rate(run.schedule, run.optimizer.lr),
+        lr_scheduler=lr_scheduler(run.schedule, run.optimizer.lr),
     )
     if ranks.is_main:
         print(f"BalancedAdam: {describe(engine.optimizer)}", file=sys.stderr, flush=True)

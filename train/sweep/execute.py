@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train.analysis.report_page import write_report
-from train.common.errors import ConfigError, require
+from train.common.errors import EXIT_RETRY, ConfigError, RetryError, require
 from train.common.files import environment_facts, load_file, write_json
 from train.common.progress import Progress
 from train.common.schemas import PlanFile
@@ -99,16 +99,20 @@ def _execute(plan: dict[str, Any], run: dict[str, Any], out: Path, progress: Pro
 
     Raises:
         ConfigError: if the run fails.
+        RetryError: if its launcher says that it may be started again.
     """
     log = out / run["name"] / "log.txt"
+    written = log.stat().st_size if log.exists() else 0  # by earlier attempts
     with started(launch_command(plan, run, out), log) as process:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
             lines = read_metrics(out / run["name"])
             progress.show(done + (lines[-1]["step"] if lines else 0), run["name"])
     if run_dir.result(out / run["name"]) is None:
-        errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
-        raise ConfigError(f"run {run['name']} failed: {errors[-1][7:] if errors else f'see {log}'}")
+        lines_now = log.read_bytes()[written:].decode(errors="replace").splitlines()
+        errors = [line for line in lines_now if line.startswith("error: ")]
+        kind = RetryError if process.returncode == EXIT_RETRY else ConfigError
+        raise kind(f"run {run['name']} failed: {errors[-1][7:] if errors else f'see {log}'}")
 
 
 def compare(comparison: Comparison) -> None:

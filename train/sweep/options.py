@@ -34,26 +34,27 @@ class Comparison:
     tokens: int | None = None
     """Instead of steps: training tokens of one run, rounded down to a multiple of batch x sequence_length."""
     batch: int = 16
-    """Sequences in one optimizer step, over all ranks."""
+    """Sequences in one optimizer step, over all ranks; at least 1."""
     sequence_length: int = 128
     """Tokens in one sequence; at least 2."""
     ranks: int | None = None
     """Number of ranks (processes) of one run; on GPUs at most one per GPU.
     Default: 2, or 1 if there is a single GPU."""
     launcher: Literal["deepspeed", "torchrun", "accelerate", "python", "slurm"] = "deepspeed"
-    """Launcher that starts the ranks. "python" starts one.
+    """Launcher that starts the ranks. "python" starts a single rank.
     "slurm" is for slurm/compare.sbatch, which submits each run as a job; it needs --plan-only."""
     max_runs: int | None = None
-    """Number of runs to begin now. The same command continues later. Default: no limit."""
+    """Number of runs to begin now; above 0. The same command continues later. Default: no limit."""
     max_hours: float | None = None
     """Begin no run that would end later than this many hours from now, if it takes as long as the runs before it.
-    Default: no limit."""
+    Above 0. Default: no limit."""
     discard_checkpoints: bool = False
     """Remove the checkpoints of each run that has finished. Otherwise a sweep of many runs may fill the disk."""
     plan_only: bool = False
     """Write the manifest and stop."""
     manifest: Path | None = None
     """Execute the plan in this file, such as one that --plan-only wrote and you edited.
-    The options from arms to launcher and those after "--" are ignored."""
+    It decides arms, seeds, learning rates, steps, batch, ranks, launcher and the options after "--"."""
     rest: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """After "--": further options of every run, as for train.pretrain, such as -- --model small."""
+    """After "--": further options of every run, as for train.pretrain, such as -- --model small.
+    Unless given there, warmup is steps / 10, and save_every and validate_every are steps / 4."""
