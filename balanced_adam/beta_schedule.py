@@ -1,4 +1,4 @@
-r"""How long an average remembers: beta in other words, and rules that choose it.
+r"""How long an average remembers: beta in other words, and rules that choose it. No step uses it.
 
 Weight :math:`(1-\beta)\beta^j` lies on the gradient of j steps ago. Counted in steps, that is a horizon of 1 / (1 -
 beta) or a half-life of log(1/2) / log(beta); counted in tokens, either of them times the tokens of a step.

@@ -1,4 +1,4 @@
-r"""The theory of the gradient's scale, as functions: what equal betas do to the size of the update.
+r"""The theory of the gradient's scale, as functions: what equal betas do to the size of the update. No step uses it.
 
 Throughout, u is the normalized update of :mod:`balanced_adam.rule` (the step divided by lr) with eps = 0.
 """
