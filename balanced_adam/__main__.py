@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -40,13 +40,15 @@ def deepspeed() -> str:
     """Which DeepSpeed there is, and whether ZeRO's step is taken in one pass with it."""
     if find_spec("deepspeed") is None:
         return "not installed"
-    from balanced_adam.zero import TESTED_DEEPSPEED, one_pass
+    from balanced_adam.zero import TESTED_DEEPSPEED, one_pass, registration
 
     try:
         changed = [f"{name}.{method}" for name in one_pass.RECOGNISED if (method := one_pass.unrecognised(name))]
         found = version("deepspeed")
-    except (ImportError, PackageNotFoundError) as error:
+    except Exception as error:  # whatever a DeepSpeed runs into that is broken, or has moved what is looked at
         return f"can't be imported: {error}"
+    if reason := registration.refusal():
+        return reason
     tested = "the version tested" if found == TESTED_DEEPSPEED else f"tested was {TESTED_DEEPSPEED}"
     passes = f"DeepSpeed's own passes, since it has changed: {', '.join(changed)}" if changed else "one pass"
     return f"{found} ({tested}); ZeRO's step: {passes}"

@@ -5,9 +5,13 @@ import os
 import sys
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from tests import session
+
+hypothesis.settings.register_profile("however_slow", deadline=None)
+hypothesis.settings.load_profile("however_slow")
 
 
 def pytest_configure() -> None:

@@ -1,6 +1,7 @@
 """Registration with DeepSpeed without importing it: when it is imported, or at once where it is already.
 
-DeepSpeed takes a second to import, and many who have it installed train in plain PyTorch.
+DeepSpeed takes a second to import, and many who have it installed train in plain PyTorch. Nothing here ever makes an
+import fail.
 """
 
 from __future__ import annotations
@@ -9,54 +10,74 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from threading import local
 from types import ModuleType
+from typing import Any
 
-from balanced_adam.zero.registration import is_registered, register, set_name
+from balanced_adam.zero import registration
 
 ENGINE = "deepspeed.runtime.engine"
 """The module of DeepSpeed's that looks optimizers up by their names; ``import deepspeed`` imports it."""
 
 
 def install() -> None:
-    """Register with DeepSpeed now if it has been imported, and otherwise as soon as it is; set
-    ``torch.optim.BalancedAdam``.
+    """Set ``torch.optim.BalancedAdam``. Register with DeepSpeed now if it has been imported, and otherwise as soon as
+    it is.
 
     Raises:
-        RuntimeError: as :func:`balanced_adam.zero.register`; from ``import deepspeed``, where that comes later.
+        RuntimeError: if ``torch.optim`` has another ``BalancedAdam`` already.
     """
-    set_name()
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    registration.set_name()
+    if not any(type(finder).__name__ == _EngineFinder.__name__ for finder in sys.meta_path):
+        sys.meta_path.insert(0, _EngineFinder())
     register_if_imported()
 
 
 def register_if_imported() -> None:
-    """Register with DeepSpeed unless that has happened, or DeepSpeed has not been imported, or not wholly yet."""
+    """Register with DeepSpeed if it has been imported, to the end, and that has not been tried yet."""
     engine = sys.modules.get(ENGINE)
-    if engine is not None and not getattr(engine.__spec__, "_initializing", False) and not is_registered():
-        register()
+    being_imported = getattr(getattr(engine, "__spec__", None), "_initializing", False)
+    if engine is not None and not being_imported and not registration.was_tried():
+        registration.register_or_refuse()
 
 
-class _Finder(MetaPathFinder):
-    """Finds the engine as others do, and has :func:`register` called at the end of its import."""
+class _EngineFinder(MetaPathFinder):
+    """Finds the engine as the other finders do, and has BalancedAdam registered at the end of its import."""
+
+    def __init__(self) -> None:
+        self._asking = local()  # others may ask all finders, too
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != ENGINE:
+        if name != ENGINE or getattr(self._asking, "others", False):
             return None
-        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:
-            _register_after(spec.loader)
+        self._asking.others = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self._asking.others = False
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _RegisteringLoader(spec.loader)  # type: ignore[arg-type]
         return spec
 
 
-def _register_after(loader: Loader) -> None:
-    execute = loader.exec_module
+class _RegisteringLoader(Loader):
+    """Loads as another loader, which keeps its place in the module; then registers."""
 
-    def exec_module(module: ModuleType) -> None:
-        execute(module)
-        register()
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
 
-    loader.exec_module = exec_module  # type: ignore[method-assign]
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        registration.register_or_refuse()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)

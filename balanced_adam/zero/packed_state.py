@@ -63,7 +63,7 @@ def patch_fragments() -> None:
     from deepspeed.utils import mixed_precision_linkage, tensor_fragment
 
     get, put = tensor_fragment.get_optim_state_fragment, mixed_precision_linkage.set_full_hp_param
-    if hasattr(get, "patched"):
+    if hasattr(get, "balanced_adam_patched"):
         return
 
     def get_decoded(self: Any, key: str) -> Tensor:
@@ -74,7 +74,7 @@ def patch_fragments() -> None:
             _refuse(optim_state_key)
         put(self, value, optim_state_key)
 
-    get_decoded.patched = True  # type: ignore[attr-defined]
+    get_decoded.balanced_adam_patched = True  # type: ignore[attr-defined]
     tensor_fragment.get_optim_state_fragment = get_decoded
     mixed_precision_linkage.set_full_hp_param = set_or_refuse
 

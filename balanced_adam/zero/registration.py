@@ -14,14 +14,17 @@ Two patch defects of DeepSpeed 0.19.8 that change what *any* optimizer computes,
   never multiplied by, which nothing after it can repair: refused.
 * Universal checkpoints at stage 3 give every parameter group the settings of group 0. We read them again, per group.
 
-A third is known and not patched: a parameter without a gradient in some step is given its last gradient again at stage
+Others are known and not patched (docs/deepspeed-defects.md); one of them: a parameter without a gradient in some step is given its last gradient again at stage
 3, and with offload at stage 2 (tests/parity/cases.py says where).
 """
 
 from __future__ import annotations
 
 import functools
+import sys
+import warnings
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from balanced_adam.zero import one_pass, packed_state
 
 NAME = "BalancedAdam"
 TESTED_DEEPSPEED = "0.19.8"
+_refusal: str | None = None  # why this process' DeepSpeed can't take a BalancedAdam
 
 
 def register() -> None:
@@ -48,7 +52,7 @@ def register() -> None:
             ``torch.optim`` already has another ``BalancedAdam``. DeepSpeed does not take a BalancedAdam then.
     """
     try:
-        import deepspeed
+        import deepspeed  # noqa: F401
     except Exception as error:  # whatever DeepSpeed's own import runs into, such as a missing CUDA toolkit
         raise ImportError(f"DeepSpeed is not installed, or can't be imported ({error}).") from error
     try:
@@ -69,9 +73,8 @@ def register() -> None:
         if not DeepSpeedEngine._is_supported_optimizer(None, NAME):
             raise AttributeError(f"a name in torch.optim no longer resolves ({NAME!r})")
     except (ImportError, AttributeError) as error:
-        version = getattr(deepspeed, "__version__", "?")
         raise RuntimeError(
-            f"BalancedAdam can't register with DeepSpeed {version}: {error}; it was tested with DeepSpeed "
+            f"BalancedAdam can't register with DeepSpeed {_version()}: {error}; it was tested with DeepSpeed "
             f"{TESTED_DEEPSPEED}, so install that version."
         ) from error
     if BalancedAdam not in ZERO_SUPPORTED_OPTIMIZERS:
@@ -80,11 +83,64 @@ def register() -> None:
         _wrap(*override)
 
 
-def is_registered() -> bool:
-    """Whether the DeepSpeed of this process takes a BalancedAdam. Whoever has changed it since keeps that change."""
-    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+def register_or_refuse() -> None:
+    """Register, where DeepSpeed can be imported; where it has moved what this relies on, warn and refuse.
 
-    return BalancedAdam in ZERO_SUPPORTED_OPTIMIZERS
+    Then DeepSpeed's engine refuses a BalancedAdam with that sentence. Other optimizers work under DeepSpeed as ever,
+    and BalancedAdam works in plain PyTorch.
+    """
+    global _refusal
+    try:
+        register()
+    except ImportError:  # there is no DeepSpeed to be used
+        return
+    except RuntimeError as error:
+        _refusal = str(error)
+        warnings.warn(f"{error} BalancedAdam works without DeepSpeed.", stacklevel=2)
+        _refuse_in_engine(_refusal)
+
+
+def refusal() -> str | None:
+    """Why the DeepSpeed of this process refuses a BalancedAdam; None if it doesn't."""
+    return _refusal
+
+
+def was_tried() -> bool:
+    """Whether the DeepSpeed of this process takes a BalancedAdam, or refuses it."""
+    utils = sys.modules.get("deepspeed.runtime.zero.utils")
+    return _refusal is not None or BalancedAdam in getattr(utils, "ZERO_SUPPORTED_OPTIMIZERS", ())
+
+
+def _refuse_in_engine(reason: str) -> None:
+    engine = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
+    configure = getattr(engine, "_configure_optimizer", None)
+    if not callable(configure):  # then at least its name must not be found
+        delattr(torch.optim, NAME)
+        return
+
+    @functools.wraps(configure)
+    def method(self: Any, client_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        def refused(optimizer: Any) -> Any:
+            if isinstance(optimizer, BalancedAdam):
+                raise RuntimeError(reason)
+            return optimizer
+
+        if client_optimizer is None and self.optimizer_name() == NAME:
+            raise RuntimeError(reason)
+        if callable(refused(client_optimizer)):
+            build = client_optimizer
+            client_optimizer = lambda params: refused(build(params))  # noqa: E731
+        return configure(self, client_optimizer, *args, **kwargs)
+
+    setattr(engine, "_configure_optimizer", method)  # noqa: B010
+
+
+def _version() -> str:
+    """DeepSpeed's, also while it is being imported."""
+    try:
+        return version("deepspeed")
+    except PackageNotFoundError:
+        return "of unknown version"
 
 
 def set_name() -> None:
@@ -102,7 +158,7 @@ def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
     """Replace method ``name`` by ``wrapper(original, self, ...)`` for wrappers of BalancedAdam; once, however often
     called."""
     original = getattr(cls, name)
-    if getattr(original, "patched", False):
+    if getattr(original, "balanced_adam_patched", False):
         return
 
     @functools.wraps(original)
@@ -111,7 +167,7 @@ def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
             return wrapper(original, self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
-    method.patched = True  # type: ignore[attr-defined]
+    method.balanced_adam_patched = True  # type: ignore[attr-defined]
     setattr(cls, name, method)
 
 

@@ -130,7 +130,7 @@ def test_ranks_meet_at_a_port_that_nobody_has_and_no_outgoing_connection_gets() 
 def test_a_machine_without_a_free_port_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("", 10000))
-        monkeypatch.setattr("train.distributed.launch._first_ephemeral_port", lambda: 10001)
+        monkeypatch.setattr("train.distributed.launch._first_of_connections", lambda: 10001)
         with pytest.raises(ConfigError, match=r"^none of a thousand TCP ports from 10000 to 10000 is free on "):
             free_port()
 
