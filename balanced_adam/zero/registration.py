@@ -14,8 +14,8 @@ Two patch defects of DeepSpeed 0.19.8 that change what *any* optimizer computes,
   never multiplied by, which nothing after it can repair: refused.
 * Universal checkpoints at stage 3 give every parameter group the settings of group 0. We read them again, per group.
 
-Others are known and not patched (docs/deepspeed-defects.md); one of them: a parameter without a gradient in some step is given its last gradient again at stage
-3, and with offload at stage 2 (tests/parity/cases.py says where).
+Others are known and not patched (docs/deepspeed-defects.md); one of them: a parameter without a gradient in some step
+is given its last gradient again at stage 3, and with offload at stage 2 (tests/parity/cases.py says where).
 """
 
 from __future__ import annotations
