@@ -154,7 +154,7 @@ class Machine:
             return False
         return any(FAULTY_RANK in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Boot whatever is down."""
         for node in self.cluster.nodes if self.cluster else []:
             if node.holder is None:
@@ -280,7 +280,7 @@ def attempt(on: Machine, draw: random.Random, run: Path, options: list[str], wat
         (on.kill_launcher if kind == "launcher" else on.crash)(rank)
     codes = on.wait(600)
     watch.look()
-    on.mend()
+    on.repair()
     if 0 in codes and run_dir.result(run):
         return None
     assert all(codes), f"a launcher of a run that was killed ended with 0: {codes}"

@@ -51,7 +51,7 @@ def real() -> list[dict[str, str]]:
     ]
 
 
-def unmended() -> list[dict[str, str]]:
+def unpatched() -> list[dict[str, str]]:
     phantom = of_the_wrong()[PHANTOM]
     end = uncut()[0][SETTINGS_OF_GROUP_0._replace(mutant=None)][1]
     settings = differences([resumed(MORE, True)[0][SETTINGS_OF_GROUP_0][1]], end)
@@ -64,5 +64,5 @@ if __name__ == "__main__":
     print(markdown(exact()))
     print("\nA small Llama, greatest difference in ulp of the greatest value:\n")
     print(markdown(real()))
-    print("\nWithout the mends, as any optimizer under plain DeepSpeed, in ulp:\n")
-    print(markdown(unmended()))
+    print("\nWithout the patches, as any optimizer under plain DeepSpeed, in ulp:\n")
+    print(markdown(unpatched()))

@@ -1,6 +1,6 @@
 """Deliberately wrong optimizers, made by wrapping ``BalancedAdam.step``; they touch nothing but its public state.
 
-And DeepSpeed as it is without the mends of :mod:`balanced_adam.zero`, which is wrong too.
+And DeepSpeed as it is without the patches of :mod:`balanced_adam.zero`, which is wrong too.
 """
 
 from __future__ import annotations
@@ -81,25 +81,28 @@ def mutant(wrong: Wrong) -> Callable[[], AbstractContextManager[None]]:
 
 
 @contextmanager
-def without_mend(module: str, cls: str, method: str) -> Iterator[None]:
-    """DeepSpeed's own method in place of the mended one, while the context lasts."""
+def without_patch(module: str, cls: str, method: str) -> Iterator[None]:
+    """DeepSpeed's own method in place of the patched one, while the context lasts."""
     owner = getattr(import_module(module), cls)
-    mended = getattr(owner, method)
-    setattr(owner, method, mended.__wrapped__)
+    patched = getattr(owner, method)
+    setattr(owner, method, patched.__wrapped__)
     try:
         yield
     finally:
-        setattr(owner, method, mended)
+        setattr(owner, method, patched)
 
 
-UNMENDED: dict[str, Callable[[], AbstractContextManager[None]]] = {
+UNPATCHED: dict[str, Callable[[], AbstractContextManager[None]]] = {
     # Stage 0 in 16 bits takes a step with zero gradients at start-up.
     "phantom_step": partial(
-        without_mend, "deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer", "initialize_optimizer_states"
+        without_patch,
+        "deepspeed.runtime.fp16.unfused_optimizer",
+        "FP16_UnfusedOptimizer",
+        "initialize_optimizer_states",
     ),
     # A universal checkpoint at stage 3 gives every group the settings of the first.
     "settings_of_group_0": partial(
-        without_mend,
+        without_patch,
         "deepspeed.runtime.zero.stage3",
         "DeepSpeedZeroOptimizer_Stage3",
         "load_hp_checkpoint_state_from_checkpoint_dir_stage3",
@@ -119,5 +122,5 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
 
 
 def wrong(name: str | None) -> AbstractContextManager[None]:
-    """The mutant or the missing mend of that name; nothing for None."""
-    return (MUTANTS | UNMENDED)[name]() if name else nullcontext()
+    """The mutant or the missing patch of that name; nothing for None."""
+    return (MUTANTS | UNPATCHED)[name]() if name else nullcontext()

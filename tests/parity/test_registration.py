@@ -24,7 +24,7 @@ from tests.parity.test_one_pass import FP16
 from tests.ranks import spawn
 
 UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
-MENDED = [(FP16_UnfusedOptimizer, "initialize_optimizer_states"), (DeepSpeedZeroOptimizer_Stage3, UNIVERSAL_LOAD)]
+PATCHED = [(FP16_UnfusedOptimizer, "initialize_optimizer_states"), (DeepSpeedZeroOptimizer_Stage3, UNIVERSAL_LOAD)]
 
 
 def test_deepspeed_looks_names_up_in_torch_optim() -> None:
@@ -43,28 +43,28 @@ def test_zero_asks_for_the_exact_type() -> None:
 @pytest.mark.parametrize(
     ("defect", "method"),
     [
-        ("self.optimizer.step()", MENDED[0]),
-        ('["param_groups"][0]', MENDED[1]),
+        ("self.optimizer.step()", PATCHED[0]),
+        ('["param_groups"][0]', PATCHED[1]),
     ],
 )
 def test_the_mended_methods_still_have_their_defects(defect: str, method: tuple[type, str]) -> None:
-    """When this fails DeepSpeed has changed them: see whether the mend is still needed."""
+    """When this fails DeepSpeed has changed them: see whether the patch is still needed."""
     wrapped = getattr(*method)
     assert defect in inspect.getsource(wrapped.__wrapped__)
     assert not hasattr(wrapped.__wrapped__, "__wrapped__")
 
 
 def test_registering_again_changes_nothing() -> None:
-    before = [getattr(*method) for method in MENDED], list(zero_utils.ZERO_SUPPORTED_OPTIMIZERS)
+    before = [getattr(*method) for method in PATCHED], list(zero_utils.ZERO_SUPPORTED_OPTIMIZERS)
     register()
     register()
-    assert ([getattr(*method) for method in MENDED], list(zero_utils.ZERO_SUPPORTED_OPTIMIZERS)) == before
+    assert ([getattr(*method) for method in PATCHED], list(zero_utils.ZERO_SUPPORTED_OPTIMIZERS)) == before
     assert zero_utils.ZERO_SUPPORTED_OPTIMIZERS.count(BalancedAdam) == 1
 
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS"), (DeepSpeedEngine, "_is_supported_optimizer"), *MENDED],
+    [(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS"), (DeepSpeedEngine, "_is_supported_optimizer"), *PATCHED],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_moved_hook_point_is_an_error_that_names_the_version(
@@ -99,7 +99,7 @@ def test_other_optimizers_are_left_as_they_were() -> None:
 
 @pytest.mark.ranks
 def test_without_the_mend_stage_0_in_16_bits_is_one_step_ahead() -> None:
-    assert of_the_wrong()[PHANTOM]["weights"] > 0  # with the mend: test_exact.py
+    assert of_the_wrong()[PHANTOM]["weights"] > 0  # with the patch: test_exact.py
 
 
 def refusal(job: tuple[Case, dict[str, Any]]) -> str:
