@@ -29,7 +29,9 @@ class FusedGrad(NamedTuple):
         if param.dtype != torch.float32 or not param.is_contiguous():
             return False
         dtypes = {shard.dtype for shard in self.shards}  # one: neighbours in memory are joined
-        if len(dtypes) != 1 or (self.store_scaled_grad and (dtypes != {torch.float32} or param.device.type != "cpu")):
+        if len(dtypes) > 1 or (
+            self.store_scaled_grad and (bool(dtypes - {torch.float32}) or param.device.type != "cpu")
+        ):
             return False
         tensors = [*self.shards, *([] if self.lp_param_out is None else [self.lp_param_out])]
         alike = all(t.dtype in kernels.DTYPES and t.device == param.device and t.is_contiguous() for t in tensors)

@@ -72,6 +72,9 @@ RECOGNISED: dict[str, dict[str, str]] = {
 }
 """Digests of the methods that this relies on, in DeepSpeed 0.19.8: those wrapped below and those around them."""
 
+WRAPPED: dict[tuple[type, str], Callable[..., Any]] = {}
+"""The methods that have been wrapped in this process, as they stand in their classes then."""
+
 _TURNED_OFF = "fused or fused_zero is false"
 
 Override = tuple[type, str, Callable[..., Any]]
@@ -164,6 +167,26 @@ def unrecognised(name: str) -> str | None:
     return next((method for method, known in RECOGNISED[name].items() if present.get(method) != known), None)
 
 
+def replaced(cls: type) -> str | None:
+    """The first method that this relies on which is not DeepSpeed's own any more, or not wrapped by us as it should be.
+
+    Digests are of files; this is for code that replaces methods at run time, before us or after.
+    """
+    import deepspeed
+
+    ours = {name for owner, name, _ in overrides() if owner is cls}
+    for name in RECOGNISED[cls.__name__]:
+        method = vars(cls).get(name)
+        if name in ours:
+            if method is None or method is not WRAPPED.get((cls, name)):
+                return name
+            method = getattr(method, "__wrapped__", None)
+        file = getattr(getattr(method, "__code__", None), "co_filename", "")
+        if not Path(file).is_relative_to(Path(deepspeed.__file__).parent):
+            return name
+    return None
+
+
 def _obstacle(zero: Any) -> str | None:
     import deepspeed
 
@@ -180,6 +203,8 @@ def _obstacle(zero: Any) -> str | None:
         return f"{type(zero).__name__} is not known"
     if (name := unrecognised(type(zero).__name__)) is not None:
         return f"{type(zero).__name__}.{name} of DeepSpeed {deepspeed.__version__} is not as it was in the version this was written for"
+    if (name := replaced(type(zero))) is not None:
+        return f"other code has replaced {type(zero).__name__}.{name}"
     options = {
         "zenflow": "ZenFlow",
         "torch_autocast_gradscaler": "torch_autocast with a gradient scaler",
@@ -238,6 +263,8 @@ class _State:
         """Multiplies the gradient that was handed over last; a 1 until DeepSpeed has unscaled and clipped it."""
         self.copies = False
         """Whether the kernel writes the copy of the weights that it belongs to."""
+        self.stepping = False
+        """Whether a step is under way; outside of one, gradients may change between a scan and the norm."""
         self.sums: dict[int, Tensor] = {}
         """id of a list of gradients -> their sums of squares, from the overflow scan to the norm."""
 
@@ -314,10 +341,12 @@ def _hand_over_offloaded(zero: Any, master: Tensor, copy: Tensor, clip: Callable
 
 def _tidied(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """A whole step; nothing of it is left afterwards, also where it was skipped or has failed."""
+    state = self._balanced_adam_one_pass
+    state.stepping = True
     try:
         return original(self, *args, **kwargs)
     finally:
-        state = self._balanced_adam_one_pass
+        state.stepping = False
         state.factor, state.copies, state.sums = None, False, {}
         for master in _masters(self):
             self.optimizer.clear_fused_grad(master)
@@ -492,12 +521,12 @@ def _sums(gradients: Sequence[Tensor | None]) -> Tensor | None:
 
 def _total(zero: Any, lists: list[Sequence[Tensor | None]]) -> Tensor | None:
     """The sum of all squares in these lists, whose own sums are kept for the norm; None where that can't be had."""
-    state = zero._balanced_adam_one_pass
-    state.sums = {}
+    state, found = zero._balanced_adam_one_pass, {}
     for gradients in lists:
         sums = _sums(gradients)
         if sums is None:
             state.sums = {}
             return None
-        state.sums[id(gradients)] = sums
-    return torch.cat(list(state.sums.values())).sum()
+        found[id(gradients)] = sums
+    state.sums = found if state.stepping else {}
+    return torch.cat(list(found.values())).sum()

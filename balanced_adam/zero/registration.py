@@ -169,6 +169,7 @@ def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
 
     method.balanced_adam_patched = True  # type: ignore[attr-defined]
     setattr(cls, name, method)
+    one_pass.WRAPPED[cls, name] = method
 
 
 def _no_initialization_step(original: Callable[..., None], self: Any) -> None:

@@ -166,7 +166,7 @@ def test_a_gradient_that_does_not_suit_is_not_taken() -> None:
     mixed = [both[:2], both.view(torch.float16)[2:]]  # neighbours in memory, of two dtypes
     for optimizer, pieces in (
         (BalancedAdam([param]), mixed),
-        (BalancedAdam([param]), []),
+        (BalancedAdam([param]), []),  # too short
         (BalancedAdam([param]), [torch.zeros(3)]),  # too short
         (BalancedAdam([param]), [torch.zeros(4, dtype=torch.float64)]),
         (BalancedAdam([param]), [torch.zeros(8)[::2]]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -233,3 +234,71 @@ def test_every_method_that_is_wrapped_or_relied_on_is_the_one_that_was_read() ->
             assert present[method] == digest, f"{cls.__name__}.{method}"
     for cls, method, _ in one_pass.overrides():
         assert method in one_pass.RECOGNISED[cls.__name__], f"{cls.__name__}.{method} is wrapped but not watched"
+
+
+def with_a_method_replaced(job: tuple[int, str]) -> tuple[str, bool, bool]:
+    """Job: other code clips by value in a method of DeepSpeed's, since before our registration or after it. How the
+    step is taken, whether the weights are those of DeepSpeed's own passes, and whether the clipping did anything."""
+    from balanced_adam.zero import describe, one_pass, register
+
+    stage, order = job
+    owner, name = one_pass._classes()[stage == 3], "unscale_and_clip_grads"
+    ours = vars(owner)[name]
+    original = ours if order == "after" else ours.__wrapped__
+
+    @functools.wraps(original)
+    def by_value(self: Any, grads: Any, norm: Any) -> None:
+        original(self, grads, norm)
+        lists = grads if isinstance(grads, list) else [self.fp32_partitioned_groups_flat[grads].grad]
+        for gradient in lists:
+            gradient.clamp_(-(2.0**-6), 2.0**-6)
+
+    def weights(path: str) -> tuple[str, dict[str, Tensor]]:
+        engine = start(Case(stage, "bf16", clip=7.2, path=path))
+        advance(engine, 0, 2)
+        return describe(engine.optimizer), read(engine)["weights"]
+
+    _, plain = weights("fused")
+    setattr(owner, name, by_value)
+    register()
+    said, mine = weights("one_pass")
+    _, theirs = weights("fused")
+    same = all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    return said, same, all(torch.equal(plain[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_method_that_other_code_has_replaced_is_used_and_not_one_pass(stage: int, order: str) -> None:
+    ((said, same, ineffective),) = spawn(with_a_method_replaced, 1, (stage, order))
+    assert said == f"CPU fused, ZeRO-{stage} in several passes" and same and not ineffective
+
+
+def norms_after_a_look(path: str) -> list[float]:
+    """Job: the norms of two steps before which somebody scans for overflow, and then changes a gradient."""
+    from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
+
+    engine = start(Case(2, "fp32", clip=7.2, path=path))
+    norms = []
+    for step in range(2):
+        advance_without_a_step(engine, step)
+        engine.optimizer.has_overflow()
+        for param in engine.module.parameters():
+            if (grad := safe_get_full_grad(param)) is not None:
+                safe_set_full_grad(param, grad * 8.0)
+        engine.step()
+        norms.append(float(engine.get_global_grad_norm()))
+    return norms
+
+
+def advance_without_a_step(engine: Any, step: int) -> None:
+    """The micro-batches of a step, the last one without the step itself."""
+    for micro in range(MICRO):
+        engine.backward(engine(inputs(step, micro, 0, torch.float32)))
+        if micro < MICRO - 1:
+            engine.step()
+
+
+def test_a_look_for_overflow_before_a_step_leaves_no_stale_norm() -> None:
+    (ours,), (theirs,) = spawn(norms_after_a_look, 1, "one_pass"), spawn(norms_after_a_look, 1, "fused")
+    assert ours == theirs
