@@ -144,12 +144,18 @@ class Update(NamedTuple):
             raise ValueError(f"the factor is {factor.numel()} elements of {factor.dtype}; it must be one float32.")
         if second is not None and second.dtype is not first.dtype:
             raise ValueError(f"the second moment is {second.dtype}, and the first {first.dtype}.")
+        self._check_memory(here)
+        if factor is not None and factor.device != here:
+            raise ValueError(f"the factor is on {factor.device}, and its parameter on {here}.")
+
+    def _check_memory(self, here: torch.device) -> None:
+        """See that the tensors of elements are plain ones with memory on this device, without gaps."""
         for name, tensor in (
-            ("parameter", param),
-            ("gradient", grad),
-            ("state", first),
-            ("second moment", second),
-            ("copy", copy),
+            ("parameter", self.param),
+            ("gradient", self.grad),
+            ("state", self.first),
+            ("second moment", self.second),
+            ("copy", self.copy),
         ):
             if tensor is None:
                 continue
@@ -163,8 +169,6 @@ class Update(NamedTuple):
                 raise ValueError(
                     f"the {name} has gaps in memory: its shape is {tuple(tensor.shape)}, its strides {tensor.stride()}."
                 )
-        if factor is not None and factor.device != here:
-            raise ValueError(f"the factor is on {factor.device}, and its parameter on {here}.")
 
     def row(self, first_chunk: int = 0) -> bytes:
         """``Row`` of ``rule.h``; of tensors that :meth:`check` has seen."""
