@@ -43,7 +43,11 @@ def deepspeed() -> str:
     from balanced_adam.zero import TESTED_DEEPSPEED, one_pass, registration
 
     try:
-        changed = [f"{name}.{method}" for name in one_pass.RECOGNISED if (method := one_pass.unrecognised(name))]
+        changed = [
+            f"{cls.__name__}.{method}"
+            for cls in one_pass.classes()
+            if (method := one_pass.unrecognised(cls.__name__) or one_pass.replaced(cls))
+        ]
         found = version("deepspeed")
     except Exception as error:  # whatever a DeepSpeed runs into that is broken, or has moved what is looked at
         return f"can't be imported: {error}"

@@ -197,26 +197,24 @@ class BalancedAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            check_before_step(group, self.defaults["allow_unbalanced"])
-        updates: list[kernels.Update] = []
-        plain_steps: list[parameter_step.PlainStep] = []
-        distributed: list[Tensor] = []
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param in self.fused_grads or param.grad is not None:
-                    self._prepare_step(param, group, updates, plain_steps)
-                    if dtensor.is_dtensor(param):
-                        distributed.append(param)
-                elif states.format_of(self.state.get(param, {})) not in (None, group["state"]):  # loaded
-                    self._cut += states.convert_(group["state"], self.state[param], param)
-        for plain in plain_steps:
-            plain.check()
-        kernels.step(updates)
-        for plain in plain_steps:
-            plain.take()
-        for param in distributed:  # of which autograd counts versions apart from those of this rank's part
-            torch.autograd.graph.increment_version(param)
+        work = parameter_step.Work([], [], {}, [])
+        try:
+            for group in self.param_groups:
+                check_before_step(group, self.defaults["allow_unbalanced"])
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param in self.fused_grads or param.grad is not None:
+                        self._prepare_step(param, group, work)
+                        if dtensor.is_dtensor(param):
+                            work.distributed.append(param)
+                    elif states.format_of(self.state.get(param, {})) not in (None, group["state"]):  # loaded
+                        self._cut += states.convert_(group["state"], self.state[param], param)
+            work.carry_out()
+        finally:  # what was handed over is for this step, also where it fails
+            for group in self.param_groups if self.fused_grads else ():
+                for param in group["params"]:
+                    self.fused_grads.pop(param, None)
+        self._moved |= work.moved
         if self._cut:
             cut, self._cut = self._cut, 0
             warn_once(
@@ -224,10 +222,6 @@ class BalancedAdam(torch.optim.Optimizer):
                 "packed8); it is cut off there.",
                 "cut",
             )
-        for update in updates:  # autograd must know that they have changed
-            for tensor in (update.param, update.first, update.second, update.copy):
-                if tensor is not None:
-                    torch.autograd.graph.increment_version(tensor)
         return loss
 
     def set_fused_grad(
@@ -281,16 +275,10 @@ class BalancedAdam(torch.optim.Optimizer):
         fused, capturable = self.defaults["fused"], self.defaults["capturable"]
         return fused is not False and parameter_step.fuses(dtensor.local(param), bool(fused), capturable)
 
-    def _prepare_step(
-        self,
-        param: Tensor,
-        group: dict[str, Any],
-        updates: list[kernels.Update],
-        plain_steps: list[parameter_step.PlainStep],
-    ) -> None:
-        """Count the step of a parameter, and append what a kernel shall do, or plain torch."""
+    def _prepare_step(self, param: Tensor, group: dict[str, Any], work: parameter_step.Work) -> None:
+        """Count the step of a parameter, and add what a kernel shall do, or plain torch."""
         fused = self._fuses(param)
-        fused_grad = self.fused_grads.pop(param, None)
+        fused_grad = self.fused_grads.get(param)
         grad = None if param.grad is None else dtensor.local(param.grad)
         state, weights = self.state[param], dtensor.local(param)
         if fused and fused_grad is None and grad is not None and grad.dtype != weights.dtype:
@@ -307,15 +295,16 @@ class BalancedAdam(torch.optim.Optimizer):
             self._counted[param] = group["betas"]
         else:
             step, corrected = parameter_step.count(state, group["betas"])
-            self._moved[param] = LastStep(corrected, group["betas"], group["eps"])
+            work.moved[param] = LastStep(corrected, group["betas"], group["eps"])
             lr = float(group["lr"])
             if not fused:
                 assert grad is not None
-                plain_steps.append(parameter_step.PlainStep(weights, grad, moments, step, corrected, lr, settings))
+                plain = parameter_step.PlainStep(weights, grad, moments, step, corrected, lr, settings)
+                work.plain_steps.append(plain)
                 return
             scalars = kernels.scalars(step, lr, **settings, corrected=corrected)
         parameter_step.lay_out_moments(param, weights, state, moments)
-        updates += parameter_step.kernel_updates(weights, moments, scalars, grad, fused_grad)
+        work.updates.extend(parameter_step.kernel_updates(weights, moments, scalars, grad, fused_grad))
 
     @torch.no_grad()
     def update_size(self) -> UpdateSize:

@@ -10,6 +10,7 @@ from torch import Tensor
 from balanced_adam import bias_correction, dtensor, kernels, packed, rule
 from balanced_adam import state as states
 from balanced_adam.fused_grad import FusedGrad, join_neighbours
+from balanced_adam.update_size import LastStep
 from balanced_adam.warn import warn_once
 
 Settings = dict[str, Any]
@@ -154,6 +155,35 @@ class PlainStep(NamedTuple):
             new = rule.update(self.weights, self.grad, *old[1:], step=self.corrected, lr=self.lr, **self.settings)
         for tensor, value in zip(old, new, strict=True):
             tensor.copy_(value)
+
+
+class Work(NamedTuple):
+    """What a step of many parameters comes to, once all are prepared."""
+
+    updates: list[kernels.Update]
+    plain_steps: list[PlainStep]
+    moved: dict[Tensor, LastStep]
+    """By parameter, for :mod:`balanced_adam.update_size`; empty where a GPU counts the steps."""
+    distributed: list[Tensor]
+    """The parameters that are DTensors, whose versions autograd counts apart from those of this rank's part."""
+
+    def carry_out(self) -> None:
+        """Check it all, then do it all.
+
+        Raises:
+            ValueError: if tensors do not fit together; nothing is changed then.
+        """
+        for plain in self.plain_steps:
+            plain.check()
+        kernels.step(self.updates)
+        for plain in self.plain_steps:
+            plain.take()
+        for update in self.updates:  # autograd must know that they have changed
+            for tensor in (update.param, update.first, update.second, update.copy):
+                if tensor is not None:
+                    torch.autograd.graph.increment_version(tensor)
+        for param in self.distributed:
+            torch.autograd.graph.increment_version(param)
 
 
 def lay_out_moments(param: Tensor, weights: Tensor, state: states.State, moments: dict[str, Tensor]) -> None:

@@ -68,7 +68,7 @@ def update_size(
         return UpdateSize(0.0, 0.0, 0)
     greatest, squares = (_by_device(tensors) for tensors in sums)
     return UpdateSize(
-        max(float(torch.stack(tensors).amax()) for tensors in greatest),
+        float(torch.tensor([float(torch.stack(tensors).amax()) for tensors in greatest], dtype=torch.float64).amax()),
         math.fsum(float(torch.stack(tensors).sum()) for tensors in squares),
         count,
     )

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from copy import copy
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from threading import local
 from types import ModuleType
 from typing import Any
@@ -29,6 +29,7 @@ def install() -> None:
         RuntimeError: if ``torch.optim`` has another ``BalancedAdam`` already.
     """
     registration.set_name()
+    # By name: this module may have been reloaded.
     if not any(type(finder).__name__ == _EngineFinder.__name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, _EngineFinder())
     register_if_imported()
@@ -55,10 +56,12 @@ class _EngineFinder(MetaPathFinder):
             return None
         self._asking.others = True
         try:
-            spec = find_spec(name)
+            others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+            spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         finally:
             self._asking.others = False
         if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec = copy(spec)
             spec.loader = _RegisteringLoader(spec.loader)  # type: ignore[arg-type]
         return spec
 
@@ -80,4 +83,6 @@ class _RegisteringLoader(Loader):
         registration.register_or_refuse()
 
     def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self.loader, name)

@@ -82,7 +82,7 @@ Override = tuple[type, str, Callable[..., Any]]
 
 def overrides() -> list[Override]:
     """The methods of DeepSpeed's to wrap, each with ``wrapper(original, self, *args)``."""
-    stage12, stage3, bf16 = _classes()
+    stage12, stage3, bf16 = classes()
     wrappers: list[Override] = [
         *((cls, "step", _tidied) for cls in (stage12, stage3, bf16)),
         (stage12, "_get_preflattened_grad_partition", _keep_gradient),
@@ -128,12 +128,17 @@ def _refused(zero: Any, reason: str) -> bool:
 
 def digests(cls: type) -> dict[str, str]:
     """Digest of the source of each method of a class, decorators left out."""
-    source = Path(inspect.getfile(cls)).read_text()
-    lines = source.splitlines()
-    (found,) = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == cls.__name__]
-    methods = [n for n in found.body if isinstance(n, ast.FunctionDef)]
-    texts = {n.name: "\n".join(lines[n.lineno - 1 : n.end_lineno]) for n in methods}
+    lines = Path(inspect.getfile(cls)).read_text().splitlines()
+    texts = {name: "\n".join(lines[n.lineno - 1 : n.end_lineno]) for name, n in _definitions(cls).items()}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+
+
+@functools.cache
+def _definitions(cls: type) -> dict[str, ast.FunctionDef]:
+    """The methods of a class as its source file has them."""
+    source = Path(inspect.getfile(cls)).read_text()
+    (found,) = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == cls.__name__]
+    return {n.name: n for n in found.body if isinstance(n, ast.FunctionDef)}
 
 
 def _unless_obstacle(wrapper: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,7 +153,8 @@ def _unless_obstacle(wrapper: Callable[..., Any]) -> Callable[..., Any]:
     return either
 
 
-def _classes() -> tuple[type, type, type]:
+def classes() -> tuple[type, type, type]:
+    """DeepSpeed's ZeRO optimizers: of stages 1 and 2, of stage 3, and BF16_Optimizer."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -159,32 +165,50 @@ def _classes() -> tuple[type, type, type]:
 @functools.cache
 def unrecognised(name: str) -> str | None:
     """The first method of the class of this name whose source is not the one that this was written for."""
-    (cls,) = (cls for cls in _classes() if cls.__name__ == name)
+    (cls,) = (cls for cls in classes() if cls.__name__ == name)
     try:
         present = digests(cls)
-    except (OSError, SyntaxError, ValueError):  # no source to be had
+    except (OSError, SyntaxError, TypeError, ValueError):  # no source to be had
         present = {}
     return next((method for method, known in RECOGNISED[name].items() if present.get(method) != known), None)
 
 
 def replaced(cls: type) -> str | None:
-    """The first method that this relies on which is not DeepSpeed's own any more, or not wrapped by us as it should be.
+    """The first method that this relies on which is not the one of the source file any more, or not wrapped by us as it
+    should be.
 
     Digests are of files; this is for code that replaces methods at run time, before us or after.
     """
-    import deepspeed
-
     ours = {name for owner, name, _ in overrides() if owner is cls}
+    definitions, file = _definitions(cls), inspect.getfile(cls)
     for name in RECOGNISED[cls.__name__]:
         method = vars(cls).get(name)
         if name in ours:
             if method is None or method is not WRAPPED.get((cls, name)):
                 return name
             method = getattr(method, "__wrapped__", None)
-        file = getattr(getattr(method, "__code__", None), "co_filename", "")
-        if not Path(file).is_relative_to(Path(deepspeed.__file__).parent):
+        code = getattr(_undecorated(method), "__code__", None)
+        lines = {definitions[name].lineno, *(each.lineno for each in definitions[name].decorator_list)}
+        if code is None or code.co_filename != file or code.co_firstlineno not in lines:
             return name
     return None
+
+
+def _undecorated(method: Any) -> Any:
+    """What is within the two decorators that DeepSpeed has on these methods, torch.no_grad and its own for NVTX."""
+    from deepspeed.utils import nvtx
+    from torch.utils import _contextlib
+
+    while (file := getattr(getattr(method, "__code__", None), "co_filename", None)) in (
+        nvtx.__file__,
+        _contextlib.__file__,
+    ):
+        cells = dict(zip(method.__code__.co_freevars, method.__closure__ or (), strict=True))
+        inner = cells["func"].cell_contents if "func" in cells else None
+        if inner is None:
+            break
+        method = inner
+    return method if file else None
 
 
 def _obstacle(zero: Any) -> str | None:
@@ -199,7 +223,7 @@ def _obstacle(zero: Any) -> str | None:
         return _TURNED_OFF
     if settings["capturable"]:
         return "capturable is true"
-    if type(zero) not in _classes():
+    if type(zero) not in classes():
         return f"{type(zero).__name__} is not known"
     if (name := unrecognised(type(zero).__name__)) is not None:
         return f"{type(zero).__name__}.{name} of DeepSpeed {deepspeed.__version__} is not as it was in the version this was written for"
@@ -245,7 +269,7 @@ def describe(zero: Any) -> str:
     device = params[0].device
     fused = optimizer.defaults["fused"] is not False and kernels.why_not(device) is None
     path = f"{device.type.upper()} {'fused' if fused else 'in plain torch'}"
-    names = dict(zip(_classes(), ("ZeRO", "ZeRO-3", "ZeRO-1"), strict=True))
+    names = dict(zip(classes(), ("ZeRO", "ZeRO-3", "ZeRO-1"), strict=True))
     if type(zero) in names:
         stage = names[type(zero)] if names[type(zero)] != "ZeRO" else f"ZeRO-{2 if zero.partition_gradients else 1}"
         path += f", {stage} {'one pass' if obstacle(zero) is None else 'in several passes'}"

@@ -24,6 +24,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from balanced_adam.zero import one_pass, packed_state
 
 NAME = "BalancedAdam"
 TESTED_DEEPSPEED = "0.19.8"
-_refusal: str | None = None  # why this process' DeepSpeed can't take a BalancedAdam
+_refusals: list[str] = []  # why this process' DeepSpeed can't take a BalancedAdam, if it can't
 
 
 def register() -> None:
@@ -72,7 +73,9 @@ def register() -> None:
         set_name()
         if not DeepSpeedEngine._is_supported_optimizer(None, NAME):
             raise AttributeError(f"a name in torch.optim no longer resolves ({NAME!r})")
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a name is gone, or means something else
+        if isinstance(error, RuntimeError):
+            raise
         raise RuntimeError(
             f"BalancedAdam can't register with DeepSpeed {_version()}: {error}; it was tested with DeepSpeed "
             f"{TESTED_DEEPSPEED}, so install that version."
@@ -81,51 +84,54 @@ def register() -> None:
         ZERO_SUPPORTED_OPTIMIZERS.append(BalancedAdam)
     for override in (*patches, *one_pass.overrides(), *packed):
         _wrap(*override)
+    _refusals.clear()
 
 
 def register_or_refuse() -> None:
-    """Register, where DeepSpeed can be imported; where it has moved what this relies on, warn and refuse.
+    """Register, where DeepSpeed can be imported; where it has moved what this relies on, refuse and warn.
 
     Then DeepSpeed's engine refuses a BalancedAdam with that sentence. Other optimizers work under DeepSpeed as ever,
     and BalancedAdam works in plain PyTorch.
     """
-    global _refusal
     try:
         register()
     except ImportError:  # there is no DeepSpeed to be used
         return
     except RuntimeError as error:
-        _refusal = str(error)
-        warnings.warn(f"{error} BalancedAdam works without DeepSpeed.", stacklevel=2)
-        _refuse_in_engine(_refusal)
+        _refusals[:] = [str(error)]
+        _refuse_in_engine()
+        with suppress(UserWarning):  # where warnings are errors, this import must not fail: the engine says it again
+            warnings.warn(f"{error} BalancedAdam works without DeepSpeed.", stacklevel=2)
 
 
 def refusal() -> str | None:
     """Why the DeepSpeed of this process refuses a BalancedAdam; None if it doesn't."""
-    return _refusal
+    return _refusals[0] if _refusals else None
 
 
 def was_tried() -> bool:
     """Whether the DeepSpeed of this process takes a BalancedAdam, or refuses it."""
     utils = sys.modules.get("deepspeed.runtime.zero.utils")
-    return _refusal is not None or BalancedAdam in getattr(utils, "ZERO_SUPPORTED_OPTIMIZERS", ())
+    return bool(_refusals) or BalancedAdam in getattr(utils, "ZERO_SUPPORTED_OPTIMIZERS", ())
 
 
-def _refuse_in_engine(reason: str) -> None:
+def _refuse_in_engine() -> None:
     engine = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
     configure = getattr(engine, "_configure_optimizer", None)
     if not callable(configure):  # then at least its name must not be found
-        delattr(torch.optim, NAME)
+        if getattr(torch.optim, NAME, None) is BalancedAdam:
+            delattr(torch.optim, NAME)
         return
 
     @functools.wraps(configure)
     def method(self: Any, client_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         def refused(optimizer: Any) -> Any:
-            if isinstance(optimizer, BalancedAdam):
+            if isinstance(optimizer, BalancedAdam) and (reason := refusal()):
                 raise RuntimeError(reason)
             return optimizer
 
-        if client_optimizer is None and self.optimizer_name() == NAME:
+        by_name = client_optimizer is None and self.optimizer_name() == NAME
+        if by_name and getattr(torch.optim, NAME, None) is BalancedAdam and (reason := refusal()):
             raise RuntimeError(reason)
         if callable(refused(client_optimizer)):
             build = client_optimizer
@@ -138,7 +144,7 @@ def _refuse_in_engine(reason: str) -> None:
 def _version() -> str:
     """DeepSpeed's, also while it is being imported."""
     try:
-        return version("deepspeed")
+        return getattr(sys.modules.get("deepspeed"), "__version__", None) or version("deepspeed")
     except PackageNotFoundError:
         return "of unknown version"
 

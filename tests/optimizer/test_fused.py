@@ -338,3 +338,17 @@ def test_where_a_tensor_does_not_fit_no_parameter_has_moved(fused: bool | None) 
     with pytest.raises(ValueError, match="given other data"):
         optimizer.step()
     assert all(torch.equal(param, value) for param, value in zip((double, single), before, strict=True))
+
+
+def test_a_step_that_is_refused_leaves_no_gradient_for_the_next_one() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = BalancedAdam([weight], lr=0.5, weight_decay=0.0)
+    assert optimizer.set_fused_grad(weight, [torch.ones(2)])
+    optimizer.param_groups[0]["betas"] = (0.9, 0.99)
+    with pytest.raises(ValueError, match="betas"):
+        optimizer.step()
+    assert not optimizer.fused_grads and optimizer.update_size().numel == 0
+    optimizer.param_groups[0]["betas"] = (0.9, 0.9)
+    weight.grad = -torch.ones(2)
+    optimizer.step()
+    assert torch.equal(weight, torch.full((2,), 0.5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.abc
 import pickle
@@ -38,7 +39,7 @@ def no_deepspeed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     others = [finder for finder in sys.meta_path if type(finder).__name__ != "_EngineFinder"]
     monkeypatch.setattr(sys, "meta_path", others)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(registration, "_refusal", None)
+    monkeypatch.setattr(registration, "_refusals", [])
     monkeypatch.setattr(torch.optim, "BalancedAdam", BalancedAdam)
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "deepspeed"]:
@@ -182,3 +183,37 @@ def test_a_deepspeed_that_breaks_after_its_engine_breaks_no_import_of_ours(no_de
     assert ENGINE in sys.modules
     import_hook.install()
     assert registration.refusal() is None
+
+
+def test_asking_for_the_engine_imports_nothing_and_changes_no_module(registered: list[bool], tmp_path: Path) -> None:
+    write(tmp_path)
+    import_hook.install()
+    finder = next(finder for finder in sys.meta_path if type(finder).__name__ == "_EngineFinder")
+    assert finder.find_spec(ENGINE, ["/nonexistent"]) is None
+    finder.find_spec(ENGINE, None)
+    assert "deepspeed" not in sys.modules
+    imported()
+    for _ in range(3):
+        copy.copy(finder.find_spec(ENGINE, [str(tmp_path / "deepspeed" / "runtime")]).loader)  # type: ignore[union-attr]
+    assert type(sys.modules[ENGINE].__spec__.loader).__name__ == "SourceFileLoader"  # type: ignore[union-attr]
+    assert registered == [True]
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_warnings_are_errors_the_import_works_and_the_engine_refuses(no_deepspeed: None, tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "deepspeed" / "runtime" / "engine.py").write_text(
+        "class DeepSpeedEngine:\n    def _configure_optimizer(self, client, params):\n        return client\n"
+    )
+    (tmp_path / "deepspeed" / "__init__.py").write_text("__version__ = '0.99'\nimport deepspeed.runtime.engine\n")
+    import_hook.install()
+    engine = imported().runtime.engine.DeepSpeedEngine()
+    ours, theirs = BalancedAdam([torch.ones(1, requires_grad=True)]), object()
+    with pytest.raises(RuntimeError, match=r"^BalancedAdam can't register with DeepSpeed 0\.99: "):
+        engine._configure_optimizer(ours, None)
+    engine.optimizer_name = lambda: "BalancedAdam"
+    with pytest.raises(RuntimeError, match=r"^BalancedAdam can't register with DeepSpeed 0\.99: "):
+        engine._configure_optimizer(None, None)
+    assert engine._configure_optimizer(theirs, None) is theirs
+    registration._refusals.clear()  # as where registering again has worked
+    assert engine._configure_optimizer(ours, None) is ours

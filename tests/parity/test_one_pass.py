@@ -227,8 +227,8 @@ def test_a_gradient_that_cannot_be_handed_over_takes_deepspeeds_passes_and_the_l
 def test_every_method_that_is_wrapped_or_relied_on_is_the_one_that_was_read() -> None:
     from balanced_adam.zero import one_pass
 
-    assert {cls.__name__ for cls in one_pass._classes()} == set(one_pass.RECOGNISED)
-    for cls in one_pass._classes():
+    assert {cls.__name__ for cls in one_pass.classes()} == set(one_pass.RECOGNISED)
+    for cls in one_pass.classes():
         present = one_pass.digests(cls)
         for method, digest in one_pass.RECOGNISED[cls.__name__].items():
             assert present[method] == digest, f"{cls.__name__}.{method}"
@@ -242,7 +242,7 @@ def with_a_method_replaced(job: tuple[int, str]) -> tuple[str, bool, bool]:
     from balanced_adam.zero import describe, one_pass, register
 
     stage, order = job
-    owner, name = one_pass._classes()[stage == 3], "unscale_and_clip_grads"
+    owner, name = one_pass.classes()[stage == 3], "unscale_and_clip_grads"
     ours = vars(owner)[name]
     original = ours if order == "after" else ours.__wrapped__
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +17,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils.nvtx import instrument_w_nvtx
 
 from balanced_adam import BalancedAdam, register, zero
 from balanced_adam.warn import _warned
+from balanced_adam.zero import one_pass
 from tests.parity.cases import PHANTOM, Case, advance, of_the_wrong, read, start
 from tests.parity.control import TENSORS
 from tests.parity.test_one_pass import FP16
@@ -229,3 +233,24 @@ def bf16_states(cases: list[Case]) -> list[str]:
 def test_bf16_optimizer_states_which_change_nothing_are_named() -> None:
     (said,) = spawn(bf16_states, 1, [Case(stage, "bf16") for stage in (1, 2, 3)])
     assert [each[:58] for each in said] == ["bf16.bf16_optimizer_states is true, and changes nothing fo"] * 3
+
+
+@pytest.mark.parametrize("cls", one_pass.classes(), ids=lambda cls: cls.__name__)
+def test_an_untouched_deepspeed_has_no_method_replaced(cls: type) -> None:
+    assert one_pass.replaced(cls) is None and one_pass.unrecognised(cls.__name__) is None
+
+
+@pytest.mark.parametrize("decorate", [lambda f: f, instrument_w_nvtx, torch.no_grad(), functools.wraps(print)])
+@pytest.mark.parametrize("cls", one_pass.classes(), ids=lambda cls: cls.__name__)
+def test_a_method_replaced_before_we_came_is_found_whatever_decorates_it(
+    monkeypatch: pytest.MonkeyPatch, cls: type, decorate: Callable[[Any], Any]
+) -> None:
+    for name in one_pass.RECOGNISED[cls.__name__]:
+        with monkeypatch.context() as patch:
+            foreign = decorate(lambda self, *arguments: None)
+            if (cls, name) in one_pass.WRAPPED:
+                wrapper = functools.wraps(foreign)(lambda self, *arguments: None)
+                patch.setitem(one_pass.WRAPPED, (cls, name), wrapper)
+                foreign = wrapper
+            patch.setattr(cls, name, foreign)
+            assert one_pass.replaced(cls) == name
