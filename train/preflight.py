@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 
-from train.common.command_line import parse
-from train.common.errors import EXIT_RETRY, ConfigError, PeerLostError, RankError, RetryError, is_main_process
+from train.common.command_line import parse, report_on_rank
+from train.common.errors import ConfigError, is_main_process
 from train.run.config import Preflight
 
 
@@ -31,9 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         if is_main_process():
             print(summary, flush=True)
     except ConfigError as error:
-        if is_main_process() or isinstance(error, RankError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_RETRY if isinstance(error, PeerLostError | RetryError) else 2
+        return report_on_rank(error)
     return 0
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from train.common.command_line import parse
+from train.common.command_line import parse, report_on_rank
 from train.common.errors import (
     EXIT_RETRY,
     ConfigError,
-    PeerLostError,
     Preempted,
-    RankError,
-    RetryError,
     is_main_process,
 )
 from train.run.config import Run
@@ -37,9 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         pretrain(run)
     except ConfigError as error:
-        if is_main_process() or isinstance(error, RankError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_RETRY if isinstance(error, PeerLostError | RetryError) else 2
+        return report_on_rank(error)
     except (Preempted, KeyboardInterrupt) as stopped:
         if is_main_process():
             sentence = str(stopped) or "\nStopped. Run the same command again to resume from the newest checkpoint."

@@ -199,16 +199,13 @@ def _undecorated(method: Any) -> Any:
     from deepspeed.utils import nvtx
     from torch.utils import _contextlib
 
-    while (file := getattr(getattr(method, "__code__", None), "co_filename", None)) in (
-        nvtx.__file__,
-        _contextlib.__file__,
-    ):
+    decorators = (nvtx.__file__, _contextlib.__file__)
+    while getattr(getattr(method, "__code__", None), "co_filename", None) in decorators:
         cells = dict(zip(method.__code__.co_freevars, method.__closure__ or (), strict=True))
-        inner = cells["func"].cell_contents if "func" in cells else None
-        if inner is None:
+        if "func" not in cells:
             break
-        method = inner
-    return method if file else None
+        method = cells["func"].cell_contents
+    return method
 
 
 def _obstacle(zero: Any) -> str | None:

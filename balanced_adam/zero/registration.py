@@ -56,35 +56,38 @@ def register() -> None:
         import deepspeed  # noqa: F401
     except Exception as error:  # whatever DeepSpeed's own import runs into, such as a missing CUDA toolkit
         raise ImportError(f"DeepSpeed is not installed, or can't be imported ({error}).") from error
+    set_name()
     try:
-        from deepspeed.runtime.engine import DeepSpeedEngine
-        from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-
-        patches: list[one_pass.Override] = [
-            (FP16_UnfusedOptimizer, "initialize_optimizer_states", _no_initialization_step),
-            (DeepSpeedZeroOptimizer_Stage3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", _settings_per_group),
-        ]
-        packed = packed_state.overrides()
-        for cls, method, _ in (*patches, *packed):
-            getattr(cls, method)
-        packed_state.patch_fragments()
-        set_name()
-        if not DeepSpeedEngine._is_supported_optimizer(None, NAME):
-            raise AttributeError(f"a name in torch.optim no longer resolves ({NAME!r})")
+        _patch()
     except Exception as error:  # a name is gone, or means something else
-        if isinstance(error, RuntimeError):
-            raise
         raise RuntimeError(
             f"BalancedAdam can't register with DeepSpeed {_version()}: {error}; it was tested with DeepSpeed "
             f"{TESTED_DEEPSPEED}, so install that version."
         ) from error
-    if BalancedAdam not in ZERO_SUPPORTED_OPTIMIZERS:
-        ZERO_SUPPORTED_OPTIMIZERS.append(BalancedAdam)
+    _refusals.clear()
+
+
+def _patch() -> None:
+    """Look for all that is needed; then make the name known and wrap the methods."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    patches: list[one_pass.Override] = [
+        (FP16_UnfusedOptimizer, "initialize_optimizer_states", _no_initialization_step),
+        (DeepSpeedZeroOptimizer_Stage3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", _settings_per_group),
+    ]
+    packed = packed_state.overrides()
+    for cls, method, _ in (*patches, *packed):
+        getattr(cls, method)
+    if not DeepSpeedEngine._is_supported_optimizer(None, NAME):
+        raise AttributeError(f"a name in torch.optim no longer resolves ({NAME!r})")
+    packed_state.patch_fragments()
     for override in (*patches, *one_pass.overrides(), *packed):
         _wrap(*override)
-    _refusals.clear()
+    if BalancedAdam not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(BalancedAdam)
 
 
 def register_or_refuse() -> None:

@@ -79,6 +79,18 @@ def test_a_moved_hook_point_is_an_error_that_names_the_version(
         register()
 
 
+def test_a_hook_point_that_means_something_else_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = tuple(cls for cls in zero_utils.ZERO_SUPPORTED_OPTIMIZERS if cls is not BalancedAdam)
+    for owner, name, other in (
+        (zero_utils, "ZERO_SUPPORTED_OPTIMIZERS", others),
+        (DeepSpeedEngine, "_is_supported_optimizer", lambda self, name, more: True),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, other)
+            with pytest.raises(RuntimeError, match=r"can't register with DeepSpeed .*tested with DeepSpeed 0\.19\.8"):
+                register()
+
+
 def test_names_that_no_longer_resolve_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeepSpeedEngine, "_is_supported_optimizer", lambda self, name: False)
     with pytest.raises(RuntimeError, match=r"no longer resolves.*0\.19\.8"):

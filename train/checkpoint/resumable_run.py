@@ -13,7 +13,7 @@ from train.checkpoint.convert import convert_layout
 from train.checkpoint.load import check_text, find_checkpoint, restore_checkpoint
 from train.checkpoint.manifest import Origin, newest_step
 from train.checkpoint.save import save_checkpoint
-from train.common.errors import ConfigError, Preempted
+from train.common.errors import ConfigError, Preempted, is_main_process
 from train.common.files import write_json
 from train.common.progress import Progress
 from train.distributed.launch import join
@@ -126,5 +126,5 @@ def _report_end(run: Run, ended: dict[str, Any], already: str = "") -> None:
             f"the run in {run.out} has {already}diverged: {reason}. Its checkpoints from before are kept. "
             f"Lower lr (it is {run.optimizer.lr}) or clip (it is {run.optimizer.clip}) and give another folder."
         )
-    if os.environ["RANK"] == "0":
+    if is_main_process():
         print(f"{run.out} is {already}finished, at validation loss {ended['validation_loss']:.4f}.", flush=True)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import tyro
 
-from train.common.errors import ConfigError
+from train.common.errors import EXIT_RETRY, ConfigError, PeerLostError, RankError, RetryError, is_main_process
 
 Settings = TypeVar("Settings")
 
@@ -25,6 +25,17 @@ def exit_code(program: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def report_on_rank(error: ConfigError) -> int:
+    """Print the sentence of an error that ranks have met, on rank 0 or on the rank that alone has met it.
+
+    Returns:
+        The exit code: 75 where the same command may be started again, and 2 where that would not help.
+    """
+    if is_main_process() or isinstance(error, RankError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return EXIT_RETRY if isinstance(error, PeerLostError | RetryError) else 2
 
 
 def parse(settings: type[Settings], arguments: list[str], module: str, description: str | None) -> Settings:
