@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ import tyro
 from tests.cluster.hosts import Cluster, why_not
 from tests.cluster.runs import losses, same
 from tests.corpus import write_corpus
-from tests.ranks import Program, Started
+from tests.ranks import LIMIT, Program, Started
 from tests.ranks import environment as clean_environment
 from tests.ranks import start as start_program
 from train.checkpoint.manifest import newest_step
@@ -84,12 +84,13 @@ class Machine:
     def __init__(self, cluster: Cluster | None, *, forked: bool = False) -> None:
         self.cluster, self.forked = cluster, forked
         self.launchers: list[subprocess.Popen[bytes] | Started] = []
+        self.log = Path(os.devnull)
 
     def start(self, out: Path, options: list[str], fault: str = "") -> None:
         """Start it. ``fault``: see tests/fault_injection/faulty_rank.py."""
         hosts = 2 if self.cluster else 1
         head, port = ("node1", random.randrange(20000, 30000)) if self.cluster else ("127.0.0.1", free_port())
-        log = out.with_suffix(".log")
+        log = self.log = out.with_suffix(".log")
         environment = {"FAULT": fault, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         if self.forked:
             arguments = ["--out", str(out), *options]
@@ -119,6 +120,41 @@ class Machine:
     def running(self) -> bool:
         """Whether any launcher is."""
         return any(launcher.poll() is None for launcher in self.launchers)
+
+    def watch(self, watch: Stopwatch, until: Callable[[], bool] = lambda: False) -> None:
+        """Wait until the run ends, or ``until`` holds.
+
+        Raises:
+            TimeoutError: if neither comes within ``LIMIT`` seconds. It says what each process is doing; then all of
+                them are killed.
+        """
+        latest = time.monotonic() + LIMIT
+        while self.running() and not until():
+            watch.look()
+            time.sleep(0.05)
+            if time.monotonic() > latest:
+                raise TimeoutError(f"the run neither ends nor goes on, {LIMIT:.0f} s after its start:\n{self._dump()}")
+
+    def _dump(self) -> str:
+        """State and system calls of each process of the run, and the end of its log; then kill them all."""
+        lines, processes = [], []
+        for launcher in self.launchers:
+            with suppress(psutil.NoSuchProcess):
+                top = psutil.Process(launcher.pid)
+                processes += [top, *top.children(recursive=True)]
+        for each in processes:
+            with suppress(psutil.NoSuchProcess, OSError):
+                lines.append(f"{each.pid} {each.status()} {' '.join(each.cmdline())[:200]}")
+                for thread in sorted(Path(f"/proc/{each.pid}/task").iterdir()):
+                    doing = [(thread / name).read_text().strip() for name in ("comm", "wchan", "syscall")]
+                    lines.append(f"  {thread.name} {' '.join(doing)}")
+                if FAULTY_RANK in each.cmdline():
+                    each.send_signal(signal.SIGUSR2)  # it prints its stacks, unless it is stopped
+        time.sleep(2.0)
+        for each in processes:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        return "\n".join([*lines, self.log.read_text(errors="replace")[-8000:]])
 
     def kill_launcher(self, number: int) -> None:
         """kill -9 of one launcher, not of its ranks."""
@@ -234,9 +270,7 @@ def drill(settings: Drill, on: Machine) -> pd.DataFrame:
             watch.start(fault, began)
             print(f"{len(done)}/{settings.faults} {fault}", flush=True)
     on.start(run, options)
-    while on.running():
-        watch.look()
-        time.sleep(0.1)
+    on.watch(watch)
     assert on.wait(1800) == [0] * len(on.launchers), (out / "run.log").read_text()[-3000:]
     assert same(run, twin), "the bits are not those of the undisturbed run"
     assert len(losses(run)) == steps
@@ -261,9 +295,7 @@ def attempt(on: Machine, draw: random.Random, run: Path, options: list[str], wat
             shutil.rmtree(options[options.index("--data-cache") + 1], ignore_errors=True)
         on.start(run, options, f"{rank} {moment} {count} {'kill' if kind == 'rank' else 'stop'}")
         at = f"{moment} no. {count}"
-        while on.running() and watch.lines < before + 2 * STEPS_PER_FAULT:
-            watch.look()
-            time.sleep(0.1)
+        on.watch(watch, lambda: watch.lines >= before + 2 * STEPS_PER_FAULT)
         if on.running():  # it never came to that moment so often
             kind, at = "launcher", "any time"
             on.kill_launcher(rank)
@@ -271,11 +303,7 @@ def attempt(on: Machine, draw: random.Random, run: Path, options: list[str], wat
         on.start(run, options)
         # Half of the time while it starts, half of the time while it trains.
         until = time.monotonic() + (seconds if draw.random() < 0.5 else 60.0)
-        while time.monotonic() < until and watch.lines <= before + steps:
-            if not on.running():
-                break
-            watch.look()
-            time.sleep(0.02)
+        on.watch(watch, lambda: time.monotonic() > until or watch.lines > before + steps)
         at = "any time"
         (on.kill_launcher if kind == "launcher" else on.crash)(rank)
     codes = on.wait(600)

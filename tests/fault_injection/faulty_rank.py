@@ -6,6 +6,7 @@ FAULT="RANK MOMENT COUNT WHAT": on that rank, the COUNT-th time (from 1) that it
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import signal
@@ -94,6 +95,7 @@ def arrange(rank: int, moment: str, count: int, what: str) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR2)
     if told := os.environ.get("FAULT"):
         rank, moment, count, what = told.split()
         arrange(int(rank), moment, int(count), what)
