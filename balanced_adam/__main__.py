@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import version
+from contextlib import redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
 
 import torch
 
@@ -36,26 +38,27 @@ def kernel(device: torch.device) -> str:
     return f"fused, {isa}, {threads}"
 
 
-def deepspeed() -> str:
-    """Which DeepSpeed there is, and whether ZeRO's step is taken in one pass with it."""
+def deepspeed() -> Iterator[str]:
+    """Which DeepSpeed there is, and how it takes ZeRO's step at each stage, which is tried; in lines."""
     if find_spec("deepspeed") is None:
-        return "not installed"
-    from balanced_adam.zero import TESTED_DEEPSPEED, one_pass, registration
-
+        yield "not installed"
+        return
     try:
-        changed = [
-            f"{cls.__name__}.{method}"
-            for cls in one_pass.classes()
-            if (method := one_pass.unrecognised(cls.__name__) or one_pass.replaced(cls))
-        ]
-        found = version("deepspeed")
-    except Exception as error:  # whatever a DeepSpeed runs into that is broken, or has moved what is looked at
-        return f"can't be imported: {error}"
-    if reason := registration.refusal():
-        return reason
-    tested = "the version tested" if found == TESTED_DEEPSPEED else f"tested was {TESTED_DEEPSPEED}"
-    passes = f"DeepSpeed's own passes, since it has changed: {', '.join(changed)}" if changed else "one pass"
-    return f"{found} ({tested}); ZeRO's step: {passes}"
+        with redirect_stdout(StringIO()):  # its log goes there, too
+            import deepspeed as imported
+
+            from balanced_adam.zero import registration
+    except Exception as error:  # whatever a DeepSpeed runs into that is broken
+        yield f"can't be imported: {error}"
+        return
+    yield registration.refusal() or str(imported.__version__).strip()
+    if registration.refusal() is None:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+        line = [sys.executable, "-m", *launcher, "-m", "balanced_adam.zero.trial"]
+        tried = subprocess.run(line, capture_output=True, text=True)
+        yield from (each for each in tried.stdout.splitlines() if each.startswith("  ZeRO-"))
+        if tried.returncode:
+            yield f"  ZeRO's stages could not be tried: {tried.stderr.strip()[-1000:]}"
 
 
 def trials(device: torch.device) -> Iterator[tuple[str, bool]]:
@@ -79,7 +82,9 @@ def main() -> int:
     """Print it all; 1 if a path computed something wrong."""
     warnings.simplefilter("ignore")
     print(f"balanced_adam {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
-    print(f"DeepSpeed: {deepspeed()}")
+    print("DeepSpeed: ", end="")
+    for line in deepspeed():
+        print(line, flush=True)
     wrong = False
     for device in devices():
         print(f"{device}: {kernel(device)}")

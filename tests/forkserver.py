@@ -18,8 +18,6 @@ from pathlib import Path
 
 MODULES = (
     "deepspeed.ops",
-    "deepspeed.module_inject.auto_ep_layer",  # imported late by DeepSpeed, as is the next
-    "deepspeed.runtime.zero.muon.muon_optimizer",
     "transformers.modeling_utils",
     "transformers.models.byt5.tokenization_byt5",
     "transformers.models.llama.modeling_llama",
@@ -34,6 +32,8 @@ MODULES = (
     "train.run.preflight",
 )
 """Not what ranks run as ``__main__``, or it would be there twice: train.pretrain, checkpoint.universal, tests.job."""
+LATE = ("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer")
+"""What DeepSpeed imports when it is used; older ones have not got them all."""
 
 
 def prepare() -> None:
@@ -43,6 +43,9 @@ def prepare() -> None:
     torch.set_num_threads(1)
     for name in MODULES:
         import_module(name)
+    for name in LATE:
+        with suppress(ModuleNotFoundError):
+            import_module(name)
     # The first optimizer of a process imports torch._dynamo and all it needs, for more than two seconds.
     torch.optim.AdamW([torch.ones(1, requires_grad=True)])
     # Else each collection that DeepSpeed asks for (twice in an engine's life) would look through these modules again.

@@ -1,7 +1,7 @@
 """Everything that knows DeepSpeed: registration by name, patches of its defects on our paths, ZeRO's step in one
 pass."""
 
-from balanced_adam.zero.one_pass import describe
+from balanced_adam.zero.decision import describe
 from balanced_adam.zero.packed_state import unpacking
 from balanced_adam.zero.registration import NAME, TESTED_DEEPSPEED, register
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from balanced_adam import bias_correction
 from balanced_adam.state import MOMENTS, PACKED, moments, unpacked
 from balanced_adam.warn import warn_once
-from balanced_adam.zero.one_pass import Override
+from balanced_adam.zero.wrappers import Override
 
 
 def overrides() -> Sequence[Override]:
@@ -53,6 +53,14 @@ def unpacking() -> Iterator[None]:
         yield
     finally:
         torch.load = load
+
+
+def missing_function() -> str | None:
+    """Which of the functions that :func:`patch_fragments` replaces is not there; None if both are."""
+    from deepspeed.utils import mixed_precision_linkage, tensor_fragment
+
+    needed = ((tensor_fragment, "get_optim_state_fragment"), (mixed_precision_linkage, "set_full_hp_param"))
+    return next((f"{module.__name__}.{name}" for module, name in needed if not hasattr(module, name)), None)
 
 
 def patch_fragments() -> None:
@@ -118,7 +126,7 @@ def _refuse_elastic(original: Callable[..., None], self: Any) -> None:
 
 
 def _say_moments_are_fp32(original: Callable[..., None], self: Any) -> None:
-    if self.bf16_optimizer_states:
+    if getattr(self, "bf16_optimizer_states", False):
         warn_once(
             "bf16.bf16_optimizer_states is true, and changes nothing for BalancedAdam, whose moments are float32, or "
             "packed: set "

@@ -1,6 +1,6 @@
 """Registration by name with DeepSpeed, and patches of its defects on our paths.
 
-:func:`register` reaches into DeepSpeed at four points (and at those of :mod:`balanced_adam.zero.one_pass` and
+:func:`register` reaches into DeepSpeed at four points (and at those of :mod:`balanced_adam.zero.wrappers` and
 :mod:`balanced_adam.zero.packed_state`). Two make the name known, since DeepSpeed has no registry for outside
 optimizers: a name in a ds_config that is not one of its own becomes ``getattr(torch.optim, name)`` (runtime/engine.py,
 ``_configure_basic_optimizer``), and ZeRO then asks for ``type(optimizer) in ZERO_SUPPORTED_OPTIMIZERS``
@@ -33,11 +33,17 @@ import torch
 
 from balanced_adam import bias_correction
 from balanced_adam.optimizer import BalancedAdam
-from balanced_adam.zero import one_pass, packed_state
+from balanced_adam.zero import packed_state, wrappers
 
 NAME = "BalancedAdam"
 TESTED_DEEPSPEED = "0.19.8"
 _refusals: list[str] = []  # why this process' DeepSpeed can't take a BalancedAdam, if it can't
+_lacking: dict[str, str] = {}  # what DeepSpeed can't take one for -> the method of DeepSpeed's that is gone
+PACKED, UNSCALED, UNIVERSAL = (
+    'a "state" that is not "fp32"',
+    "zero_optimization.stage 0 in 16 bits",
+    "a universal checkpoint at zero_optimization.stage 3",
+)
 
 
 def register() -> None:
@@ -49,8 +55,9 @@ def register() -> None:
 
     Raises:
         ImportError: if DeepSpeed can't be imported.
-        RuntimeError: if DeepSpeed has moved what this relies on (the message names the version tested), or if
-            ``torch.optim`` already has another ``BalancedAdam``. DeepSpeed does not take a BalancedAdam then.
+        RuntimeError: if DeepSpeed no longer takes optimizers by such a name (the message names the version tested), or
+            if ``torch.optim`` already has another ``BalancedAdam``. DeepSpeed does not take a BalancedAdam then.
+            Where it lacks a method that a patch or packed state needs, it refuses what needs that, and no more.
     """
     try:
         import deepspeed  # noqa: F401
@@ -68,24 +75,32 @@ def register() -> None:
 
 
 def _patch() -> None:
-    """Look for all that is needed; then make the name known and wrap the methods."""
+    """Look for what is needed; then make the name known and wrap the methods that are there."""
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-    patches: list[one_pass.Override] = [
+    patches: list[wrappers.Override] = [
         (FP16_UnfusedOptimizer, "initialize_optimizer_states", _no_initialization_step),
         (DeepSpeedZeroOptimizer_Stage3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", _settings_per_group),
     ]
     packed = packed_state.overrides()
-    for cls, method, _ in (*patches, *packed):
-        getattr(cls, method)
+    needs = [*zip(patches, (UNSCALED, UNIVERSAL), strict=True), *((override, PACKED) for override in packed)]
+    lacking = {need: f"{cls.__name__}.{name}" for (cls, name, _), need in needs if not hasattr(cls, name)}
+    if missing := packed_state.missing_function():
+        lacking[PACKED] = missing
     if not DeepSpeedEngine._is_supported_optimizer(None, NAME):
         raise AttributeError(f"a name in torch.optim no longer resolves ({NAME!r})")
-    packed_state.patch_fragments()
-    for override in (*patches, *one_pass.overrides(), *packed):
-        _wrap(*override)
+    if not missing:
+        packed_state.patch_fragments()
+    for cls, name, wrapper in (*patches, *wrappers.overrides(), *packed):
+        if hasattr(cls, name):
+            _wrap(cls, name, wrapper)
+    _lacking.clear()
+    _lacking.update(lacking)
+    if lacking:
+        _refuse_in_engine()
     if BalancedAdam not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(BalancedAdam)
 
@@ -121,6 +136,8 @@ def was_tried() -> bool:
 def _refuse_in_engine() -> None:
     engine = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
     configure = getattr(engine, "_configure_optimizer", None)
+    if hasattr(configure, "balanced_adam_patched"):
+        return
     if not callable(configure):  # then at least its name must not be found
         if getattr(torch.optim, NAME, None) is BalancedAdam:
             delattr(torch.optim, NAME)
@@ -129,7 +146,7 @@ def _refuse_in_engine() -> None:
     @functools.wraps(configure)
     def method(self: Any, client_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         def refused(optimizer: Any) -> Any:
-            if isinstance(optimizer, BalancedAdam) and (reason := refusal()):
+            if isinstance(optimizer, BalancedAdam) and (reason := refusal() or _lack(self, optimizer)):
                 raise RuntimeError(reason)
             return optimizer
 
@@ -139,9 +156,31 @@ def _refuse_in_engine() -> None:
         if callable(refused(client_optimizer)):
             build = client_optimizer
             client_optimizer = lambda params: refused(build(params))  # noqa: E731
-        return configure(self, client_optimizer, *args, **kwargs)
+        configured = configure(self, client_optimizer, *args, **kwargs)
+        refused(self.basic_optimizer)
+        return configured
 
+    method.balanced_adam_patched = True  # type: ignore[attr-defined]
     setattr(engine, "_configure_optimizer", method)  # noqa: B010
+
+
+def _lack(engine: Any, optimizer: BalancedAdam) -> str | None:
+    """Why this engine can't have this optimizer, although DeepSpeed takes others; None if it can."""
+    stage, half = engine.zero_optimization_stage(), engine.fp16_enabled() or engine.bfloat16_enabled()
+    wanted = {
+        PACKED: any(group["state"] != "fp32" for group in optimizer.param_groups),
+        UNSCALED: stage == 0 and half,
+        UNIVERSAL: stage == 3 and engine.load_universal_checkpoint(),
+    }
+    return next(
+        (
+            f"DeepSpeed {_version()} has no {method}, without which BalancedAdam does not take {need}; it was tested "
+            f"with DeepSpeed {TESTED_DEEPSPEED}."
+            for need, method in _lacking.items()
+            if wanted[need]
+        ),
+        None,
+    )
 
 
 def _version() -> str:
@@ -178,20 +217,26 @@ def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
 
     method.balanced_adam_patched = True  # type: ignore[attr-defined]
     setattr(cls, name, method)
-    one_pass.WRAPPED[cls, name] = method
 
 
 def _no_initialization_step(original: Callable[..., None], self: Any) -> None:
-    if self.low_precision_dtype == torch.float16:
+    # Up to DeepSpeed 0.18 the wrapper doesn't know its dtype.
+    if getattr(self, "low_precision_dtype", self.fp16_groups[0][0].dtype) == torch.float16:
         raise ValueError(
             "zero_optimization.stage is 0 with fp16.enabled: DeepSpeed divides these gradients by a loss scale that it "
             "never multiplied the loss by; use bf16, or stage 1, 2 or 3."
         )
 
 
-def _settings_per_group(original: Callable[..., None], self: Any, checkpoint_dir: str) -> None:
+def _settings_per_group(original: Callable[..., None], self: Any, checkpoint_dir: str, *shapes: Any) -> None:
+    if shapes and len(self.fp32_partitioned_groups_flat) > 1:  # up to DeepSpeed 0.17 it asks for the shapes
+        raise RuntimeError(
+            f"DeepSpeed {_version()} loads a universal checkpoint at stage 3 into a single sub-group, and this model "
+            f"has {len(self.fp32_partitioned_groups_flat)}; use DeepSpeed 0.18 or later, or stage 1 or 2."
+        )
+
     def load(self: Any, checkpoint_dir: str) -> None:
-        original(self, checkpoint_dir)
+        original(self, checkpoint_dir, *shapes)
         # The file that DeepSpeed itself has just unpickled; it holds settings and step counts, no moments.
         saved = torch.load(Path(checkpoint_dir) / "zero" / "optimizer_state.pt", weights_only=False)
         groups = saved["optimizer_state_dict"]["param_groups"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from balanced_adam.packed import FORMATS
 from balanced_adam.state import MOMENTS, moments
+from balanced_adam.zero import partitions
 from tests.parity.compare import differences
 from tests.parity.control import TENSORS, Clip, MissingGrad, State, train
 from tests.parity.model import EPS, GROUPS, MICRO, TRAINED, AwkwardModel, moving_beta, share
@@ -186,18 +187,44 @@ def read(engine: Any) -> State:
     """Weights and moments in fp32, and the model's own weights, whole, on this rank."""
     import deepspeed
 
+    from tests.parity.versions import since
+
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
         # Stages 1 and 2 link the moments to the parameters after the first group's first step, when the other groups
         # have no moments yet, and never again (runtime/zero/stage_1_and_2.py:852 and :2987).
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     named: list[tuple[str, Any]] = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
-    whole = [p for _, p in named] if hasattr(named[0][1], "ds_id") else []
-    with deepspeed.zero.GatheredParameters(whole, enabled=bool(whole)):
-        state: State = {"model": {name: p.detach().cpu().clone() for name, p in named}}
+    current = since("0.19.7")
+    if not current:
+        _mend_fragments(engine.optimizer)
+    state: State = {"model": {}}
+    for name, p in named:
+        if current or not hasattr(p, "ds_id"):
+            with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
+                state["model"][name] = p.detach().cpu().clone()
+        else:
+            state["model"][name] = _gathered(p)
     for key in TENSORS:
         state[key] = {name: _full(engine, p, key).detach().cpu().clone() for name, p in named}
     return state
+
+
+def _mend_fragments(zero: Any) -> None:
+    """Before DeepSpeed 0.19.7, parameters that have loaded a universal checkpoint take a moment for their fp32 weights
+    where they are asked for them (checkpoint/universal_checkpoint.py); the weights themselves are right."""
+    groups = getattr(zero, "bit16_groups", None) or getattr(zero, "bf16_groups", [])
+    for params, master in zip(groups, partitions.masters(zero), strict=True) if groups else ():
+        for mapping in (p._hp_mapping for p in params if p._hp_mapping is not None):
+            address = mapping.hp_fragment_address
+            mapping.hp_fragment = master.narrow(0, address.start, address.numel)
+
+
+def _gathered(param: Any) -> Tensor:
+    """A parameter of stage 3, whole: before 0.19.7 DeepSpeed does not always wait for it on a CPU."""
+    parts = [torch.empty_like(param.ds_tensor) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, param.ds_tensor)
+    return torch.cat(parts)[: param.ds_numel].view(param.ds_shape).cpu().clone()
 
 
 def _full(engine: Any, param: Any, key: str) -> Tensor:
@@ -241,6 +268,9 @@ def of_the_wrong() -> dict[Case, dict[str, float]]:
 
 
 def _compared(world: int, cases: list[Case]) -> dict[Case, dict[str, float]]:
+    from tests.parity.versions import possible
+
+    cases = possible(cases)
     ranks = spawn(run, world, cases)
     return {
         case: differences(

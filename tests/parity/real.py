@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from balanced_adam import rule
-from tests.parity.cases import Case, read
+from tests.parity.cases import PATHS, Case, read
 from tests.parity.control import TENSORS, State
 from tests.parity.mutants import wrong
+from tests.parity.versions import possible
 from tests.ranks import spawn
 from tests.session import shared
 from train.common.files import REPOSITORY
@@ -72,7 +73,7 @@ BF16 = [Case(1, "bf16", grad_accum="fp32", clip=CLIP), Case(3, "bf16", clip=CLIP
 @shared
 def traces(world: int) -> dict[Case, Trace]:
     """All cases on ``world`` ranks, in one spawn, as rank 0 saw them."""
-    traces: dict[Case, Trace] = spawn(job, world, FP32 + BF16 + WRONG)[0]
+    traces: dict[Case, Trace] = spawn(job, world, possible(FP32 + BF16 + WRONG))[0]
     return traces
 
 
@@ -94,7 +95,7 @@ def _engine_run(case: Case) -> Trace:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model = llama()
     config = case.config(world) | {
-        "optimizer": {"type": "BalancedAdam", "params": {"lr": PEAK, "betas": BETAS[0], "eps": EPS}}
+        "optimizer": {"type": "BalancedAdam", "params": {"lr": PEAK, "betas": BETAS[0], "eps": EPS, **PATHS[case.path]}}
     }
     config["zero_optimization"] |= {"reduce_bucket_size": 5000, "sub_group_size": 5000}
     engine, *_ = deepspeed.initialize(

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from balanced_adam.zero.decision import decision
 from tests.parity.cases import STEPS as EXACT_STEPS
 from tests.parity.cases import Case, advance, read, start
 from tests.parity.compare import EXACT, differences
 from tests.parity.control import train
 from tests.parity.model import SHAPES, TRAINED
+from tests.parity.versions import possible, since
 from tests.ranks import spawn
 from tests.session import shared
 
@@ -34,8 +36,10 @@ class Observed(NamedTuple):
     skipped: int
     gradients: dict[str, Tensor]
     """What safe_get_full_grad showed before the last step."""
-    taken: int
-    """Gradients that the optimizer was handed instead of given."""
+    ways: list[str]
+    """How each step was taken: ``Check``, ``OnePass``, or ``DeepSpeed``."""
+    handed: list[int]
+    """By step: gradients that the engine's optimizer was handed instead of given."""
 
 
 def dtypes() -> list[str]:
@@ -55,35 +59,26 @@ def cases(path: str) -> list[Case]:
     return found
 
 
-def inputs(step: int, micro: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def inputs(step: int, micro: int, rank: int, dtype: torch.dtype, overflow: bool = True) -> dict[str, Tensor]:
     """Any numbers, unlike the exact ones of model.py; once an infinity on one rank, once a parameter left out."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
     values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    if step == OVERFLOW_IN and rank == 1:
+    if step == OVERFLOW_IN and rank == 1 and overflow:
         values["long"][3] = torch.inf
     if step == ABSENT_IN:
         del values["sometimes"]
     return {name: value.to(dtype) for name, value in values.items()}
 
 
+def overflows(case: Case) -> bool:
+    """Whether there is an infinity among the gradients, which DeepSpeed skips. Up to 0.19.7 it looks for one in fp16
+    alone, and from 0.17 in bf16 at stages 1 and 2."""
+    looks = case.dtype == "fp16" or (case.dtype == "bf16" and case.stage < 3 and since("0.17"))
+    return since("0.19.8") or (looks and not (case.stage == 1 and bool(case.grad_accum)))
+
+
 def job(cases: list[Case]) -> dict[Case, Observed]:
-    from balanced_adam import BalancedAdam
-
-    taken = [0]
-    right = BalancedAdam.set_fused_grad
-
-    def counted(*arguments: Any, **more: Any) -> bool:
-        done = right(*arguments, **more)
-        taken[0] += done
-        return done
-
-    BalancedAdam.set_fused_grad = counted  # type: ignore[method-assign]
-    found = {}
-    for case in cases:
-        taken[0] = 0
-        observed = observe(case)
-        found[case] = observed._replace(taken=taken[0])
-    return found
+    return {case: observe(case) for case in cases}
 
 
 def observe(case: Case) -> Observed:
@@ -93,12 +88,30 @@ def observe(case: Case) -> Observed:
     if case.dtype == "fp16":  # the scale grows every second step, and shrinks at the overflow
         more = {"fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 2, "hysteresis": 1}}
     engine = start(case, **more)
+    taken, set_fused_grad = decision(engine.optimizer), engine.optimizer.optimizer.set_fused_grad
+    ways: list[str] = []
+    handed: list[int] = []
+    end = taken.end
+
+    def recorded() -> None:
+        ways.append("DeepSpeed" if taken.way is None else type(taken.way).__name__)
+        end()
+
+    def counted(*arguments: Any, **more: Any) -> bool:
+        done = bool(set_fused_grad(*arguments, **more))
+        handed[-1] += done
+        return done
+
+    taken.end = recorded  # type: ignore[method-assign]
+    engine.optimizer.optimizer.set_fused_grad = counted
     rank = torch.distributed.get_rank()
     norms, scales, gradients = [], [], {}
     dtype = next(engine.module.parameters()).dtype
     for step in range(STEPS):
+        handed.append(0)
         for micro in range(MICRO):
-            engine.backward(engine({k: x.to(engine.device) for k, x in inputs(step, micro, rank, dtype).items()}))
+            given = inputs(step, micro, rank, dtype, overflows(case))
+            engine.backward(engine({name: value.to(engine.device) for name, value in given.items()}))
             if step == STEPS - 1 and micro == MICRO - 1:
                 named = [(n, p) for n, p in engine.module.named_parameters() if n in TRAINED]
                 full = {name: safe_get_full_grad(param) for name, param in named}
@@ -106,14 +119,14 @@ def observe(case: Case) -> Observed:
             engine.step()
         norms.append(float(engine.get_global_grad_norm()))
         scales.append(float(getattr(engine.optimizer, "loss_scale", 1.0)))
-    observed = Observed(read(engine), norms, scales, engine.skipped_steps, gradients, 0)
+    observed = Observed(read(engine), norms, scales, engine.skipped_steps, gradients, ways, handed)
     engine.destroy()
     return observed
 
 
 @shared
 def observations(path: str) -> dict[Case, Observed]:
-    return spawn(job, WORLD, cases(path))[0]
+    return spawn(job, WORLD, possible(cases(path)))[0]
 
 
 @pytest.mark.parametrize("case", cases("one_pass"), ids=str)
@@ -136,16 +149,22 @@ def test_weights_moments_norms_scales_and_gradients_are_those_of_deepspeeds_own_
 
 @pytest.mark.parametrize("case", cases("one_pass"), ids=str)
 def test_every_step_that_is_not_skipped_is_handed_over(case: Case) -> None:
+    """But those that are checked: the first, and where something comes up for the first time."""
     ours, theirs = observations("one_pass")[case], observations("torch")[case._replace(path="torch")]
-    assert theirs.taken == 0
-    steps = STEPS - ours.skipped
-    if case.dtype == "bf16" or case.dtype == "fp16":
+    assert theirs.ways == ["DeepSpeed"] * STEPS and sum(theirs.handed) == 0
+    if case.dtype != "fp32" and overflows(case):
         assert ours.skipped >= 1
-    assert ours.taken >= steps * (2 if case.stage < 3 else 4)  # parameter groups, or sub-groups
+    assert ours.ways[0] == "Check" and set(ours.ways) == {"Check", "OnePass"}
+    news = 1 + bool(case.clip) + (case.dtype == "fp16") + 1  # first; clipped or not; loss scale; an absent gradient
+    assert ours.ways.count("Check") <= news
+    groups = 2 if case.stage < 3 else 4  # parameter groups, or sub-groups
+    in_full = [n for n, way in zip(ours.handed, ours.ways, strict=True) if way == "OnePass" and n >= groups]
+    assert len(in_full) >= ours.ways.count("OnePass") - ours.skipped
+    assert len(in_full) >= STEPS - news - ours.skipped
 
 
 def test_the_runs_clip_and_overflow_as_they_should() -> None:
-    for case in cases("torch"):
+    for case in possible(cases("torch")):
         norms = [norm for norm in observations("torch")[case].norms if norm != float("inf")]
         assert min(norms) < 7.2 < max(norms)
     if FP16:
@@ -155,12 +174,10 @@ def test_the_runs_clip_and_overflow_as_they_should() -> None:
 
 def obstacles(configurations: dict[str, tuple[Case, dict[str, Any]]]) -> dict[str, str | None]:
     """Job: why the step is not taken in one pass."""
-    from balanced_adam.zero import one_pass
-
     found = {}
     for name, (case, more) in configurations.items():
         engine = start(case, **more)
-        found[name] = one_pass.obstacle(engine.optimizer)
+        found[name] = decision(engine.optimizer).obstacle
         engine.destroy()
     return found
 
@@ -173,41 +190,26 @@ def test_what_is_not_recognised_takes_deepspeeds_own_passes_and_says_why() -> No
         "in plain torch": (Case(2, "bf16", path="torch"), {}),
         "bf16 master weights": (Case(2, "bf16"), {"bf16": bf16}),
     }
-    (found,) = spawn(obstacles, 1, configurations)
-    assert found == {
+    expected = {
         "as it should be": None,
         "turned off": "fused or fused_zero is false",
         "in plain torch": "fused or fused_zero is false",
         "bf16 master weights": "the master weights are torch.bfloat16",
     }
-
-
-def changed_deepspeed(case: Case) -> tuple[str | None, bool]:
-    """Job: with a method of DeepSpeed's whose source is another."""
-    from balanced_adam.zero import one_pass
-
-    one_pass.RECOGNISED["DeepSpeedZeroOptimizer"]["step"] = "another"
-    engine = start(case)
-    advance(engine, 0, EXACT_STEPS)
-    exact = differences([read(engine)], train(EXACT_STEPS, case.absent())) == EXACT
-    return one_pass.obstacle(engine.optimizer), exact
-
-
-def test_a_deepspeed_that_has_changed_is_left_alone_and_the_weights_stay_right() -> None:
-    ((obstacle, exact),) = spawn(changed_deepspeed, 1, Case(2, "bf16"))
-    assert obstacle is not None and obstacle.startswith("DeepSpeedZeroOptimizer.step of DeepSpeed ")
-    assert obstacle.endswith("is not as it was in the version this was written for")
-    assert exact
+    if not since("0.18"):  # which has no bf16 master weights
+        del configurations["bf16 master weights"], expected["bf16 master weights"]
+    (found,) = spawn(obstacles, 1, configurations)
+    assert found == expected
 
 
 def hooked(cases: list[Case]) -> list[tuple[bool, list[str]]]:
     """Job: with a hook on the optimizer's step, which wants to find gradients where they always are."""
-    from balanced_adam.zero import one_pass
+    from balanced_adam.zero import decision
 
     found = []
     for case in cases:
         said: list[str] = []
-        one_pass._log = said.append  # type: ignore[assignment]
+        decision._log = said.append  # type: ignore[assignment]
         engine = start(case)
         engine.optimizer.optimizer.register_step_pre_hook(lambda *_: None)
         advance(engine, 0, EXACT_STEPS)
@@ -224,25 +226,13 @@ def test_a_gradient_that_cannot_be_handed_over_takes_deepspeeds_passes_and_the_l
         assert "could not be taken in one pass" in said[0] and "step hooks" in said[0]
 
 
-def test_every_method_that_is_wrapped_or_relied_on_is_the_one_that_was_read() -> None:
-    from balanced_adam.zero import one_pass
-
-    assert {cls.__name__ for cls in one_pass.classes()} == set(one_pass.RECOGNISED)
-    for cls in one_pass.classes():
-        present = one_pass.digests(cls)
-        for method, digest in one_pass.RECOGNISED[cls.__name__].items():
-            assert present[method] == digest, f"{cls.__name__}.{method}"
-    for cls, method, _ in one_pass.overrides():
-        assert method in one_pass.RECOGNISED[cls.__name__], f"{cls.__name__}.{method} is wrapped but not watched"
-
-
 def with_a_method_replaced(job: tuple[int, str]) -> tuple[str, bool, bool]:
     """Job: other code clips by value in a method of DeepSpeed's, since before our registration or after it. How the
     step is taken, whether the weights are those of DeepSpeed's own passes, and whether the clipping did anything."""
-    from balanced_adam.zero import describe, one_pass, register
+    from balanced_adam.zero import describe, partitions, register
 
     stage, order = job
-    owner, name = one_pass.classes()[stage == 3], "unscale_and_clip_grads"
+    owner, name = partitions.classes()[stage == 3], "unscale_and_clip_grads"
     ours = vars(owner)[name]
     original = ours if order == "after" else ours.__wrapped__
 

@@ -13,6 +13,7 @@ from tests.parity.cases import Case, advance, read, start
 from tests.parity.compare import EXACT, differences
 from tests.parity.control import State, train
 from tests.parity.mutants import wrong
+from tests.parity.versions import possible, since, why_not, why_not_universal
 from tests.ranks import Program, device, environment, spawn
 from tests.ranks import start as start_program
 from tests.session import shared
@@ -71,7 +72,7 @@ Resumed = tuple[State, State]
 def save(folder: str) -> dict[Case, Resumed]:
     """Job: run to the end, with a checkpoint at the cut; the state at the cut and at the end."""
     results = {}
-    for case in RIGID:
+    for case in possible(RIGID):
         engine = start(case)
         advance(engine, 0, CUT)
         engine.save_checkpoint(f"{folder}/{case}", tag="cut")
@@ -85,7 +86,7 @@ def save(folder: str) -> dict[Case, Resumed]:
 def load(what: Load) -> dict[Case, Resumed]:
     """Job: start anew, load, run to the end."""
     results = {}
-    for case in what.cases:
+    for case in convertible(what.cases) if what.universal else possible(what.cases):
         with wrong(case.mutant):
             engine = start(case, checkpoint={"load_universal": what.universal})
             path, _ = engine.load_checkpoint(f"{what.folder}/{case}", tag="universal" if what.universal else "cut")
@@ -97,10 +98,18 @@ def load(what: Load) -> dict[Case, Resumed]:
     return results
 
 
+def convertible(cases: list[Case]) -> list[Case]:
+    return [case for case in cases if why_not_universal(case) is None]
+
+
+def possible_switches() -> list[tuple[Case, str]]:
+    return [(case, state) for case, state in SWITCHES if why_not(case) is None]
+
+
 def switch(folder: str) -> list[State]:
     """Job: load what was saved in one format into a run with another, and run to the end."""
     results = []
-    for case, state in SWITCHES:
+    for case, state in possible_switches():
         engine = start(case._replace(state=state))
         path, _ = engine.load_checkpoint(f"{folder}/{case}", tag="cut")
         assert path is not None, f"{case}: nothing loaded"
@@ -119,7 +128,7 @@ MOVED = [
 def move(_: str) -> dict[Case, State]:
     """Job: run to the cut, move all state to the host and back, run to the end."""
     results = {}
-    for case in MOVED:
+    for case in possible(MOVED):
         engine = start(case)
         advance(engine, 0, CUT)
         engine.offload_states(pin_memory=False)
@@ -159,7 +168,7 @@ def switched() -> list[list[State]]:
 def convert() -> None:
     """DeepSpeed's own converter makes a universal checkpoint of each."""
     uncut()
-    for number, case in enumerate(ZERO):
+    for number, case in enumerate(convertible(ZERO)):
         here = place() / str(case)
         arguments = ["--input_folder", f"{here}/cut", "--output_folder", f"{here}/universal"]
         arguments += ["--inject_missing_state", "--num_extract_workers", "1", "--num_merge_workers", "1"]
@@ -200,22 +209,30 @@ def test_resumed_on_as_many_ranks(case: Case) -> None:
 
 @pytest.mark.parametrize("case", MOVED, ids=str)
 def test_state_that_went_to_the_host_and_back_goes_on_as_if_it_had_not(case: Case) -> None:
+    if not since("0.17"):
+        pytest.skip("DeepSpeed before 0.17 moves no state at stages 1 and 2")
     assert differences([rank[case] for rank in moved()], uncut()[0][case][1]) == EXACT
 
 
 @pytest.mark.parametrize("number", range(len(SWITCHES)), ids=[f"{case}-to-{state}" for case, state in SWITCHES])
 def test_a_run_goes_on_in_another_format_as_one_process_would(number: int) -> None:
     case, state = SWITCHES[number]
+    if reason := why_not(case):
+        pytest.skip(reason)
     control = train(END, case.absent(), device=device(SAVED_BY), stored=case.state, later=((CUT, state),))
-    assert differences([rank[number] for rank in switched()], control) == EXACT
+    assert differences([rank[possible_switches().index((case, state))] for rank in switched()], control) == EXACT
 
 
 @pytest.mark.parametrize("case", ZERO, ids=str)
 def test_resumed_on_more_ranks_through_a_universal_checkpoint(case: Case) -> None:
+    if reason := why_not_universal(case):
+        pytest.skip(reason)
     check(MORE, True, case)  # fewer, and other stages: test_elastic.py
 
 
 def test_without_the_mend_a_universal_checkpoint_at_stage_3_mixes_up_the_groups() -> None:
+    if reason := why_not_universal(SETTINGS_OF_GROUP_0):
+        pytest.skip(reason)
     right = uncut()[0][Case(3, "bf16")]
     loaded, end = resumed(MORE, True)[0][SETTINGS_OF_GROUP_0]
     assert differences([loaded], right[0]) == EXACT

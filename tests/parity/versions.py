@@ -1,0 +1,44 @@
+"""What can't be tested with an older DeepSpeed, since it has defects of its own, and from which version on it can.
+
+``python -m tests.compat`` runs the tests with any version; docs/compatibility.md lists what is left out of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+import deepspeed
+import torch
+from packaging.version import Version
+
+from tests.parity.cases import Case
+
+DEEPSPEED = Version(deepspeed.__version__.strip())
+
+
+def since(version: str) -> bool:
+    """Whether this DeepSpeed is that version, or a later one."""
+    return Version(version) <= DEEPSPEED
+
+
+@cache
+def why_not(case: Case) -> str | None:
+    """Why this cell can't be run with this DeepSpeed; None if it can."""
+    if case.stage == 0 and not since("0.19.8") and not torch.cuda.is_available():
+        return "DeepSpeed before 0.19.8 drops all gradients of stage 0's all-reduce on a CPU"
+    if case.stage == 1 and case.grad_accum and since("0.17") and not since("0.18.5"):
+        return "DeepSpeed 0.17.0 to 0.18.4 makes no BF16_Optimizer, and none of ZeRO's, of fp32 accumulation at stage 1"
+    return None
+
+
+def why_not_universal(case: Case) -> str | None:
+    """Why there is no universal checkpoint of this cell; None if there can be one."""
+    if case.stage == 3 and not since("0.19.5"):
+        return "DeepSpeed before 0.19.5 fails to convert a checkpoint of stage 3 with tensors that ranks do not divide"
+    return why_not(case)
+
+
+def possible(cases: Iterable[Case]) -> list[Case]:
+    """Those that can be run."""
+    return [case for case in cases if why_not(case) is None]
