@@ -8,6 +8,7 @@ another order, and the step stays DeepSpeed's.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ class _Sample:
     """int64 [n]: which elements of the flat partition."""
     gradient: Tensor
     """[n], as gathered, in its own dtype."""
+    pieces: Sequence[Tensor] | None
+    """What the one pass would read at the optimizer's step; None where DeepSpeed works on that itself."""
     probe: Tensor | None = None
     """float32: what DeepSpeed makes of :func:`probe` while it unscales and clips the gradient."""
     weights: Tensor | None = None
@@ -90,7 +93,9 @@ class Check:
         """Overflow: DeepSpeed's own look at the gradients (``call`` of None), and the one at the sum of squares."""
         found = call(None)
         if self.whole:  # on every rank, also on one that can't sum its squares: there may be a collective in it
-            total = None if lists is None else self.squares.total(lists, keep=False)
+            total = None
+            with self._probing("a sum of squares"):
+                total = None if lists is None else self.squares.total(lists, keep=False)
             with self._probing("overflow of the sum of squares"):
                 if bool(found) != bool(call(total)):
                     self.differences.append("overflow is not that of the sum of squares")
@@ -100,7 +105,9 @@ class Check:
         """The norm: DeepSpeed's own, of the gradients, and the one of their norms."""
         found = call(gradients)
         if self.whole:  # on every rank, also on one that has no norms of its own: there is a collective in it
-            norms = self.squares.norms(gradients, look_for_zeros)
+            norms = None
+            with self._probing("the tensors' norms"):
+                norms = self.squares.norms(gradients, look_for_zeros)
             with self._probing("the norm of norms"):
                 ours, theirs = float(call(gradients if norms is None else norms)), float(found)
                 tolerance = 2**-51 * theirs if found.dtype == torch.float64 else 0.0
@@ -108,29 +115,37 @@ class Check:
                     self.differences.append(f"the norm is {theirs}, and {ours} from the norms of the tensors")
         return found
 
-    def gradient(self, group: int, flat: Tensor, pieces: Sequence[Tensor]) -> Tensor:
-        """The gradient of a group, gathered in one flat tensor, which it returns."""
+    def gradient(self, group: int, flat: Tensor, pieces: Sequence[Tensor] | None = None) -> Tensor:
+        """The gradient of a group, gathered in one flat tensor, which it returns.
+
+        ``pieces`` are what the one pass would be handed, and what must not change before the optimizer's step.
+        """
         with self._probing("a look at the gradient"):
-            self._sample(group, flat, [piece.numel() for piece in pieces])
+            if pieces is not None and len({piece.dtype for piece in pieces}) > 1:
+                pieces = [flat]  # as the one pass does
+            if pieces and flat.untyped_storage().data_ptr() == pieces[0].untyped_storage().data_ptr():
+                pieces = None  # DeepSpeed unscales and clips in that memory
+            self._sample(group, flat, pieces)
         return flat
 
-    def _sample(self, group: int, flat: Tensor, sizes: Sequence[int]) -> None:
+    def _sample(self, group: int, flat: Tensor, pieces: Sequence[Tensor] | None) -> None:
         master = self.masters[group]
         if group in self.samples:
             self.differences.append(f"the gradient of group {group} is gathered twice")
         elif flat.numel() != master.numel():
             self.differences.append(f"the gradient of group {group} has {flat.numel()} elements, not {master.numel()}")
         else:
+            sizes = [piece.numel() for piece in pieces or ()]
             index = _choose(master.numel(), sizes, seed=group).to(flat.device)
             slot = partitions.weights(self.zero, group)
-            self.samples[group] = _Sample(master, slot, index, flat.detach().view(-1)[index].clone())
+            self.samples[group] = _Sample(master, slot, index, flat.detach().view(-1)[index].clone(), pieces)
             if slot is not None:
                 WeightsInStep.install(slot, lambda source: self._copied(group, source))
 
     def unscale(self, group: int, call: Callable[[Tensor | None], None]) -> None:
         """Unscale and clip: ``call`` of None does it to the gradient, and of a tensor to that."""
         if partitions.is_offloaded(self.zero) and (grad := self.masters[group].grad) is not None:
-            self.gradient(group, grad, [grad])
+            self.gradient(group, grad)
         call(None)
         numbers = probe(self.masters[group].device)
         with self._probing("unscaling other numbers"):
@@ -159,6 +174,11 @@ class Check:
             if sample.stepped is not None:
                 self.differences.append(f"group {group} is stepped twice")
                 continue
+            if sample.pieces is not None:
+                found = _at(sample.pieces, sample.index)
+                sample.pieces = None
+                if not _same(found, sample.gradient):
+                    self.differences.append(f"the gradients of group {group} are not those of the flat one any more")
             numbers = probe(master.device)
             if sample.probe is None:
                 sample.probe = numbers
@@ -200,7 +220,9 @@ class Check:
             if any(param is master for param in each["params"])
         )
         assert sample.weights is not None and sample.probe is not None
-        twin = type(optimizer)([{**settings, "params": [sample.weights]}], **optimizer.defaults)
+        known = inspect.signature(type(optimizer)).parameters
+        defaults = {name: value for name, value in optimizer.defaults.items() if name in known}  # torch adds some
+        twin = type(optimizer)([{**settings, "params": [sample.weights]}], **defaults)
         if sample.state:
             twin.state[sample.weights] = sample.state
         if sample.slot is not None:
@@ -232,6 +254,11 @@ class Check:
         """``SAME``, ``DIFFERS``, or ``UNDECIDED`` where nothing was stepped: the step was skipped."""
         if not self.differences and all(sample.stepped is None for sample in self.samples.values()):
             return UNDECIDED
+        with self._probing("a look at the weights"):
+            self._compare_weights()
+        return DIFFERS if self.differences else SAME
+
+    def _compare_weights(self) -> None:
         for group, sample in self.samples.items():
             if sample.stepped is None:
                 self.differences.append(f"group {group} is not stepped")
@@ -243,7 +270,6 @@ class Check:
                 now = sample.slot.tensor.detach().reshape(-1)[sample.index]
                 if sample.written is None or not _same(now, sample.written):
                     self.differences.append(f"the 16-bit weights of group {group} are not those of the one pass")
-        return DIFFERS if self.differences else SAME
 
 
 def probe(device: torch.device) -> Tensor:
@@ -274,6 +300,17 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
     if ours.is_floating_point():
         equal |= ours.isnan() & theirs.isnan()
     return bool(equal.all())
+
+
+def _at(pieces: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Elements of these tensors, one after another, at sorted indices."""
+    found, start = [], 0
+    for piece in pieces:
+        end = start + piece.numel()
+        inside = index[(index >= start) & (index < end)]
+        found.append(piece.detach().reshape(-1)[inside - start])
+        start = end
+    return torch.cat(found)
 
 
 def _narrowed(state: dict[str, Any], master: Tensor, index: Tensor) -> dict[str, Any]:

@@ -46,15 +46,17 @@ class Decision:
         self.zero = zero
         self.obstacle = _obstacle(zero)
         """Why no step is taken in one pass, as far as that is known; None if there is no reason."""
-        self.plan = Plan.OWN_PASSES if self.obstacle == TURNED_OFF else Plan.CHECK
+        self.plan = Plan.CHECK
         self.way: Check | OnePass | None = None
         """The step under way; None outside of steps, and where DeepSpeed's own passes take it."""
         self._steps = 0
         self._seen: set[str] = set()
         self._new: set[str] = set()  # what comes up for the first time in this step
         self._alone = False  # whether other ranks do not check this step
+        self._differs_alone = False  # whether this rank has found a difference in such a step
         self._scale: float | None = None  # the loss scale of the first check
-        self._pieces: dict[int, list[tuple[int, bool]]] = {}  # of each group's gradient, then: size, and whether zero
+        # Of the pieces of each group's gradient: sizes, and whether one has been other than zero.
+        self._pieces: dict[int, tuple[list[int], list[bool]]] = {}
         self._refused = False
 
     # ---- A step.
@@ -68,6 +70,9 @@ class Decision:
                 self._keep_own_passes([self.obstacle] if self.obstacle else [])
                 return
             self.way = Check(self.zero, whole=True)
+        elif self.plan is Plan.ONE_PASS and self._differs_alone:
+            # DeepSpeed's own passes; it still has its part in what all ranks decide together.
+            self.way, self._alone = Check(self.zero, whole=False), True
         elif self.plan is Plan.ONE_PASS:
             self.way = OnePass(self.zero, self.refuse)
 
@@ -85,11 +90,15 @@ class Decision:
         way.close()
         if isinstance(way, OnePass):
             return
-        verdict = way.verdict()
+        verdict = DIFFERS if self._differs_alone else way.verdict()
         if not self._alone:
             verdict = partitions.agree(self.zero, verdict)
-        if verdict == DIFFERS:
-            self._keep_own_passes(way.differences)
+        if verdict == DIFFERS and self._alone:
+            if not self._differs_alone:
+                self._differs_alone, self.obstacle = True, way.differences[0]
+                _log(f"ZeRO's step is not taken in one pass on this rank: {self.obstacle}")
+        elif verdict == DIFFERS:
+            self._keep_own_passes([self.obstacle] if self.obstacle else way.differences)
         elif verdict == SAME:
             self.plan = Plan.ONE_PASS
             self._seen |= self._new
@@ -106,8 +115,12 @@ class Decision:
         zeros = None if self.way is None else self.way.squares.zeros.get(id(gradients))
         if zeros is None:
             return
-        pieces = list(zip((gradient.numel() for gradient in gradients), zeros, strict=True))
-        if self._pieces.setdefault(group, pieces) != pieces and isinstance(self.way, OnePass):
+        sizes = [gradient.numel() for gradient in gradients]
+        before = self._pieces.setdefault(group, (sizes, [False] * len(zeros)))
+        absent = before[0] != sizes or any(was and zero for was, zero in zip(before[1], zeros, strict=True))
+        if before[0] == sizes:
+            before[1][:] = [was or not zero for was, zero in zip(before[1], zeros, strict=True)]
+        if absent and isinstance(self.way, OnePass):
             self._new.add("an absent gradient")
             self._alone = True
             self._check()
@@ -142,9 +155,9 @@ class Decision:
             grad = check.masters[group].grad
             if group in one_pass.factors:
                 pieces = one_pass.take_back(group)
-                check.masters[group].grad = check.gradient(group, torch.cat(pieces), pieces).to(torch.float32)
+                check.masters[group].grad = check.gradient(group, torch.cat(pieces)).to(torch.float32)
             elif grad is not None and not partitions.is_offloaded(self.zero):  # that was not taken
-                check.gradient(group, grad, [grad])
+                check.gradient(group, grad)
 
     # ---- Reports.
 
@@ -159,8 +172,8 @@ class Decision:
         self.plan = Plan.OWN_PASSES
         self.obstacle = reasons[0] if reasons else "another rank has a reason, which it has reported"
         rank = torch.distributed.get_rank()
-        first = rank if self._alone else partitions.agree(self.zero, rank if reasons else NOBODY)
-        if first == rank:
+        first = partitions.agree(self.zero, rank if reasons else NOBODY)
+        if first == rank and self.obstacle != TURNED_OFF:
             _log(f"ZeRO's step is not taken in one pass: {self.obstacle}")
 
 

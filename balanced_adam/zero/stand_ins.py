@@ -36,7 +36,7 @@ class GradientStandIn(Tensor):
             if function is Tensor.to:
                 if args[0].as_subclass(Tensor).to(*args[1:], **(kwargs or {})).dtype == args[0].dtype:
                     return args[0]
-            elif function in _ABOUT or getattr(function, "__name__", "") == "__get__":
+            elif function in _ABOUT:
                 return function(*args, **(kwargs or {}))
         raise RuntimeError(
             f"something calls {getattr(function, '__name__', function)} on the flat gradient of a ZeRO step, which did "
@@ -46,7 +46,16 @@ class GradientStandIn(Tensor):
 
 
 _SAME = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
-_ABOUT = (Tensor.numel, Tensor.nelement, Tensor.size, Tensor.dim, Tensor.element_size, Tensor.is_floating_point)
+_ABOUT = (
+    *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "layout", "ndim", "is_cuda", "is_cpu")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf", "is_sparse", "itemsize")),
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.size,
+    Tensor.dim,
+    Tensor.element_size,
+    Tensor.is_floating_point,
+)
 
 
 class WeightsInStep(Tensor):

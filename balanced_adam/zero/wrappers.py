@@ -100,7 +100,7 @@ def _preflattened(original: Callable[..., Any], self: Any, group: int) -> Tensor
 def _gather(taken: Decision, group: int, gradients: Any, gather: Callable[[], Tensor], pieces: Any) -> Tensor:
     taken.gathers(group, gradients)
     if isinstance(taken.way, Check):
-        return taken.way.gradient(group, gather(), gradients)
+        return taken.way.gradient(group, gather(), pieces)
     if isinstance(taken.way, OnePass):
         if not hasattr(gradients, "release_grad_buffers"):
             return taken.way.gradient(group, gather, pieces)
@@ -195,7 +195,7 @@ def _gradients_bf16(original: Callable[..., Any], self: Any, for_clipping: bool 
     if not for_clipping:
         for group in groups:
             if isinstance(taken.way, Check):
-                taken.way.gradient(group, flat[group], [flat[group]])
+                taken.way.gradient(group, flat[group])
             elif not taken.way.hand_over(group, [flat[group]], taken.way.factors.get(0)):
                 for earlier in range(group):  # all or none: the factor is one
                     taken.way.take_back(earlier)

@@ -205,6 +205,12 @@ CHANGES = [
             Change(stage, "other copy", "step", ((COPY, COPY.replace(".data)", ".data * (1 + 2.0**-7))")),)),
             Change(stage, "flatten renamed", "step", RENAMED),
             Change(stage, "two steps", "step", ((STEP, f"{STEP}; {STEP}"),)),
+            Change(
+                stage,
+                "gradients reused",
+                "step",
+                ((GRAD, f"{GRAD}; [g.zero_() for g in self.averaged_gradients[i] if g.dtype != torch.float32]"),),
+            ),
             Change(stage, "weights after the step", "_optimizer_step", around=_then_clamped),
             Change(
                 stage,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.parity.cases import Case, advance, read, start
 from tests.parity.changed_deepspeed import CHANGES, LATER, Change
-from tests.parity.test_one_pass import FP16, Observed, observe
+from tests.parity.test_one_pass import FP16, MICRO, Observed, inputs, observe
 from tests.parity.versions import why_not
 from tests.ranks import spawn
 from tests.session import shared
@@ -119,7 +119,7 @@ def test_what_is_not_as_the_one_pass_needs_it_is_found_in_the_first_step(change:
 
 def test_the_changes_change_something() -> None:
     """A change of the norm's kind, or of what is done in vain, does not; its reason says more than its weights."""
-    harmless = {"flatten renamed", "norm", "unscaled before it is flat", "copied before the step"}
+    harmless = {"flatten renamed", "gradients reused", "norm", "unscaled before it is flat", "copied before the step"}
     for number, change in enumerate(change for change in CHANGES if impossible(change) is None):
         effective = any(rank[number].effective for rank in outcomes())
         assert effective or change.name in harmless, str(change)
@@ -133,6 +133,32 @@ def test_what_comes_up_later_is_checked_when_it_comes_up(change: Change) -> None
         assert equal(ours.state, theirs.state)
         assert not equal(ours.state, unchanged.state)
         assert ours.ways[0] == "Check" and ours.norms == pytest.approx(theirs.norms, rel=4e-16)
-    by_own = [ours.ways[-1] == "DeepSpeed" for ours, *_ in ranks]
+    by_own = [ours.ways[-1] != "OnePass" for ours, *_ in ranks]
     # The rank that holds the parameter decides alone where another has a gradient of all of its own.
     assert any(by_own) if change.name == "without a gradient" else all(by_own)
+
+
+def differs_alone_then_together(path: str) -> tuple[list[str], str | None, dict[str, dict[str, Tensor]]]:
+    """Job: a difference that the rank without a gradient sees alone; later all ranks clip for the first time."""
+    from balanced_adam.zero import decision
+
+    change = next(change for change in LATER if change.name == "without a gradient")
+    with change.made():
+        engine = start(case_of(change)._replace(clip=1e6, path=path))
+        taken = decision.decision(engine.optimizer)
+        plans = []
+        for step in range(10):
+            engine.optimizer.clip_grad = 1e6 if step < 8 else 1.0
+            for micro in range(MICRO):
+                engine.backward(engine(inputs(step, micro, torch.distributed.get_rank(), torch.bfloat16, False)))
+                engine.step()
+            plans.append("alone" if taken._differs_alone and taken.plan is decision.Plan.ONE_PASS else taken.plan.value)
+        return plans, taken.obstacle, read(engine)
+
+
+def test_a_rank_that_keeps_to_deepspeeds_passes_alone_still_decides_with_the_others() -> None:
+    found, expected = spawn(differs_alone_then_together, 2, "one_pass"), spawn(differs_alone_then_together, 2, "fused")
+    assert sorted(plans[7] for plans, *_ in found) == ["alone", "one pass"]
+    assert [plans[8:] for plans, *_ in found] == [["in several passes"] * 2] * 2
+    assert all(reason for _, reason, _ in found)
+    assert all(equal(ours[2], theirs[2]) for ours, theirs in zip(found, expected, strict=True))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from balanced_adam.zero.decision import Plan, decision
 from tests import session
 from tests.parity.cases import Case, advance, read, start
 from tests.parity.compare import EXACT, differences
@@ -93,6 +94,8 @@ def load(what: Load) -> dict[Case, Resumed]:
             assert path is not None, f"{case}: nothing loaded"
             loaded = read(engine)
             advance(engine, CUT, END)
+            if case.stage and case.path == "one_pass" and case.mutant is None:
+                assert decision(engine.optimizer).plan is Plan.ONE_PASS, decision(engine.optimizer).obstacle
             results[case] = loaded, read(engine)
             engine.destroy()
     return results
