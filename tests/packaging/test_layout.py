@@ -1,6 +1,7 @@
 """The rules that the layout follows: which part may import which, and what a command costs before it does anything."""
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,3 +69,8 @@ def test_help_is_printed_without_importing_torch(command: str) -> None:
     assert done.returncode == 0 and "usage: python -m train." in done.stdout
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "tyro" in modules and not modules & {"torch", "deepspeed", "transformers", "pandas", "balanced_adam"}
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda file: file.name)
+def test_every_ds_config_sets_what_deepspeed_has_other_defaults_for_from_version_to_version(file: Path) -> None:
+    assert "gradient_clipping" in json.loads(file.read_text())  # its default went from 0 to 1 within 0.19
