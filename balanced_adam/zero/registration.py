@@ -157,7 +157,7 @@ def _refuse_in_engine() -> None:
             build = client_optimizer
             client_optimizer = lambda params: refused(build(params))  # noqa: E731
         configured = configure(self, client_optimizer, *args, **kwargs)
-        refused(self.basic_optimizer)
+        refused(getattr(self, "basic_optimizer", None))
         return configured
 
     method.balanced_adam_patched = True  # type: ignore[attr-defined]
