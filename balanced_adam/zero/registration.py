@@ -166,6 +166,8 @@ def _refuse_in_engine() -> None:
 
 def _lack(engine: Any, optimizer: BalancedAdam) -> str | None:
     """Why this engine can't have this optimizer, although DeepSpeed takes others; None if it can."""
+    if not _lacking:
+        return None
     stage, half = engine.zero_optimization_stage(), engine.fp16_enabled() or engine.bfloat16_enabled()
     wanted = {
         PACKED: any(group["state"] != "fp32" for group in optimizer.param_groups),
