@@ -95,7 +95,7 @@ class Check:
         if self.whole:  # on every rank, also on one that can't sum its squares: there may be a collective in it
             total = None
             with self._probing("a sum of squares"):
-                total = None if lists is None else self.squares.total(lists, keep=False)
+                total = None if lists is None else self.squares.total(lists)
             with self._probing("overflow of the sum of squares"):
                 if bool(found) != bool(call(total)):
                     self.differences.append("overflow is not that of the sum of squares")
@@ -137,7 +137,7 @@ class Check:
         else:
             sizes = [piece.numel() for piece in pieces or ()]
             index = _choose(master.numel(), sizes, seed=group).to(flat.device)
-            slot = partitions.weights(self.zero, group)
+            slot = partitions.weights(self.zero, group, master)
             self.samples[group] = _Sample(master, slot, index, flat.detach().view(-1)[index].clone(), pieces)
             if slot is not None:
                 WeightsInStep.install(slot, lambda source: self._copied(group, source))

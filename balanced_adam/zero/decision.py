@@ -50,6 +50,7 @@ class Decision:
         self.way: Check | OnePass | None = None
         """The step under way; None outside of steps, and where DeepSpeed's own passes take it."""
         self._steps = 0
+        self._on_cpu = all(master.device.type == "cpu" for master in partitions.masters(zero))
         self._seen: set[str] = set()
         self._new: set[str] = set()  # what comes up for the first time in this step
         self._alone = False  # whether other ranks do not check this step
@@ -143,8 +144,7 @@ class Decision:
                 self._check(groups)
 
     def _may_look(self) -> bool:
-        on_cpu = all(master.device.type == "cpu" for master in partitions.masters(self.zero))
-        return on_cpu or self._steps <= LOOKS_ON_GPU
+        return self._on_cpu or self._steps <= LOOKS_ON_GPU
 
     def _check(self, handed: Sequence[int] = ()) -> None:
         """From here on DeepSpeed's passes take this step, and it is checked; ``handed`` groups were handed over."""

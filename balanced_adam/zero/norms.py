@@ -30,8 +30,8 @@ class Squares:
         """By the list's id, as far as that was looked at: which gradients are zero throughout. They fill a partition
         up, or a parameter got none in this step."""
 
-    def total(self, lists: Sequence[Gradients], keep: bool) -> Tensor | None:
-        """The sum of all squares in these lists; None where that can't be had. ``keep``: a norm will follow."""
+    def total(self, lists: Sequence[Gradients]) -> Tensor | None:
+        """The sum of all squares in these lists, whose own sums the norm will take; None where that can't be had."""
         found = {}
         for gradients in lists:
             sums = sums_of_squares(gradients)
@@ -39,7 +39,7 @@ class Squares:
                 self._sums = {}
                 return None
             found[id(gradients)] = sums
-        self._sums = found if keep else {}
+        self._sums = found
         return torch.cat(list(found.values())).sum()
 
     def norms(self, gradients: Gradients, look_for_zeros: bool) -> list[Tensor] | None:

@@ -41,12 +41,12 @@ class OnePass:
         """Nothing of it is left in DeepSpeed or the optimizer, also where the step was skipped or has failed."""
         for group, master in enumerate(self.masters):
             self.zero.optimizer.clear_fused_grad(master)
-            if (slot := partitions.weights(self.zero, group)) is not None:
+            if (slot := partitions.weights(self.zero, group, master)) is not None:
                 WeightsInStep.remove(slot)
 
     def scan(self, lists: Sequence[Gradients] | None, call: Callable[[Tensor | None], Tensor | bool]) -> Tensor | bool:
         """Overflow: of the sum of all squares, which the norm then needs too."""
-        return call(None if lists is None else self.squares.total(lists, keep=True))
+        return call(None if lists is None else self.squares.total(lists))
 
     def norm(self, gradients: Gradients, call: Callable[[Gradients], Tensor], look_for_zeros: bool = False) -> Tensor:
         """The norm: of the tensors' norms."""
@@ -84,7 +84,7 @@ class OnePass:
         self, group: int, pieces: Sequence[Tensor], factor: Tensor | None = None, store_scaled: bool = False
     ) -> bool:
         """Let the optimizer's next step of this group be the one pass; False if it can't be: nothing has changed."""
-        master, slot = self.masters[group], partitions.weights(self.zero, group)
+        master, slot = self.masters[group], partitions.weights(self.zero, group, self.masters[group])
         factor = torch.ones(1, device=master.device) if factor is None else factor
         flat = [piece.reshape(-1) for piece in pieces]
         optimizer = self.zero.optimizer
@@ -107,7 +107,7 @@ class OnePass:
 
     def take_back(self, group: int) -> list[Tensor]:
         """The gradient of a group that was handed over: DeepSpeed's own passes take it after all."""
-        master, slot = self.masters[group], partitions.weights(self.zero, group)
+        master, slot = self.masters[group], partitions.weights(self.zero, group, self.masters[group])
         pieces: list[Tensor] = self.zero.optimizer.fused_grads[master].shards
         self.zero.optimizer.clear_fused_grad(master)
         del self.factors[group]

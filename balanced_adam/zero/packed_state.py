@@ -17,15 +17,13 @@ from torch import Tensor
 from balanced_adam import bias_correction
 from balanced_adam.state import MOMENTS, PACKED, moments, unpacked
 from balanced_adam.warn import warn_once
+from balanced_adam.zero.partitions import classes
 from balanced_adam.zero.wrappers import Override
 
 
 def overrides() -> Sequence[Override]:
     """Methods of DeepSpeed's, with the wrappers that run for BalancedAdam."""
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
+    DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer = classes()
     return [
         (DeepSpeedZeroOptimizer, "load_hp_checkpoint_state_from_checkpoint_dir", keep_formats),
         (BF16_Optimizer, "load_hp_checkpoint_state_from_checkpoint_dir", keep_formats),

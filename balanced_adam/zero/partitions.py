@@ -63,8 +63,8 @@ def is_offloaded(zero: Any) -> bool:
     return bool(getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False))
 
 
-def weights(zero: Any, group: int) -> Slot | None:
-    """Where the 16-bit weights are that DeepSpeed copies this group's master into, after its step.
+def weights(zero: Any, group: int, master: Tensor) -> Slot | None:
+    """Where the 16-bit weights are that DeepSpeed copies this group's ``master`` into, after its step.
 
     None if a kernel can't write there: they are the master itself (fp32), on another device, or there is no such place.
     """
@@ -77,7 +77,6 @@ def weights(zero: Any, group: int) -> Slot | None:
     else:
         partitions = getattr(zero, "parallel_partitioned_bit16_groups", None) or zero.bf16_partitioned_groups
         slot = Slot(partitions[group], _rank(zero, group))
-    master = masters(zero)[group]
     if slot.tensor is None or slot.tensor.data_ptr() == master.data_ptr() or slot.tensor.device != master.device:
         return None
     return slot
