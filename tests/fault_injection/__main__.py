@@ -58,6 +58,8 @@ MOMENTS = {
 HANGS = ("forward", "backward", "all-reduce", "step", "metrics", "saving", "finishing")
 """Where a rank may hang: in a step, in a collective, in a save."""
 STEPS_PER_FAULT, SAVE_EVERY, TIMEOUT = 60, 15, 20
+KILL_WAIT = 15.0
+"""Seconds between a launcher's failure and the end of the others: long enough for their ranks to end by themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +87,14 @@ class Machine:
         self.cluster, self.forked = cluster, forked
         self.launchers: list[subprocess.Popen[bytes] | Started] = []
         self.log = Path(os.devnull)
+        self.failed: float | None = None
 
     def start(self, out: Path, options: list[str], fault: str = "") -> None:
         """Start it. ``fault``: see tests/fault_injection/faulty_rank.py."""
         hosts = 2 if self.cluster else 1
         head, port = ("node1", random.randrange(20000, 30000)) if self.cluster else ("127.0.0.1", free_port())
         log = self.log = out.with_suffix(".log")
+        self.failed = None
         environment = {"FAULT": fault, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         if self.forked:
             arguments = ["--out", str(out), *options]
@@ -118,8 +122,18 @@ class Machine:
                     self.launchers.append(subprocess.Popen(line, stdout=file, stderr=file, env=more, cwd=REPOSITORY))
 
     def running(self) -> bool:
-        """Whether any launcher is."""
-        return any(launcher.poll() is None for launcher in self.launchers)
+        """Whether any launcher is. When one has failed, the others are ended, as by ``srun --kill-on-bad-exit``.
+
+        torchrun alone doesn't: with a rank that was stopped, its launcher would wait for ever.
+        """
+        codes = [launcher.poll() for launcher in self.launchers]
+        if self.failed is None and any(codes):
+            self.failed = time.monotonic()
+        if self.failed is not None and time.monotonic() > self.failed + KILL_WAIT:
+            for each in self._processes():
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+        return None in codes
 
     def watch(self, watch: Stopwatch, until: Callable[[], bool] = lambda: False) -> None:
         """Wait until the run ends, or ``until`` holds.
@@ -135,13 +149,18 @@ class Machine:
             if time.monotonic() > latest:
                 raise TimeoutError(f"the run neither ends nor goes on, {LIMIT:.0f} s after its start:\n{self._dump()}")
 
-    def _dump(self) -> str:
-        """State and system calls of each process of the run, and the end of its log; then kill them all."""
-        lines, processes = [], []
+    def _processes(self) -> list[psutil.Process]:
+        """The launchers that are left, and all that they have started."""
+        found = []
         for launcher in self.launchers:
             with suppress(psutil.NoSuchProcess):
                 top = psutil.Process(launcher.pid)
-                processes += [top, *top.children(recursive=True)]
+                found += [top, *top.children(recursive=True)]
+        return found
+
+    def _dump(self) -> str:
+        """State and system calls of each process of the run, and the end of its log; then kill them all."""
+        lines, processes = [], self._processes()
         for each in processes:
             with suppress(psutil.NoSuchProcess, OSError):
                 lines.append(f"{each.pid} {each.status()} {' '.join(each.cmdline())[:200]}")
@@ -175,12 +194,11 @@ class Machine:
     def wait(self, seconds: float) -> list[int]:
         """The exit codes of the launchers, when no process of the run is left."""
         until = time.monotonic() + seconds
-        codes = [launcher.wait(max(1.0, until - time.monotonic())) for launcher in self.launchers]
-        while self._has_ranks():
+        while self.running() or self._has_ranks():
             if time.monotonic() > until:
-                raise TimeoutError(f"ranks are left after {seconds:.0f} s")
+                raise TimeoutError(f"the run is not over after {seconds:.0f} s:\n{self._dump()}")
             time.sleep(0.1)
-        return codes
+        return [launcher.wait() for launcher in self.launchers]
 
     def _has_ranks(self) -> bool:
         if self.forked:  # they are the launcher's session
