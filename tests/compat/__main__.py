@@ -9,20 +9,18 @@ all that are there. Four to eight minutes a version.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
-import tarfile
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import tyro
 from packaging.version import Version
 
+from tests.compat.archives import environment
 from train.common.files import REPOSITORY
 
 TESTS = ("tests/optimizer", "tests/parity")
@@ -60,36 +58,11 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
 
 
-def unpacked(version: str) -> Path:
-    """The folder of a version's source archive, fetched if need be."""
-    folder = REPOSITORY / "build" / "compat"
-    found = folder / f"deepspeed-{version}"
-    if not found.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Its setup.py needs the torch that is installed here.
-        line = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "--no-build-isolation",
-            "--no-binary",
-            ":all:",
-        ]
-        subprocess.run([*line, "-d", str(folder), f"deepspeed=={version}"], check=True)
-        with tarfile.open(folder / f"deepspeed-{version}.tar.gz") as archive:
-            archive.extractall(folder, filter="data")
-    return found
-
-
 def outcome(version: str | None, settings: Compat) -> Outcome:
     """Try one version; None is the one that is installed."""
-    path = [str(unpacked(version))] if version else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *path])}
+    settled = environment(version)
     line = [sys.executable, "-m", "balanced_adam"]
-    doctor = subprocess.run(line, env=environment, capture_output=True, text=True, cwd=REPOSITORY)
+    doctor = subprocess.run(line, env=settled, capture_output=True, text=True, cwd=REPOSITORY)
     said = doctor.stdout
     versions = re.search(r", torch (\S+), Python (\S+)\nDeepSpeed: (\S+)", said)
     if versions is None:
@@ -100,7 +73,7 @@ def outcome(version: str | None, settings: Compat) -> Outcome:
     if settings.tests:
         line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfEs", "-n", str(settings.workers)]
         line += ["--dist", "worksteal", *settings.tests]
-        run = subprocess.run(line, env=environment, capture_output=True, text=True, cwd=REPOSITORY)
+        run = subprocess.run(line, env=settled, capture_output=True, text=True, cwd=REPOSITORY)
         summary = re.search(r"^\W*(\d+ .*) in [\d.]+s", run.stdout, re.MULTILINE)
         if summary is None:
             raise RuntimeError(

@@ -70,10 +70,11 @@ Resumed = tuple[State, State]
 """The state just after loading, and at the end."""
 
 
-def save(folder: str) -> dict[Case, Resumed]:
-    """Job: run to the end, with a checkpoint at the cut; the state at the cut and at the end."""
+def save(what: tuple[str, list[Case]]) -> dict[Case, Resumed]:
+    """Job: run to the end, with a checkpoint in the folder at the cut; the state at the cut and at the end."""
+    folder, cases = what
     results = {}
-    for case in possible(RIGID):
+    for case in possible(cases):
         engine = start(case)
         advance(engine, 0, CUT)
         engine.save_checkpoint(f"{folder}/{case}", tag="cut")
@@ -153,7 +154,7 @@ def place() -> Path:
 def uncut() -> list[dict[Case, Resumed]]:
     """The uncut runs, which leave the checkpoints."""
     place().mkdir()
-    return spawn(save, SAVED_BY, str(place()))
+    return spawn(save, SAVED_BY, (str(place()), RIGID))
 
 
 @shared
@@ -172,13 +173,17 @@ def convert() -> None:
     """DeepSpeed's own converter makes a universal checkpoint of each."""
     uncut()
     for number, case in enumerate(convertible(ZERO)):
-        here = place() / str(case)
-        arguments = ["--input_folder", f"{here}/cut", "--output_folder", f"{here}/universal"]
-        arguments += ["--inject_missing_state", "--num_extract_workers", "1", "--num_merge_workers", "1"]
-        settings = environment(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-        program = Program("deepspeed.checkpoint.ds_to_universal", arguments, settings, here / "log", None)
-        converter = start_program(program, fresh=number == 0)  # one as users start it
-        assert converter.wait() == 0, f"{case}: {converter.said()[-2000:]}"
+        to_universal(place() / str(case), fresh=number == 0)  # one as users start it
+
+
+def to_universal(here: Path, *, fresh: bool) -> None:
+    """Convert the checkpoint "cut" of this folder."""
+    arguments = ["--input_folder", f"{here}/cut", "--output_folder", f"{here}/universal"]
+    arguments += ["--inject_missing_state", "--num_extract_workers", "1", "--num_merge_workers", "1"]
+    settings = environment(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    program = Program("deepspeed.checkpoint.ds_to_universal", arguments, settings, here / "log", None)
+    converter = start_program(program, fresh=fresh)
+    assert converter.wait() == 0, f"{here.name}: {converter.said()[-2000:]}"
 
 
 @shared

@@ -27,8 +27,11 @@ def why_not(case: Case) -> str | None:
     """Why this cell can't be run with this DeepSpeed; None if it can."""
     if case.stage == 0 and not since("0.19.8") and not torch.cuda.is_available():
         return "DeepSpeed before 0.19.8 drops all gradients of stage 0's all-reduce on a CPU"
-    if case.stage == 1 and case.grad_accum and since("0.17") and not since("0.18.5"):
-        return "DeepSpeed 0.17.0 to 0.18.4 makes no BF16_Optimizer, and none of ZeRO's, of fp32 accumulation at stage 1"
+    if case.stage == 1 and case.grad_accum and since("0.17") and not since("0.19"):
+        if not since("0.18.5"):
+            return "DeepSpeed 0.17.0 to 0.18.4 makes none of ZeRO's optimizers of fp32 accumulation at stage 1"
+        # runtime/engine.py, _backward_epilogue: allreduce_gradients comes before BF16_Optimizer's backward_epilogue.
+        return "DeepSpeed 0.18.5 to 0.18.9 does not reduce a step's last gradient over the ranks in BF16_Optimizer"
     return None
 
 

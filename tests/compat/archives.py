@@ -1,0 +1,41 @@
+"""Source archives of DeepSpeed, which come before the one that is installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from train.common.files import REPOSITORY
+
+
+def environment(version: str | None) -> dict[str, str]:
+    """One in which this version is imported; None is the one that is installed."""
+    path = [str(unpacked(version))] if version else []
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *path])}
+
+
+def unpacked(version: str) -> Path:
+    """The folder of a version's source archive, fetched if need be."""
+    folder = REPOSITORY / "build" / "compat"
+    found = folder / f"deepspeed-{version}"
+    if not found.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Its setup.py needs the torch that is installed here.
+        line = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-binary",
+            ":all:",
+        ]
+        subprocess.run([*line, "-d", str(folder), f"deepspeed=={version}"], check=True)
+        with tarfile.open(folder / f"deepspeed-{version}.tar.gz") as archive:
+            archive.extractall(folder, filter="data")
+    return found
