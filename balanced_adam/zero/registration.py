@@ -1,21 +1,10 @@
 """Registration by name with DeepSpeed, and patches of its defects on our paths.
 
-:func:`register` reaches into DeepSpeed at four points (and at those of :mod:`balanced_adam.zero.wrappers` and
-:mod:`balanced_adam.zero.packed_state`). Two make the name known, since DeepSpeed has no registry for outside
-optimizers: a name in a ds_config that is not one of its own becomes ``getattr(torch.optim, name)`` (runtime/engine.py,
+:func:`register` reaches into DeepSpeed at two points, since DeepSpeed has no registry for outside optimizers: a name in
+a ds_config that is not one of its own becomes ``getattr(torch.optim, name)`` (runtime/engine.py,
 ``_configure_basic_optimizer``), and ZeRO then asks for ``type(optimizer) in ZERO_SUPPORTED_OPTIMIZERS``
-(runtime/zero/utils.py).
-
-Two patch defects of DeepSpeed 0.19.8 that change what *any* optimizer computes, for BalancedAdam alone:
-
-* Stage 0 in 16 bits: ``FP16_UnfusedOptimizer.initialize_optimizer_states`` takes a step with zero gradients at
-  start-up, so that the step count is one too high for ever and weight decay is applied once too often. We skip it: our
-  state is made at the first real step. In fp16 the same wrapper divides the gradient by a loss scale that the loss was
-  never multiplied by, which nothing after it can repair: refused.
-* Universal checkpoints at stage 3 give every parameter group the settings of group 0. We read them again, per group.
-
-Others are known and not patched (docs/deepspeed-defects.md); one of them: a parameter without a gradient in some step
-is given its last gradient again at stage 3, and with offload at stage 2 (tests/parity/cases.py says where).
+(runtime/zero/utils.py). It puts on the wrappers of :mod:`balanced_adam.zero.wrappers`, of
+:mod:`balanced_adam.zero.packed_state` and of :mod:`balanced_adam.zero.patches`.
 """
 
 from __future__ import annotations
@@ -26,24 +15,17 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from balanced_adam import bias_correction
 from balanced_adam.optimizer import BalancedAdam
-from balanced_adam.zero import packed_state, wrappers
+from balanced_adam.zero import packed_state, patches, wrappers
 
 NAME = "BalancedAdam"
 TESTED_DEEPSPEED = "0.19.8"
 _refusals: list[str] = []  # why this process' DeepSpeed can't take a BalancedAdam, if it can't
-_lacking: dict[str, str] = {}  # what DeepSpeed can't take one for -> the method of DeepSpeed's that is gone
-PACKED, UNSCALED, UNIVERSAL = (
-    'a "state" that is not "fp32"',
-    "zero_optimization.stage 0 in 16 bits",
-    "a universal checkpoint at zero_optimization.stage 3",
-)
+_gone: list[str] = []  # the methods and functions that packed state needs and this process' DeepSpeed doesn't have
 
 
 def register() -> None:
@@ -57,7 +39,7 @@ def register() -> None:
         ImportError: if DeepSpeed can't be imported.
         RuntimeError: if DeepSpeed no longer takes optimizers by such a name (the message names the version tested), or
             if ``torch.optim`` already has another ``BalancedAdam``. DeepSpeed does not take a BalancedAdam then.
-            Where it lacks a method that a patch or packed state needs, it refuses what needs that, and no more.
+            Where it lacks a method that packed state needs, it refuses packed state, and no more.
     """
     try:
         import deepspeed  # noqa: F401
@@ -77,29 +59,21 @@ def register() -> None:
 def _patch() -> None:
     """Look for what is needed; then make the name known and wrap the methods that are there."""
     from deepspeed.runtime.engine import DeepSpeedEngine
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-    patches: list[wrappers.Override] = [
-        (FP16_UnfusedOptimizer, "initialize_optimizer_states", _no_initialization_step),
-        (DeepSpeedZeroOptimizer_Stage3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", _settings_per_group),
-    ]
     packed = packed_state.overrides()
-    needs = [*zip(patches, (UNSCALED, UNIVERSAL), strict=True), *((override, PACKED) for override in packed)]
-    lacking = {need: f"{cls.__name__}.{name}" for (cls, name, _), need in needs if not hasattr(cls, name)}
+    gone = [f"{cls.__name__}.{name}" for cls, name, _ in packed if not hasattr(cls, name)]
     if missing := packed_state.missing_function():
-        lacking[PACKED] = missing
+        gone.append(missing)
     if not DeepSpeedEngine._is_supported_optimizer(None, NAME):
         raise AttributeError(f"a name in torch.optim no longer resolves ({NAME!r})")
     if not missing:
         packed_state.patch_fragments()
-    for cls, name, wrapper in (*patches, *wrappers.overrides(), *packed):
+    for cls, name, wrapper in (*patches.overrides(), *wrappers.overrides(), *packed):
         if hasattr(cls, name):
             _wrap(cls, name, wrapper)
-    _lacking.clear()
-    _lacking.update(lacking)
-    if lacking:
+    _gone[:] = gone
+    if gone:
         _refuse_in_engine()
     if BalancedAdam not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(BalancedAdam)
@@ -146,7 +120,7 @@ def _refuse_in_engine() -> None:
     @functools.wraps(configure)
     def method(self: Any, client_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         def refused(optimizer: Any) -> Any:
-            if isinstance(optimizer, BalancedAdam) and (reason := refusal() or _lack(self, optimizer)):
+            if isinstance(optimizer, BalancedAdam) and (reason := refusal() or _lack(optimizer)):
                 raise RuntimeError(reason)
             return optimizer
 
@@ -164,24 +138,13 @@ def _refuse_in_engine() -> None:
     setattr(engine, "_configure_optimizer", method)  # noqa: B010
 
 
-def _lack(engine: Any, optimizer: BalancedAdam) -> str | None:
-    """Why this engine can't have this optimizer, although DeepSpeed takes others; None if it can."""
-    if not _lacking:
+def _lack(optimizer: BalancedAdam) -> str | None:
+    """Why DeepSpeed can't have this optimizer, although it takes others; None if it can."""
+    if not _gone or all(group["state"] == "fp32" for group in optimizer.param_groups):
         return None
-    stage, half = engine.zero_optimization_stage(), engine.fp16_enabled() or engine.bfloat16_enabled()
-    wanted = {
-        PACKED: any(group["state"] != "fp32" for group in optimizer.param_groups),
-        UNSCALED: stage == 0 and half,
-        UNIVERSAL: stage == 3 and engine.load_universal_checkpoint(),
-    }
-    return next(
-        (
-            f"DeepSpeed {_version()} has no {method}, without which BalancedAdam does not take {need}; it was tested "
-            f"with DeepSpeed {TESTED_DEEPSPEED}."
-            for need, method in _lacking.items()
-            if wanted[need]
-        ),
-        None,
+    return (
+        f'DeepSpeed {_version()} has no {_gone[0]}, without which BalancedAdam takes no "state" but "fp32"; it was '
+        f"tested with DeepSpeed {TESTED_DEEPSPEED}."
     )
 
 
@@ -213,37 +176,10 @@ def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.optimizer, BalancedAdam):
+        given = args[0] if args else kwargs.get("init_optimizer")  # to __init__
+        if isinstance(getattr(self, "optimizer", given), BalancedAdam):
             return wrapper(original, self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
     method.balanced_adam_patched = True  # type: ignore[attr-defined]
     setattr(cls, name, method)
-
-
-def _no_initialization_step(original: Callable[..., None], self: Any) -> None:
-    # Up to DeepSpeed 0.18 the wrapper doesn't know its dtype.
-    if getattr(self, "low_precision_dtype", self.fp16_groups[0][0].dtype) == torch.float16:
-        raise ValueError(
-            "zero_optimization.stage is 0 with fp16.enabled: DeepSpeed divides these gradients by a loss scale that it "
-            "never multiplied the loss by; use bf16, or stage 1, 2 or 3."
-        )
-
-
-def _settings_per_group(original: Callable[..., None], self: Any, checkpoint_dir: str, *shapes: Any) -> None:
-    if shapes and len(self.fp32_partitioned_groups_flat) > 1:  # up to DeepSpeed 0.17 it asks for the shapes
-        raise RuntimeError(
-            f"DeepSpeed {_version()} loads a universal checkpoint at stage 3 into a single sub-group, and this model "
-            f"has {len(self.fp32_partitioned_groups_flat)}; use DeepSpeed 0.18 or later, or stage 1 or 2."
-        )
-
-    def load(self: Any, checkpoint_dir: str) -> None:
-        original(self, checkpoint_dir, *shapes)
-        # The file that DeepSpeed itself has just unpickled; it holds settings and step counts, no moments.
-        saved = torch.load(Path(checkpoint_dir) / "zero" / "optimizer_state.pt", weights_only=False)
-        groups = saved["optimizer_state_dict"]["param_groups"]
-        for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
-            group.pop(bias_correction.GROUP_KEY, None)  # of the first group
-            group.update({key: value for key, value in settings.items() if key != "params"})
-
-    packed_state.keep_formats(load, self, checkpoint_dir)

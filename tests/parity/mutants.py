@@ -81,15 +81,17 @@ def mutant(wrong: Wrong) -> Callable[[], AbstractContextManager[None]]:
 
 
 @contextmanager
-def without_patch(module: str, cls: str, method: str) -> Iterator[None]:
-    """DeepSpeed's own method in place of the patched one, while the context lasts."""
+def without_patch(module: str, cls: str, *methods: str) -> Iterator[None]:
+    """DeepSpeed's own methods in place of the patched ones, while the context lasts."""
     owner = getattr(import_module(module), cls)
-    patched = getattr(owner, method)
-    setattr(owner, method, patched.__wrapped__)
+    patched = {method: getattr(owner, method) for method in methods}
+    for method, wrapper in patched.items():
+        setattr(owner, method, wrapper.__wrapped__)
     try:
         yield
     finally:
-        setattr(owner, method, patched)
+        for method, wrapper in patched.items():
+            setattr(owner, method, wrapper)
 
 
 UNPATCHED: dict[str, Callable[[], AbstractContextManager[None]]] = {
@@ -99,6 +101,7 @@ UNPATCHED: dict[str, Callable[[], AbstractContextManager[None]]] = {
         "deepspeed.runtime.fp16.unfused_optimizer",
         "FP16_UnfusedOptimizer",
         "initialize_optimizer_states",
+        "__init__",
     ),
     # A universal checkpoint at stage 3 gives every group the settings of the first.
     "settings_of_group_0": partial(
@@ -106,6 +109,7 @@ UNPATCHED: dict[str, Callable[[], AbstractContextManager[None]]] = {
         "deepspeed.runtime.zero.stage3",
         "DeepSpeedZeroOptimizer_Stage3",
         "load_hp_checkpoint_state_from_checkpoint_dir_stage3",
+        "load_state_dict",
     ),
 }
 MUTANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
