@@ -26,7 +26,7 @@ from tests.parity.cases import PHANTOM, STEPS, Case, advance, of_the_wrong, read
 from tests.parity.compare import EXACT, differences
 from tests.parity.control import TENSORS, State, train
 from tests.parity.test_one_pass import FP16
-from tests.parity.versions import since, why_not, why_not_universal
+from tests.parity.versions import possible, since, why_not, why_not_universal
 from tests.ranks import device, spawn
 
 UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
@@ -210,7 +210,7 @@ FOREIGN = [
 def go_on_with_adamw(folder: str) -> list[tuple[list[int], bool]]:
     """Job: torch's AdamW under DeepSpeed saves, BalancedAdam goes on; its step counts, and whether all is finite."""
     found = []
-    for case in FOREIGN:
+    for case in possible(FOREIGN):
         adamw = {"type": "AdamW", "params": {"lr": 0.5, "torch_adam": True}}
         zero = case.config(torch.distributed.get_world_size())["zero_optimization"]
         more = {"optimizer": adamw, "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
@@ -230,7 +230,7 @@ def go_on_with_adamw(folder: str) -> list[tuple[list[int], bool]]:
 @pytest.mark.ranks
 def test_a_checkpoint_of_torchs_adamw_under_deepspeed_is_gone_on_with(tmp_path: Path) -> None:
     for found in spawn(go_on_with_adamw, 2, str(tmp_path)):
-        assert all(set(steps) == {4} and finite for steps, finite in found) and len(found) == len(FOREIGN)
+        assert all(set(steps) == {4} and finite for steps, finite in found) and len(found) == len(possible(FOREIGN))
 
 
 def bf16_states(cases: list[Case]) -> list[str]:
@@ -322,6 +322,8 @@ def nothing(_: Any) -> None:
 
 @pytest.mark.ranks
 def test_a_step_before_the_first_gradient_is_refused_wherever_deepspeed_takes_it() -> None:
+    if reason := why_not(PHANTOM):
+        pytest.skip(reason)
     (said,) = spawn(start_without, 1, None)
     assert isinstance(said, str) and said.startswith("zero_optimization.stage is 0 in 16 bits, and DeepSpeed ")
     assert "takes a step before the first gradient" in said and "\n" not in said

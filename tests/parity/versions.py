@@ -32,6 +32,9 @@ def why_not(case: Case) -> str | None:
             return "DeepSpeed 0.17.0 to 0.18.4 makes none of ZeRO's optimizers of fp32 accumulation at stage 1"
         # runtime/engine.py, _backward_epilogue: allreduce_gradients comes before BF16_Optimizer's backward_epilogue.
         return "DeepSpeed 0.18.5 to 0.18.9 does not reduce a step's last gradient over the ranks in BF16_Optimizer"
+    if case.stage == 2 and not case.offload and since("0.17.6") and not since("0.18.3"):
+        # runtime/zero/stage_1_and_2.py, independent_gradient_partition_epilogue
+        return "DeepSpeed 0.17.6 to 0.18.2 keeps the last of a step's accumulated gradients alone at stage 2"
     return None
 
 
