@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,14 @@ def test_a_machine_without_a_free_port_is_an_error(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr("train.distributed.launch._first_of_connections", lambda: 10001)
         with pytest.raises(ConfigError, match=r"^none of a thousand TCP ports from 10000 to 10000 is free on "):
             free_port()
+
+
+def test_a_rank_whose_exit_hangs_ends_with_its_code_all_the_same() -> None:
+    program = (
+        "import atexit, threading; from train.distributed import launch; launch.EXIT_SECONDS = 0.5\n"
+        "atexit.register(threading.Event().wait); launch.exit_process(75)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=LIMIT).returncode == EXIT_RETRY
 
 
 def test_a_token_file_that_has_changed_is_refused(make: Make, tmp_path: Path) -> None:

@@ -80,6 +80,11 @@ class Run(NamedTuple):
     resident: list[float]
     """What it held at the most during backward and step, less what it held before the engine was built, megabytes."""
 
+    @property
+    def local(self) -> list[float]:
+        """Seconds of the steps without their all-gather."""
+        return [step - gather for step, gather in zip(self.step, self.all_gather, strict=True)]
+
 
 def status(field: str) -> float:
     """VmRSS or VmHWM of this process, megabytes."""
@@ -145,9 +150,15 @@ def run(job: tuple[int, list[Contender]]) -> dict[str, Run]:
     return runs
 
 
-def report(stage: int, contenders: list[Contender]) -> str:
+def measured(stage: int, contenders: list[Contender]) -> dict[str, Run]:
+    """The contenders by name, on rank 0."""
     runs: dict[str, Run] = spawn(run, WORLD, (stage, contenders), seconds=1500, fresh=True)[0]
-    local = {name: [s - g for s, g in zip(r.step, r.all_gather, strict=True)] for name, r in runs.items()}
+    return runs
+
+
+def report(stage: int, contenders: list[Contender]) -> str:
+    runs = measured(stage, contenders)
+    local = {name: r.local for name, r in runs.items()}
     whole = {name: [b + s for b, s in zip(r.backward, r.step, strict=True)] for name, r in runs.items()}
     ours = contenders[0].name
     rows = [

@@ -85,8 +85,12 @@ def build(config: PretrainedConfig, settings: Model, seed: int, ds_config: dict[
         ConfigError: if transformers can't build a causal language model from the configuration.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # Transformers 4
+        from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined, no-redef]
 
     # This object must stay alive while the model is built; it tells transformers that this is stage 3.
     zero3 = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
