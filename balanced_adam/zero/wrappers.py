@@ -62,6 +62,7 @@ def overrides() -> list[Override]:
     return [override for override in wrappers if hasattr(override[0], override[1])]
 
 
+@torch.no_grad()  # DeepSpeed 0.18.9 forgets it at stages 1 and 2, and fails on several CPU ranks
 def _step(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     taken = decision(self)
     taken.begin()

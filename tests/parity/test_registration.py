@@ -229,6 +229,8 @@ def go_on_with_adamw(folder: str) -> list[tuple[list[int], bool]]:
 
 @pytest.mark.ranks
 def test_a_checkpoint_of_torchs_adamw_under_deepspeed_is_gone_on_with(tmp_path: Path) -> None:
+    if since("0.18.9") and not since("0.19"):
+        pytest.skip("DeepSpeed 0.18.9 fails on several CPU ranks with every optimizer but BalancedAdam")
     for found in spawn(go_on_with_adamw, 2, str(tmp_path)):
         assert all(set(steps) == {4} and finite for steps, finite in found) and len(found) == len(possible(FOREIGN))
 
