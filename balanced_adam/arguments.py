@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from balanced_adam import bias_correction, dtensor, rule
@@ -14,6 +16,34 @@ from balanced_adam.warn import warn_once
 Betas = float | tuple[float, float]
 SWITCHES = ("allow_unbalanced", "fused", "capturable", "fused_zero")
 """Settings of the optimizer, not of its groups; no checkpoint holds them."""
+ANY = object()
+LEFT_OVER: dict[str, tuple[Any, str]] = {
+    "foreach": (ANY, ""),
+    "torch_adam": (ANY, ""),
+    "set_grad_none": (ANY, ""),
+    "amsgrad": (False, "it keeps no maximum of v"),
+    "differentiable": (False, "autograd can't go through its step"),
+    "bias_correction": (True, "it always corrects for bias"),
+    "adam_w_mode": (True, "its weight decay is AdamW's"),
+    "adamw_mode": (True, "its weight decay is AdamW's"),
+    "decoupled_weight_decay": (True, "its weight decay is AdamW's"),
+    "fp32_optimizer_states": (True, 'its moments are float32, or packed: set "state"'),
+}
+"""Arguments of torch's and DeepSpeed's Adam that a configuration may still have: the value that changes nothing, and
+why there is no other."""
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What a parameter may be."""
+
+
+def check_left_over(settings: dict[str, Any]) -> None:
+    """Check arguments of another Adam. They are accepted where they change nothing.
+
+    Raises:
+        ValueError: naming the field, the value and what would be right.
+    """
+    for field, (allowed, why) in LEFT_OVER.items():
+        if field in settings and allowed is not ANY and settings[field] is not allowed:
+            raise ValueError(f"{field} is {settings[field]!r:.80}, and BalancedAdam has no such variant: {why}.")
 
 
 def check_switches(defaults: dict[str, Any]) -> None:
@@ -37,11 +67,11 @@ def check_group(group: dict[str, Any], allow_unbalanced: bool) -> None:
         ValueError: naming the field, the value and what would be right.
     """
     lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.dim() != 0:
-        raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; give a number or a 0-dim tensor.")
+    if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.dtype == torch.bool or lr.is_complex()):
+        raise ValueError(f"lr is a {lr.dtype} tensor of shape {tuple(lr.shape)}; give a number, or a tensor of one.")
     for field in ("lr", "eps", "weight_decay"):
         try:
-            value = float(group[field])
+            value = float(lr) if field == "lr" and isinstance(lr, Tensor) else as_float(group[field])
         except (TypeError, ValueError, OverflowError, RuntimeError):
             raise ValueError(f"{field} is {group[field]!r:.80}; it must be a number.") from None
         if not (math.isfinite(value) and value >= 0.0):
@@ -49,6 +79,9 @@ def check_group(group: dict[str, Any], allow_unbalanced: bool) -> None:
         if field != "lr" or not isinstance(group[field], Tensor):  # a scheduler may hold on to an lr that is a tensor
             group[field] = value
     group["betas"] = as_pair(group["betas"], allow_unbalanced)
+    if not isinstance(group["maximize"], bool):
+        raise ValueError(f"maximize is {group['maximize']!r:.80}; it must be True or False.")
+    check_left_over(group)
     check_format(group)
     if group["state"] in ("packed16", "packed8") and group["eps"] < 1e-9:
         warn_once(
@@ -64,7 +97,12 @@ def check_before_step(group: dict[str, Any], allow_unbalanced: bool) -> None:
         RuntimeError: if a gradient is sparse.
         ValueError: if betas are no pair, or unequal without permission, or a gradient is not placed as its parameter.
     """
-    group["betas"] = as_pair(group["betas"], allow_unbalanced)
+    group["betas"] = as_pair(group["betas"], allow_unbalanced=True)
+    if group["betas"][0] != group["betas"][1] and not allow_unbalanced:
+        raise ValueError(
+            f"betas is {group['betas']} at this step, and was equal before: BalancedAdam's betas change together, or "
+            "not at all. OneCycleLR, CyclicLR and DeepSpeed's OneCycle change one: give them cycle_momentum=False."
+        )
     check_format(group)
     for param in group["params"]:
         if param.grad is not None and param.grad.is_sparse:
@@ -82,8 +120,6 @@ def check_loaded_group(group: dict[str, Any], own: dict[str, Any]) -> None:
     settings = {name: group.get(name, own[name]) for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
     try:
         check_group({**settings, "state": "fp32"}, allow_unbalanced=True)
-        if not isinstance(settings["maximize"], bool):
-            raise ValueError(f"maximize is {settings['maximize']!r}; it must be True or False.")
         bias_correction.history({**group, "betas": as_pair(settings["betas"], allow_unbalanced=True)})
     except ValueError as error:
         raise ValueError(f"in the loaded state, {error}") from None
@@ -104,6 +140,41 @@ def check_format(group: dict[str, Any]) -> None:
         )
 
 
+def check_param(param: Tensor, format: str) -> None:
+    """Check a parameter of a group whose moments are stored in this format.
+
+    Raises:
+        ValueError: if it can't be stepped, or not with such moments.
+    """
+    if torch.is_complex(param):
+        raise ValueError("BalancedAdam does not take complex parameters; give torch.view_as_real of them instead.")
+    if param.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} is {param.dtype}; BalancedAdam steps {names}: leave it out."
+        )
+    if format != "fp32" and param.dtype == torch.float64:
+        raise ValueError(f"state is {format!r}, and a parameter is float64; its moments must be 'fp32'.")
+    if reason := dtensor.obstacle(param):
+        raise ValueError(f"BalancedAdam can't step it: {reason}")
+    if format != "fp32" and dtensor.is_opaque(param):
+        raise ValueError(
+            f"state is {format!r}, and a parameter is of the class {type(param).__name__}, which may do with integers "
+            "what it likes; its moments must be 'fp32'."
+        )
+
+
+def as_float(value: Any) -> float:
+    """A real number as a float.
+
+    Raises:
+        TypeError: if it is none. A string is none, though YAML reads 1e-4 as one, and neither is True.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{value!r:.80} is no number")
+    return float(value)
+
+
 def as_pair(betas: Betas, allow_unbalanced: bool) -> rule.Betas:
     """``betas`` as a pair of floats.
 
@@ -111,7 +182,7 @@ def as_pair(betas: Betas, allow_unbalanced: bool) -> rule.Betas:
         ValueError: if they are no such pair, out of [0, 1), or unequal without permission.
     """
     try:
-        beta1, beta2 = map(float, betas) if isinstance(betas, list | tuple) else (float(betas),) * 2
+        beta1, beta2 = map(as_float, betas) if isinstance(betas, list | tuple) else (as_float(betas),) * 2
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise ValueError(f"betas is {betas!r:.80}; give one number, or a pair of numbers, in [0, 1).") from None
     if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):

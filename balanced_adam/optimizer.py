@@ -15,7 +15,17 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hoo
 from balanced_adam import bias_correction, dtensor, kernels, parameter_step, rule
 from balanced_adam import state as states
 from balanced_adam import state_dict as state_dicts
-from balanced_adam.arguments import SWITCHES, Betas, as_pair, check_before_step, check_group, check_switches
+from balanced_adam.arguments import (
+    LEFT_OVER,
+    SWITCHES,
+    Betas,
+    as_pair,
+    check_before_step,
+    check_group,
+    check_left_over,
+    check_param,
+    check_switches,
+)
 from balanced_adam.fused_grad import FusedGrad
 from balanced_adam.update_size import LastStep, UpdateSize, update_size
 from balanced_adam.warn import is_rank_0, warn_once
@@ -34,7 +44,7 @@ class BalancedAdam(torch.optim.Optimizer):
     Args:
         params: parameters, named parameters or parameter groups. A group may set its own ``lr``, ``betas``, ``eps``,
             ``weight_decay``, ``state``, ``maximize``.
-        lr: learning rate, a float or a 0-dim tensor (it is read at every step, so that schedulers may change it).
+        lr: learning rate, a number or a tensor of one (it is read at every step, so that schedulers may change it).
         betas: one number, or a pair of equal numbers, each in [0, 1).
         eps: added to the root of the bias-corrected second moment; may be 0.
         weight_decay: decoupled weight decay, as in AdamW (arXiv 1711.05101).
@@ -52,6 +62,8 @@ class BalancedAdam(torch.optim.Optimizer):
             capture :meth:`step` (after one step outside of it). Needs the kernels.
         fused_zero: under DeepSpeed ZeRO, let the same pass unscale and clip the gradients and write the 16-bit weights
             (:mod:`balanced_adam.zero.one_pass`).
+        left_over: arguments of torch's and DeepSpeed's Adam, such as ``foreach`` and ``adam_w_mode``. They are accepted
+            where they change nothing.
 
     State per parameter: ``step`` (0-dim float32 tensor), ``exp_avg`` and ``exp_avg_sq`` (the parameter's shape;
     float32, or float64 for float64 parameters), ``log_beta_product`` (a float; :mod:`balanced_adam.bias_correction`).
@@ -63,7 +75,9 @@ class BalancedAdam(torch.optim.Optimizer):
     As torch's own optimizers, it is not thread-safe: two threads must not step one optimizer at once.
 
     Raises:
-        ValueError: on a value out of range, on unequal betas without ``allow_unbalanced``, on complex parameters.
+        ValueError: on a value out of range or of a wrong type, on unequal betas without ``allow_unbalanced``, on
+            parameters that are not float16, bfloat16, float32 or float64.
+        TypeError: on an unknown argument.
         RuntimeError: from :meth:`step`, on a sparse gradient; with ``fused=True`` or ``capturable=True``, from the
             constructor and from :meth:`step`, on a parameter that no kernel takes.
     """
@@ -82,7 +96,11 @@ class BalancedAdam(torch.optim.Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
         fused_zero: bool = True,
+        **left_over: Any,
     ) -> None:
+        if unknown := left_over.keys() - LEFT_OVER.keys():
+            raise TypeError(f"BalancedAdam has no argument {min(unknown)!r}.")
+        check_left_over(left_over)
         from balanced_adam.zero import import_hook  # which knows this class
 
         import_hook.register_if_imported()
@@ -144,28 +162,20 @@ class BalancedAdam(torch.optim.Optimizer):
         Raises:
             ValueError: as the constructor.
         """
+        for field in SWITCHES:
+            if param_group.get(field, self.defaults[field]) is not self.defaults[field]:
+                raise ValueError(
+                    f"{field} is {param_group[field]!r:.80} in a parameter group; it is a setting of the whole "
+                    "optimizer: give it to BalancedAdam itself."
+                )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for field in SWITCHES:
             group.pop(field)  # torch copies all defaults
         try:
             check_group(group, self.defaults["allow_unbalanced"])
-            if any(torch.is_complex(p) for p in group["params"]):
-                raise ValueError(
-                    "BalancedAdam does not take complex parameters; give torch.view_as_real of them instead."
-                )
-            if group["state"] != "fp32" and any(p.dtype == torch.float64 for p in group["params"]):
-                raise ValueError(
-                    f"state is {group['state']!r}, and a parameter is float64; its moments must be 'fp32'."
-                )
             for param in group["params"]:
-                if reason := dtensor.obstacle(param):
-                    raise ValueError(f"BalancedAdam can't step it: {reason}")
-                if group["state"] != "fp32" and dtensor.is_opaque(param):
-                    raise ValueError(
-                        f"state is {group['state']!r}, and a parameter is of the class {type(param).__name__}, which "
-                        "may do with integers what it likes; its moments must be 'fp32'."
-                    )
+                check_param(param, group["state"])
                 self._fuses(param)
         except (ValueError, RuntimeError):
             self.param_groups.pop()

@@ -23,6 +23,8 @@ from balanced_adam.optimizer import BalancedAdam
 from balanced_adam.zero import packed_state, patches, wrappers
 
 NAME = "BalancedAdam"
+NAMES = (NAME, NAME.lower())
+"""Both, since DeepSpeed takes its own optimizers' names in lower case, too."""
 TESTED_DEEPSPEED = "0.19.8"
 _refusals: list[str] = []  # why this process' DeepSpeed can't take a BalancedAdam, if it can't
 _gone: list[str] = []  # the methods and functions that packed state needs and this process' DeepSpeed doesn't have
@@ -113,8 +115,9 @@ def _refuse_in_engine() -> None:
     if hasattr(configure, "balanced_adam_patched"):
         return
     if not callable(configure):  # then at least its name must not be found
-        if getattr(torch.optim, NAME, None) is BalancedAdam:
-            delattr(torch.optim, NAME)
+        for name in NAMES:
+            if getattr(torch.optim, name, None) is BalancedAdam:
+                delattr(torch.optim, name)
         return
 
     @functools.wraps(configure)
@@ -124,8 +127,8 @@ def _refuse_in_engine() -> None:
                 raise RuntimeError(reason)
             return optimizer
 
-        by_name = client_optimizer is None and self.optimizer_name() == NAME
-        if by_name and getattr(torch.optim, NAME, None) is BalancedAdam and (reason := refusal()):
+        name = self.optimizer_name() if client_optimizer is None else None
+        if name in NAMES and getattr(torch.optim, name, None) is BalancedAdam and (reason := refusal()):
             raise RuntimeError(reason)
         if callable(refused(client_optimizer)):
             build = client_optimizer
@@ -162,9 +165,11 @@ def set_name() -> None:
     Raises:
         RuntimeError: if another class has that name.
     """
-    if getattr(torch.optim, NAME, BalancedAdam) is not BalancedAdam:
-        raise RuntimeError(f"torch.optim.{NAME} is another class already; only one can have the name.")
-    setattr(torch.optim, NAME, BalancedAdam)
+    for name in NAMES:
+        if getattr(torch.optim, name, BalancedAdam) is not BalancedAdam:
+            raise RuntimeError(f"torch.optim.{name} is another class already; only one can have the name.")
+    for name in NAMES:
+        setattr(torch.optim, name, BalancedAdam)
 
 
 def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
