@@ -7,6 +7,7 @@ Universal checkpoints hold fp32 moments, which the first step after loading pack
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,8 @@ def overrides() -> Sequence[Override]:
     """Methods of DeepSpeed's, with the wrappers that run for BalancedAdam."""
     DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer = classes()
     return [
+        (DeepSpeedZeroOptimizer, "load_state_dict", _load),
+        (BF16_Optimizer, "load_state_dict", _load),
         (DeepSpeedZeroOptimizer, "load_hp_checkpoint_state_from_checkpoint_dir", keep_formats),
         (BF16_Optimizer, "load_hp_checkpoint_state_from_checkpoint_dir", keep_formats),
         (DeepSpeedZeroOptimizer, "_lazy_init_hp_params_optimizer_state", _link_again_1),
@@ -94,6 +97,21 @@ def keep_formats(original: Callable[..., None], self: Any, *args: Any) -> None:
         loaded.pop(bias_correction.LOG_PRODUCT, None)  # of before; such a checkpoint has none
         if "exp_avg" in loaded:
             loaded.pop(PACKED, None)  # of before
+
+
+def universal_folder(load_state_dict: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> str | None:
+    """The universal checkpoint whose optimizer state such a call loads; None if it loads none, or another kind."""
+    given = inspect.signature(load_state_dict).bind(self, *args, **kwargs).arguments
+    folder: str | None = given.get("checkpoint_folder")
+    return folder if given.get("load_optimizer_states", True) else None
+
+
+def _load(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """By whichever method DeepSpeed loads it."""
+    if universal_folder(original, self, *args, **kwargs):
+        keep_formats(lambda self: original(self, *args, **kwargs), self)
+    else:
+        original(self, *args, **kwargs)
 
 
 def _is_packed(state: dict[str, Any], key: str | None) -> bool:

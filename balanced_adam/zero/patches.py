@@ -6,8 +6,9 @@
   never multiplied by, which nothing after it can repair: refused.
 * Universal checkpoints at stage 3 give every parameter group the settings of group 0. We read them again, per group.
 
-Whether a patch has done its work is seen by what comes out of DeepSpeed's ``__init__`` and ``load_state_dict``, not by
-a version: a DeepSpeed that has mended its defect needs no patch, and one that has moved it is refused.
+Neither rests on a version, nor on the one method that has the defect: ``FP16_UnfusedOptimizer.__init__`` and
+``load_state_dict`` are wrapped as well, and what they leave behind is looked at. Where DeepSpeed has mended its defect
+all is well; where it has moved it, the run is right too, or refused.
 
 Others are known and not patched (docs/deepspeed-defects.md); one of them: a parameter without a gradient in some step
 is given its last gradient again at stage 3, and with offload at stage 2 (tests/parity/cases.py says where).
@@ -17,12 +18,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from balanced_adam import bias_correction
+from balanced_adam.state import MOMENTS
 from balanced_adam.zero import packed_state
 from balanced_adam.zero.wrappers import Override
 
@@ -36,8 +42,16 @@ def overrides() -> Sequence[Override]:
         (FP16_UnfusedOptimizer, "initialize_optimizer_states", _no_initialization_step),
         (FP16_UnfusedOptimizer, "__init__", _check_start),
         (DeepSpeedZeroOptimizer_Stage3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", _settings_per_group),
-        (DeepSpeedZeroOptimizer_Stage3, "load_state_dict", _check_universal),
+        (DeepSpeedZeroOptimizer_Stage3, "load_state_dict", _load),
     ]
+
+
+def deepspeed_version() -> str:
+    """DeepSpeed's, also while it is being imported."""
+    try:
+        return str(getattr(sys.modules.get("deepspeed"), "__version__", None) or version("deepspeed")).strip()
+    except PackageNotFoundError:
+        return "of unknown version"
 
 
 # ---- Stage 0 in 16 bits
@@ -48,19 +62,18 @@ def _no_initialization_step(original: Callable[..., None], self: Any) -> None:
 
 
 def _check_start(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    optimizer = args[0] if args else kwargs["init_optimizer"]
+    optimizer = next(value for value in chain(args, kwargs.values()) if isinstance(value, torch.optim.Optimizer))
     before = _steps(optimizer)
     original(self, *args, **kwargs)
-    # Up to DeepSpeed 0.18 the wrapper doesn't know its dtype.
-    if getattr(self, "low_precision_dtype", self.fp16_groups[0][0].dtype) == torch.float16:
+    if any(param.dtype == torch.float16 for param in chain(*self.fp16_groups)):
         raise ValueError(
             "zero_optimization.stage is 0 with fp16.enabled: DeepSpeed divides these gradients by a loss scale that it "
             "never multiplied the loss by; use bf16, or stage 1, 2 or 3."
         )
     if _steps(optimizer) != before:
         raise RuntimeError(
-            f"zero_optimization.stage is 0 in 16 bits, and DeepSpeed {_version()} takes a step before the first "
-            "gradient, in a way that BalancedAdam can't prevent; use stage 1, 2 or 3."
+            f"DeepSpeed {deepspeed_version()} takes a step before the first gradient in 16 bits without ZeRO, in a way "
+            "that BalancedAdam can't prevent; use zero_optimization.stage 1, 2 or 3."
         )
 
 
@@ -71,64 +84,70 @@ def _steps(optimizer: torch.optim.Optimizer) -> int:
 # ---- Universal checkpoints at stage 3
 
 
-def _settings_per_group(original: Callable[..., None], self: Any, checkpoint_dir: str, *shapes: Any) -> None:
-    if shapes and len(self.fp32_partitioned_groups_flat) > 1:  # up to DeepSpeed 0.17 it asks for the shapes
-        raise RuntimeError(
-            f"DeepSpeed {_version()} loads a universal checkpoint at stage 3 into a single sub-group, and this model "
-            f"has {len(self.fp32_partitioned_groups_flat)}; use DeepSpeed 0.18 or later, or stage 1 or 2."
-        )
-
-    def load(self: Any, checkpoint_dir: str) -> None:
-        original(self, checkpoint_dir, *shapes)
-        for group, settings in zip(self.optimizer.param_groups, _saved_settings(checkpoint_dir), strict=True):
-            group.pop(bias_correction.GROUP_KEY, None)  # of the first group
-            group.update(settings)
-
-    packed_state.keep_formats(load, self, checkpoint_dir)
-
-
-def _check_universal(
-    original: Callable[..., None],
-    self: Any,
-    state_dict_list: Any,
-    load_optimizer_states: bool = True,
-    *args: Any,
-    checkpoint_folder: Any = None,
-    **kwargs: Any,
-) -> None:
-    original(self, state_dict_list, load_optimizer_states, *args, checkpoint_folder=checkpoint_folder, **kwargs)
-    if checkpoint_folder and load_optimizer_states:
-        groups = zip(self.optimizer.param_groups, _saved_settings(checkpoint_folder), strict=True)
-        for number, (group, saved) in enumerate(groups):
-            _check_settings(number, group, {name: saved[name] for name in self.optimizer.defaults.keys() & saved})
-        masters = [] if self.swap_optimizer else self.fp32_partitioned_groups_flat
-        for number, master in enumerate(masters):
-            if master.numel() and not self.optimizer.state.get(master):
-                raise RuntimeError(
-                    f"DeepSpeed {_version()} has loaded no moments into sub-group {number} of {len(masters)} from a "
-                    "universal checkpoint at stage 3; use stage 1 or 2."
-                )
-
-
-def _check_settings(number: int, group: dict[str, Any], saved: dict[str, Any]) -> None:
-    own = {"state"}  # what loading leaves as this run has it: BalancedAdam.keeping_own
-    if saved["betas"][0] != saved["betas"][1]:
-        own.add("betas")
-    for name, value in saved.items():
-        if name not in own and group[name] != value:
+def _load(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    folder = packed_state.universal_folder(original, self, *args, **kwargs)
+    if not folder:
+        original(self, *args, **kwargs)
+        return
+    before = _moments(self)
+    self.balanced_adam_loads = True
+    try:
+        _with_settings(lambda: original(self, *args, **kwargs), self, folder)
+    finally:
+        del self.balanced_adam_loads
+    if self.swap_optimizer:  # they are on a disk
+        return
+    for number, (moments, old) in enumerate(zip(_moments(self), before, strict=True)):
+        if moments is not None and (len(moments) < len(MOMENTS) or moments == old):
             raise RuntimeError(
-                f"DeepSpeed {_version()} loads a universal checkpoint at stage 3 in a way that BalancedAdam does not "
-                f"know: {name} of parameter group {number} is {group[name]} and was saved as {value}; use stage 1 or 2."
+                f"DeepSpeed {deepspeed_version()} has loaded no moments into sub-group {number} of {len(before)} from "
+                "a universal checkpoint at stage 3; use stage 1 or 2."
             )
 
 
-def _saved_settings(checkpoint_dir: str) -> list[dict[str, Any]]:
-    """Of each parameter group, but for its parameters."""
-    # The file that DeepSpeed itself has just unpickled; it holds settings and step counts, no moments.
-    saved = torch.load(Path(checkpoint_dir) / "zero" / "optimizer_state.pt", weights_only=False)
-    groups = saved["optimizer_state_dict"]["param_groups"]
-    return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+def _settings_per_group(original: Callable[..., None], self: Any, checkpoint_dir: str, *shapes: Any) -> None:
+    if shapes and len(self.fp32_partitioned_groups_flat) > 1:  # up to DeepSpeed 0.17 it asks for the shapes
+        raise RuntimeError(
+            f"DeepSpeed {deepspeed_version()} loads a universal checkpoint at stage 3 into a single sub-group, and "
+            f"this model has {len(self.fp32_partitioned_groups_flat)}; use DeepSpeed 0.18 or later, or stage 1 or 2."
+        )
+    if hasattr(self, "balanced_adam_loads"):
+        original(self, checkpoint_dir, *shapes)
+    else:  # up to 0.19.0 DeepSpeed comes here where it was not to load the optimizer, too
+        _with_settings(lambda: original(self, checkpoint_dir, *shapes), self, checkpoint_dir)
 
 
-def _version() -> str:
-    return str(sys.modules["deepspeed"].__version__)
+def _with_settings(load: Callable[[], None], self: Any, folder: str) -> None:
+    """Load, and give each parameter group the settings that were saved of it."""
+
+    def load_all(self: Any) -> None:
+        load()
+        # The file that DeepSpeed itself has just unpickled; it holds settings and step counts, no moments.
+        saved = torch.load(Path(folder) / "zero" / "optimizer_state.pt", weights_only=False)
+        groups = saved["optimizer_state_dict"]["param_groups"]
+        for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
+            group.pop(bias_correction.GROUP_KEY, None)  # of the first group
+            group.update({key: value for key, value in settings.items() if key != "params"})
+
+    packed_state.keep_formats(load_all, self)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A tensor, and how often it was written to. Equal to another only if nothing was loaded."""
+
+    tensor: Tensor
+    times: int
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Written) and self.tensor is other.tensor and self.times == other.times
+
+
+def _moments(self: Any) -> list[list[_Written] | None]:
+    """The moments of each sub-group; None where this rank has no part of it."""
+    found: list[list[_Written] | None] = []
+    for master in self.fp32_partitioned_groups_flat:
+        state = self.optimizer.state.get(master, {})
+        moments = [_Written(state[name], state[name]._version) for name in MOMENTS if name in state]
+        found.append(moments if master.numel() else None)
+    return found

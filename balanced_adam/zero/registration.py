@@ -1,4 +1,4 @@
-"""Registration by name with DeepSpeed, and patches of its defects on our paths.
+"""Registration by name with DeepSpeed.
 
 :func:`register` reaches into DeepSpeed at two points, since DeepSpeed has no registry for outside optimizers: a name in
 a ds_config that is not one of its own becomes ``getattr(torch.optim, name)`` (runtime/engine.py,
@@ -14,13 +14,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from balanced_adam.optimizer import BalancedAdam
 from balanced_adam.zero import packed_state, patches, wrappers
+from balanced_adam.zero.patches import deepspeed_version
 
 NAME = "BalancedAdam"
 NAMES = (NAME, NAME.lower())
@@ -52,7 +52,7 @@ def register() -> None:
         _patch()
     except Exception as error:  # a name is gone, or means something else
         raise RuntimeError(
-            f"BalancedAdam can't register with DeepSpeed {_version()}: {error}; it was tested with DeepSpeed "
+            f"BalancedAdam can't register with DeepSpeed {deepspeed_version()}: {error}; it was tested with DeepSpeed "
             f"{TESTED_DEEPSPEED}, so install that version."
         ) from error
     _refusals.clear()
@@ -146,17 +146,9 @@ def _lack(optimizer: BalancedAdam) -> str | None:
     if not _gone or all(group["state"] == "fp32" for group in optimizer.param_groups):
         return None
     return (
-        f'DeepSpeed {_version()} has no {_gone[0]}, without which BalancedAdam takes no "state" but "fp32"; it was '
-        f"tested with DeepSpeed {TESTED_DEEPSPEED}."
+        f'DeepSpeed {deepspeed_version()} has no {_gone[0]}, without which BalancedAdam takes no "state" but "fp32"; '
+        f"it was tested with DeepSpeed {TESTED_DEEPSPEED}."
     )
-
-
-def _version() -> str:
-    """DeepSpeed's, also while it is being imported."""
-    try:
-        return getattr(sys.modules.get("deepspeed"), "__version__", None) or version("deepspeed")
-    except PackageNotFoundError:
-        return "of unknown version"
 
 
 def set_name() -> None:
@@ -181,8 +173,8 @@ def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = args[0] if args else kwargs.get("init_optimizer")  # to __init__
-        if isinstance(getattr(self, "optimizer", given), BalancedAdam):
+        own = [self.optimizer] if hasattr(self, "optimizer") else [*args, *kwargs.values()]  # given to __init__
+        if any(isinstance(value, BalancedAdam) for value in own):
             return wrapper(original, self, *args, **kwargs)
         return original(self, *args, **kwargs)
 

@@ -80,7 +80,7 @@ def leg(name: str, version: str, folder: Path, settings: Across) -> str:
 
 
 def main() -> int:
-    """Run it and print a table; 1 if anything differs."""
+    """Run it and print a table; 1 if anything differs, or nothing could be compared."""
     settings = tyro.cli(Across, description=__doc__)
     rows = []
     for saved, loaded in (settings.versions, settings.versions[::-1]):
@@ -92,7 +92,7 @@ def main() -> int:
     print(table.to_string(index=False))
     same = table["outcome"] == "same bits"
     print(table.assign(same=same).groupby(["saved by", "loaded by", "checkpoint"])["same"].agg(["sum", "size"]))
-    return int(not same.all())
+    return int(same.empty or not same.all())
 
 
 if __name__ == "__main__":

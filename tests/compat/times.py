@@ -41,7 +41,7 @@ def rows() -> None:
         ours = runs[engine.ONE_PASS.name].local
         found = [ratio(runs[contender.name].local, ours) for contender in CONTENDERS.values()]
         milliseconds = f"{sorted(ours)[len(ours) // 2] * 1e3:.0f}"
-        print("row", f"| {' | '.join([deepspeed.__version__, f'ZeRO-{stage}', milliseconds, *found])} |", sep="\t")
+        print("row", f"| {' | '.join([deepspeed.__version__.strip(), f'ZeRO-{stage}', milliseconds, *found])} |", sep="\t")
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ HANGS = ("forward", "backward", "all-reduce", "step", "metrics", "saving", "fini
 """Where a rank may hang: in a step, in a collective, in a save."""
 STEPS_PER_FAULT, SAVE_EVERY, TIMEOUT = 60, 15, 20
 KILL_WAIT = 15.0
-"""Seconds between a launcher's failure and the end of the others: long enough for their ranks to end by themselves."""
+"""Seconds between a launcher's failure and the end of ranks that are stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +122,10 @@ class Machine:
                     self.launchers.append(subprocess.Popen(line, stdout=file, stderr=file, env=more, cwd=REPOSITORY))
 
     def running(self) -> bool:
-        """Whether any launcher is. When one has failed, the others are ended, as by ``srun --kill-on-bad-exit``.
+        """Whether any launcher is. When one has failed, ranks that are stopped are killed on the other hosts.
 
-        torchrun alone doesn't: with a rank that was stopped, its launcher would wait for ever.
+        ``srun --kill-on-bad-exit`` would do that, torchrun doesn't: the launcher of such a rank waits for ever. What is
+        not stopped has to end by itself.
         """
         codes = [launcher.poll() for launcher in self.launchers]
         if self.failed is None and any(codes):
@@ -132,7 +133,8 @@ class Machine:
         if self.failed is not None and time.monotonic() > self.failed + KILL_WAIT:
             for each in self._processes():
                 with suppress(psutil.NoSuchProcess):
-                    each.kill()
+                    if each.status() == psutil.STATUS_STOPPED:
+                        each.kill()
         return None in codes
 
     def watch(self, watch: Stopwatch, until: Callable[[], bool] = lambda: False) -> None:
@@ -153,6 +155,8 @@ class Machine:
         """The launchers that are left, and all that they have started."""
         found = []
         for launcher in self.launchers:
+            if launcher.poll() is not None:
+                continue
             with suppress(psutil.NoSuchProcess):
                 top = psutil.Process(launcher.pid)
                 found += [top, *top.children(recursive=True)]

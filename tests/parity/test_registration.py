@@ -19,8 +19,9 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import tensor_fragment
 
 from balanced_adam import BalancedAdam, register
+from balanced_adam.state import MOMENTS
 from balanced_adam.warn import _warned
-from balanced_adam.zero import packed_state
+from balanced_adam.zero import packed_state, patches
 from tests.parity import test_resume as resume
 from tests.parity.cases import PHANTOM, STEPS, Case, advance, of_the_wrong, read, start
 from tests.parity.compare import EXACT, differences
@@ -30,7 +31,7 @@ from tests.parity.versions import possible, since, why_not, why_not_universal
 from tests.ranks import device, spawn
 
 UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
-PATCHED = [(FP16_UnfusedOptimizer, "initialize_optimizer_states"), (DeepSpeedZeroOptimizer_Stage3, UNIVERSAL_LOAD)]
+PATCHED = [(cls, name) for cls, name, _ in patches.overrides()]
 
 
 def test_deepspeed_looks_names_up_in_torch_optim() -> None:
@@ -64,13 +65,13 @@ def test_zero_asks_for_the_exact_type() -> None:
     ("defect", "method"),
     [
         ("self.optimizer.step()", PATCHED[0]),
-        ('["param_groups"][0]', PATCHED[1]),
+        ('["param_groups"][0]', (DeepSpeedZeroOptimizer_Stage3, UNIVERSAL_LOAD)),
     ],
 )
 def test_the_mended_methods_still_have_their_defects(defect: str, method: tuple[type, str]) -> None:
     """When this fails DeepSpeed has changed them: see whether the patch is still needed."""
     wrapped = getattr(*method)
-    if method == PATCHED[1] and not since("0.18"):
+    if method[1] == UNIVERSAL_LOAD and not since("0.18"):
         pytest.skip("DeepSpeed before 0.18 has another: it loads the first sub-group alone, which is refused")
     assert defect in inspect.getsource(wrapped.__wrapped__)
     assert not hasattr(wrapped.__wrapped__, "__wrapped__")
@@ -326,7 +327,7 @@ def test_a_step_before_the_first_gradient_is_refused_wherever_deepspeed_takes_it
     if reason := why_not(PHANTOM):
         pytest.skip(reason)
     (said,) = spawn(start_without, 1, None)
-    assert isinstance(said, str) and said.startswith("zero_optimization.stage is 0 in 16 bits, and DeepSpeed ")
+    assert isinstance(said, str) and said.startswith("DeepSpeed ")
     assert "takes a step before the first gradient" in said and "\n" not in said
 
 
@@ -339,10 +340,9 @@ def test_a_deepspeed_that_takes_no_step_before_the_first_gradient_needs_no_patch
     assert differences([state], train(STEPS, case.absent(), device=device(1))) == EXACT
 
 
-def load_without(how: str) -> dict[str, float] | str:
-    """Job: how the state differs from the control after going on from a universal checkpoint at stage 3, where
-    DeepSpeed's method that loads it has moved, or is another; or what was said."""
-    case = Case(3, "bf16")
+def load_without(how: str) -> list[tuple[State, State] | str]:
+    """Job: the states after loading a universal checkpoint at stage 3, and at the end, where DeepSpeed's method that
+    loads it has moved, or is another; or what was said. With fp32 and with packed state, after other steps."""
     original: Any = inspect.unwrap(getattr(DeepSpeedZeroOptimizer_Stage3, UNIVERSAL_LOAD))
 
     def mended(self: Any, folder: str) -> None:
@@ -353,35 +353,57 @@ def load_without(how: str) -> dict[str, float] | str:
         ):
             group.update({**settings, "params": group["params"]})
 
-    def half(self: Any, folder: str) -> None:
+    def kept(self: Any, folder: str) -> None:
+        state = self.optimizer.state[self.fp32_partitioned_groups_flat[-1]]
+        old = dict(state)
         mended(self, folder)
-        del self.optimizer.state[self.fp32_partitioned_groups_flat[-1]]
+        state.clear()
+        state.update(old)
 
-    gone(DeepSpeedZeroOptimizer_Stage3, UNIVERSAL_LOAD, {"moved": None, "mended": mended, "half": half}[how])
-    engine = start(case, checkpoint={"load_universal": True})
-    try:
-        engine.load_checkpoint(f"{resume.place()}/{case}", tag="universal")
-    except RuntimeError as error:
-        return str(error)
-    advance(engine, resume.CUT, resume.END)
-    control = train(resume.END, case.absent(), device=device(1))
-    return differences([read(engine)], control)
+    def without(self: Any, folder: str) -> None:
+        mended(self, folder)
+        state = self.optimizer.state[self.fp32_partitioned_groups_flat[-1]]
+        for moment in MOMENTS:
+            del state[moment]
+
+    others = {"moved": None, "mended": mended, "kept": kept, "without": without}
+    gone(DeepSpeedZeroOptimizer_Stage3, UNIVERSAL_LOAD, others[how])
+    found: list[tuple[State, State] | str] = []
+    for case in (SAVED, SAVED._replace(state="packed16")):
+        engine = start(case, checkpoint={"load_universal": True})
+        advance(engine, 0, 2)
+        try:
+            engine.load_checkpoint(f"{resume.place()}/{SAVED}", tag="universal")
+        except RuntimeError as error:
+            found.append(str(error))
+            continue
+        loaded = read(engine)
+        advance(engine, resume.CUT, resume.END)
+        found.append((loaded, read(engine)))
+    return found
+
+
+SAVED = Case(3, "bf16")
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    ("how", "expected"),
-    [
-        ("moved", "in a way that BalancedAdam does not know: "),
-        ("half", "has loaded no moments into sub-group "),
-        ("mended", EXACT),
-    ],
-)
-def test_what_a_universal_checkpoint_at_stage_3_left_is_seen_however_deepspeed_loads_it(
-    how: str, expected: str | dict[str, float]
-) -> None:
-    if reason := why_not_universal(Case(3, "bf16")):
+@pytest.mark.parametrize("how", ["moved", "mended"])
+def test_a_universal_checkpoint_at_stage_3_is_loaded_right_by_whichever_method_deepspeed_does_it(how: str) -> None:
+    if reason := why_not_universal(SAVED):
         pytest.skip(reason)
     resume.convert()
     (found,) = spawn(load_without, 1, how)
-    assert found == expected or (isinstance(found, str) and str(expected) in found and "\n" not in found)
+    for (loaded, end), later in zip(found, ((), ((resume.CUT, "packed16"),)), strict=True):
+        assert differences([loaded], train(resume.CUT, SAVED.absent(), device=device(1))) == EXACT
+        assert differences([end], train(resume.END, SAVED.absent(), device=device(1), later=later)) == EXACT
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("how", ["kept", "without"])
+def test_moments_that_a_universal_checkpoint_at_stage_3_did_not_bring_are_missed(how: str) -> None:
+    if reason := why_not_universal(SAVED):
+        pytest.skip(reason)
+    resume.convert()
+    (found,) = spawn(load_without, 1, how)
+    for said in found:
+        assert isinstance(said, str) and "has loaded no moments into sub-group " in said and "\n" not in said

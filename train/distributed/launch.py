@@ -158,6 +158,8 @@ def exit_process(code: int) -> NoReturn:
     saved. What is left to do takes a second. A rank that is not out after ``EXIT_SECONDS`` (one in eight was not, with
     torch 2.4) would keep its hosts for ever: it goes without.
     """
+    sys.stdout.flush()
+    sys.stderr.flush()
     last = Timer(EXIT_SECONDS, os._exit, [code])
     last.daemon = True
     last.start()
