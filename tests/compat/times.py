@@ -41,7 +41,8 @@ def rows() -> None:
         ours = runs[engine.ONE_PASS.name].local
         found = [ratio(runs[contender.name].local, ours) for contender in CONTENDERS.values()]
         milliseconds = f"{sorted(ours)[len(ours) // 2] * 1e3:.0f}"
-        print("row", f"| {' | '.join([deepspeed.__version__.strip(), f'ZeRO-{stage}', milliseconds, *found])} |", sep="\t")
+        cells = [deepspeed.__version__.strip(), f"ZeRO-{stage}", milliseconds, *found]
+        print("row", f"| {' | '.join(cells)} |", sep="\t")
 
 
 def main() -> None:
