@@ -8,7 +8,9 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+from balanced_adam.arguments import LEFT_OVER, check_left_over
 from train.common.errors import ConfigError, first_line, require
+from train.run import ds_schema
 from train.run.config import Run
 
 OPTIMIZER = "BalancedAdam"
@@ -71,7 +73,11 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     _check_optimizer(config, optimizer, run.schedule.schedule, path)
     _set_monitors(config, run)
     own = run.parameters()
-    unknown = set(params) - set(own) - PATHS
+    try:
+        check_left_over(params)
+    except ValueError as error:
+        raise ConfigError(f"ds_config {path} has optimizer.params in which {error}") from None
+    unknown = set(params) - set(own) - PATHS - LEFT_OVER.keys()
     require(
         not unknown,
         f"ds_config {path} has optimizer.params.{min(unknown, default='')}, which {OPTIMIZER} does not have.",
@@ -89,7 +95,14 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     require(
         left is None, f'ds_config {path} has {left} "auto", which only Transformers\' Trainer fills in; give a value.'
     )
+    ds_schema.check(config, path, gpus)
     _validate(config, path)
+    from deepspeed.accelerator import get_accelerator
+
+    require(
+        not in_fp16 or get_accelerator().is_fp16_supported(),
+        f"ds_config {path} has fp16.enabled = true, and this processor computes in no fp16; use bf16.",
+    )
     return config
 
 
@@ -117,6 +130,9 @@ def _set_monitors(config: dict[str, Any], run: Run) -> None:
         for name in ("tensorboard", "csv_monitor", "wandb", "comet"):
             config.pop(name, None)
         return
+    for name in ("tensorboard", "csv_monitor"):
+        if isinstance(section := config.get(name), dict):  # a relative path is one in the run's folder
+            section["output_path"] = str(run.out / str(section.get("output_path") or ""))
     monitor = {"output_path": str(run.out), "job_name": "monitor"}
     if run.logging.tensorboard:
         config["tensorboard"] = {"enabled": True, **monitor}

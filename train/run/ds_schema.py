@@ -1,0 +1,156 @@
+"""What a ds_config may say beyond what DeepSpeed itself checks: values at which DeepSpeed would fail in the middle of a
+run, and features that would be without effect here, or that need another program than this one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
+
+from train.common.errors import ConfigError, require
+
+UNSUPPORTED = {
+    "activation_checkpointing": "it is for models that call DeepSpeed's checkpoint function; use "
+    "--activation-checkpointing",
+    "amp": "it trains in bf16, fp16 or fp32",
+    "autotuning": "the deepspeed launcher would start other runs than this one",
+    "checkpoint.writer": "checkpoints are synced to disk before a run goes on",
+    "compile": "DeepSpeed compiles only a model that its program asks it to",
+    "compression_training": "it compresses nothing",
+    "curriculum_learning": "the order of the text is the run's own",
+    "data_efficiency": "the order of the text is the run's own",
+    "eigenvalue": "it quantizes nothing",
+    "expert_parallel": "every rank holds the same experts",
+    "hybrid_engine": "it only trains, and generates nothing",
+    "pipeline": "the model is not cut into stages",
+    "progressive_layer_drop": "its models drop no layers",
+    "quantize_training": "it quantizes nothing",
+    "sparse_attention": "its models bring their own attention",
+    "tensor_parallel": "every rank holds whole tensors, or ZeRO's partitions",
+    "zero_optimization.offload_optimizer.super_offload": "it replaces the optimizer by DeepSpeed's own",
+    "zero_optimization.zenflow": "it replaces the optimizer by DeepSpeed's own",
+}
+"""Features, and why train.pretrain has none of them."""
+ON_GPUS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+"""Parts of ZeRO++ whose kernels are CUDA's."""
+
+
+def _whole(value: Any) -> Any:
+    """JSON has 2e3 for 2000."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Switch = Annotated[bool, Field(strict=True)]
+Count = Annotated[PositiveInt, BeforeValidator(_whole), Field(strict=True)]
+
+
+class _Section(BaseModel):
+    """Part of a ds_config. DeepSpeed knows more keys than these."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Parameters(_Section):
+    fused: Switch | None = None
+    fused_zero: Switch = True
+
+
+class _Optimizer(_Section):
+    params: _Parameters = _Parameters()
+
+
+class _DataTypes(_Section):
+    grad_accum_dtype: Literal["fp32", "fp16", "bf16"] | None = None
+
+
+class _Offload(_Section):
+    device: Literal["none", "cpu"] | None = None
+    ratio: Annotated[FiniteFloat, Field(ge=1, le=1)] = 1.0
+
+
+class _Zero(_Section):
+    offload_optimizer: _Offload | None = None
+    offload_param: _Offload | None = None
+
+
+class _DsConfig(_Section):
+    steps_per_print: Count | None = None
+    gradient_predivide_factor: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+    optimizer: _Optimizer = _Optimizer()
+    data_types: _DataTypes = _DataTypes()
+    zero_optimization: _Zero = _Zero()
+
+
+WHAT = {
+    "steps_per_print": "it must be a whole number, at least 1",
+    "gradient_predivide_factor": "it must be a number above 0",
+    "optimizer.params.fused": "it must be true, false or null",
+    "optimizer.params.fused_zero": "it must be true or false",
+    "data_types.grad_accum_dtype": 'it must be "fp32", "fp16" or "bf16"',
+    "zero_optimization.offload_optimizer.device": 'the state goes to no disk: it must be "cpu" or "none"',
+    "zero_optimization.offload_optimizer.ratio": "all of the state is offloaded, or none: it must be 1",
+    "zero_optimization.offload_param.device": 'weights go to no disk: it must be "cpu" or "none"',
+}
+"""What would be right."""
+
+
+def check(config: dict[str, Any], path: Path, gpus: bool) -> None:
+    """Check a ds_config in which no "auto" is left.
+
+    Args:
+        config: its content.
+        path: the file, for the message.
+        gpus: whether the ranks run on GPUs.
+
+    Raises:
+        ConfigError: in one sentence that names the key, the value and what would be right.
+    """
+    for key, reason in UNSUPPORTED.items():
+        require(
+            not _is_on(_at(config, key)),
+            f"ds_config {path} has {key}, which train.pretrain does not support: {reason}; remove it.",
+        )
+    try:
+        _DsConfig.model_validate(config)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        value, what = json.dumps(first["input"], default=str), WHAT.get(name, f"it must be an object ({first['msg']})")
+        raise ConfigError(f"ds_config {path} has {name} = {value}; {what}.") from None
+    for key in () if gpus else ON_GPUS:
+        require(
+            not _at(config, f"zero_optimization.{key}"),
+            f"ds_config {path} has zero_optimization.{key}, which needs GPUs, and the ranks run on CPUs; remove it.",
+        )
+    for section, package in (("wandb", "wandb"), ("comet", "comet_ml"), ("tensorboard", "tensorboard")):
+        require(
+            not _is_on(_at(config, section)) or find_spec(package) is not None,
+            f"ds_config {path} has {section}.enabled = true, and the package {package} is not installed; install it, "
+            f"or remove {section}.",
+        )
+
+
+def _at(config: dict[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a feature is asked for: by anything but an empty section, or one that says it is not enabled."""
+    if not isinstance(value, dict):
+        return bool(value)
+    return value.get("enabled") is not False and any(_leaves(value))
+
+
+def _leaves(value: Any) -> Iterator[bool]:
+    for each in value.values() if isinstance(value, dict) else (value,):
+        if isinstance(each, dict):
+            yield from _leaves(each)
+        else:
+            yield bool(each)
