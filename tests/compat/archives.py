@@ -14,7 +14,7 @@ from train.common.files import REPOSITORY
 def environment(version: str | None) -> dict[str, str]:
     """One in which this version is imported; None is the one that is installed."""
     path = [str(unpacked(version))] if version else []
-    # torch 2.4 starts a thread and processes to compile when it is imported, and ranks are forked from what was imported.
+    # torch 2.4 starts a thread and processes to compile when it is imported, and ranks are forked after that.
     more = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     return {**os.environ, **more, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *path])}
 
