@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,35 @@ def test_a_launcher_that_tells_only_half_is_refused(under_srun: pytest.MonkeyPat
     under_srun.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="RANK is 0 in the environment, but LOCAL_RANK, WORLD_SIZE"):
         prepare_environment()
+
+
+LAUNCHED = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+WRONG_NUMBERS = ("", " ", "one", "-1", "1_0", "1.0", "0x1", "\u0663", "1 ", "9" * 30, "nan", "True", "1;2")
+WRONG_ENVIRONMENT = [
+    *((LAUNCHED, name, value) for name in LAUNCHED for value in WRONG_NUMBERS),
+    *((LAUNCHED, name, "0") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")),
+    *[(LAUNCHED, "RANK", "5"), (LAUNCHED, "LOCAL_RANK", "2"), (LAUNCHED, "MASTER_PORT", "65536")],
+    (LAUNCHED, "MASTER_ADDR", ""),
+    *((SRUN, name, value) for name in SRUN for value in WRONG_NUMBERS),
+    *(
+        (SRUN, "SLURM_STEP_TASKS_PER_NODE", value)
+        for value in ("2(x", "2(x2),", "(x2)", "2(y2)", "2,,2", "1(x9999999)")
+    ),
+    *[(SRUN, "SLURM_STEP_NUM_TASKS", "0"), (SRUN, "SLURM_NODEID", "3")],
+]
+
+
+@pytest.mark.parametrize(("told", "name", "value"), WRONG_ENVIRONMENT)
+def test_an_environment_that_no_launcher_makes_is_refused_by_name(
+    under_srun: pytest.MonkeyPatch, told: dict[str, str], name: str, value: str
+) -> None:
+    for variable in SRUN:
+        under_srun.delenv(variable)
+    for variable, right in {"MASTER_ADDR": "node1", "MASTER_PORT": "29500", **told, name: value}.items():
+        under_srun.setenv(variable, right)
+    with pytest.raises(ConfigError, match=rf"^{name} is {re.escape(repr(value))}|^SLURM_NODEID is 3, and") as refused:
+        prepare_environment()
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from train.common.errors import ConfigError, PeerLostError, require
+from train.distributed import environment
 from train.distributed.preemption import end_with_parent
 from train.distributed.ranks import Ranks
 from train.distributed.watchdog import Watchdog
@@ -35,9 +36,11 @@ def prepare_environment() -> None:
 
     Raises:
         ConfigError: if srun started several ranks without MASTER_ADDR and MASTER_PORT, or RANK is set and the variables
-            that go with it are not.
+            that go with it are not, or one of them is not what it must be.
     """
     env = os.environ
+    if "RANK" not in env:
+        environment.check(environment.Srun, env)
     if not torch.cuda.is_available():
         env.setdefault("DS_ACCELERATOR", "cpu")
     # srun sets SLURM_STEP_*; a batch script that calls plain python has the other SLURM variables too.
@@ -57,8 +60,9 @@ def prepare_environment() -> None:
         "unset RANK, or use a launcher.",
     )
     if "RANK" in env:
+        environment.check(environment.Launched, env)
         end_with_parent()
-    if "RANK" not in env:
+    else:
         env.update(
             RANK="0",
             LOCAL_RANK="0",
@@ -80,7 +84,9 @@ def _tasks_on_this_host(env: Mapping[str, str], ranks: str) -> str:
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", ranks).split(","):
         count, _, times = part.partition("(x")
         counts += [count] * int(times.rstrip(")") or 1)
-    return counts[int(env.get("SLURM_NODEID", "0"))]
+    node = int(env.get("SLURM_NODEID", "0"))
+    require(node < len(counts), f"SLURM_NODEID is {node}, and SLURM_STEP_TASKS_PER_NODE names {len(counts)} hosts.")
+    return counts[node]
 
 
 def free_port() -> int:
