@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 
@@ -35,6 +36,11 @@ def configuration(hosts: Hosts) -> str:
         ConfigError: if a value is out of range.
     """
     require(len(set(hosts.hosts)) == len(hosts.hosts) > 0, f"hosts is {' '.join(hosts.hosts)}; give each once.")
+    for host in hosts.hosts:
+        require(
+            re.fullmatch(r"[A-Za-z0-9._:\[\]-]+", host) is not None and not host.startswith("-"),
+            f"hosts has {host!r}, which is neither a host name nor an address.",
+        )
     require(hosts.ranks_per_host >= 1, f"ranks_per_host is {hosts.ranks_per_host}; it must be at least 1.")
     require(1024 <= hosts.port < 65536, f"port is {hosts.port}; it must lie in [1024, 65536).")
     shipped = yaml.safe_load((REPOSITORY / "ds_configs" / "accelerate.yaml").read_text())

@@ -16,7 +16,7 @@ import tyro
 
 from train.checkpoint.manifest import newest_step
 from train.common.command_line import parse
-from train.common.errors import EXIT_RETRY, ConfigError
+from train.common.errors import EXIT_RETRY, ConfigError, require
 from train.common.files import read_lines
 from train.run import run_dir
 
@@ -27,10 +27,15 @@ def verdict(out: Path) -> tuple[int, str]:
     """Return the exit code, and the reason in one sentence.
 
     Raises:
-        ConfigError: if result.json is damaged.
+        ConfigError: if result.json is damaged, or there is no such folder outside of a batch job.
     """
     if ended := run_dir.result(out):
         return int(ended["status"] != "finished"), f"{out} is {ended['status']}"
+    # In a batch job the attempt may have ended before it made the folder.
+    require(
+        out.is_dir() or "SLURM_JOB_ID" in os.environ,
+        f"{out} is no folder; give the one that a run was started with as --out.",
+    )
     out.mkdir(parents=True, exist_ok=True)
     step = newest_step(out / "checkpoints")
     ends = [line for line in read_lines(out / "attempts.jsonl") if line.get("event") == EVENT]

@@ -1,5 +1,7 @@
 """Bad input gets one sentence that names the field, the value and what would be right, and changes nothing on disk."""
 
+import dataclasses
+import importlib
 import json
 import resource
 import shutil
@@ -7,16 +9,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
 from tests.harness.conftest import Make
-from train import compare, pretrain, report
+from train import accelerate_config, compare, preflight, pretrain, report, requeue
 from train.checkpoint import resumable_run
 from train.checkpoint.save import save_checkpoint
+from train.common.command_line import parse
 from train.common.errors import ConfigError
 from train.run import deepspeed_config
+from train.run.config import Run
 from train.run.metrics import Metrics, read_metrics
 
 # (options, what the sentence must say): found before there are ranks or data.
@@ -479,3 +484,55 @@ def test_another_rank_than_the_first_stays_silent(
     monkeypatch.setenv("RANK", "1")
     assert pretrain.main(["--out", "/tmp/x", "--lr", "-1"]) == 2
     assert capsys.readouterr().err == ""
+
+
+PATHS = [
+    "x" * 256,
+    "/".join(["x" * 200] * 21),
+    "/tmp/" + "/".join(["y" * 100] * 39),
+]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["long name", "long path", "a path too long for what goes into it"])
+@pytest.mark.parametrize("command", ["pretrain", "compare", "preflight", "choose_beta", "plane"])
+def test_a_path_that_no_file_can_have_is_refused(command: str, path: str) -> None:
+    module = importlib.import_module(f"train.{command}")
+    settings: Any = next(
+        value
+        for value in vars(module).values()
+        if dataclasses.is_dataclass(value) and any(each.name == "out" for each in dataclasses.fields(value))
+    )
+    with pytest.raises(ConfigError, match=r"out is '.*, which can't be a path: File name too long") as refused:
+        parse(settings, ["--out", path], f"train.{command}", None)
+    assert len(str(refused.value)) < 200
+
+
+def test_a_path_with_a_nul_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"out is .*, which can't be a path: embedded null"):
+        parse(Run, ["--out", "runs/a\0b"], "train.pretrain", None)
+
+
+@pytest.mark.parametrize("host", ["", " ", "-rf", "a b", "a;b", "node1,node2", "n\u00f6de"])
+def test_a_host_without_a_name_is_refused(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert accelerate_config.main(["--hosts", "node1", host]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_requeue_makes_no_folder_of_a_mistyped_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert requeue.main([str(tmp_path / "rnus")]) == 1
+    assert "is no folder; give the one that a run was started with" in capsys.readouterr().out
+    assert not (tmp_path / "rnus").exists()
+    monkeypatch.setenv("SLURM_JOB_ID", "1")  # there the attempt may have ended before it made one
+    assert requeue.main([str(tmp_path / "runs")]) == 75
+
+
+@pytest.mark.parametrize("ranks", ["0", "-3"])
+def test_preflight_for_no_ranks_is_refused(
+    ranks: str, small_run: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert preflight.main([*small_run, "--ranks", ranks]) == 2
+    assert f"ranks is {ranks}; it must be at least 1." in capsys.readouterr().err

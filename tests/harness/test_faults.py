@@ -101,9 +101,12 @@ def test_where_no_checkpoint_is_whole_it_does_not_begin_from_nothing(make: Make)
     assert len(read_metrics(run.out)) > 5  # untouched
 
 
+@pytest.mark.parametrize("forced", [None, "1"])
 def test_a_checkpoint_runs_nothing_when_it_is_loaded(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forced: str | None
 ) -> None:
+    if forced:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
     run = make()
     pretrain(run)
     (run.out / "result.json").unlink()
@@ -111,9 +114,12 @@ def test_a_checkpoint_runs_nothing_when_it_is_loaded(
     poison(newest(run), file.name, tmp_path / "evil-was-here")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"step-0000006 can't be loaded on rank 0 .*remove it to resume from an older one"
-    ):
+        ConfigError,
+        match=r"step-0000006 can't be loaded on rank 0 \(a file holds more than tensors .*remove it to resume",
+    ) as refused:
         pretrain(run)
+    assert "weights_only" not in str(refused.value)
+    assert os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == forced
     assert not (tmp_path / "evil-was-here").exists()
 
 

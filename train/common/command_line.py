@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 import sys
 from collections.abc import Callable
 from itertools import groupby
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import tyro
 
 from train.common.errors import EXIT_RETRY, ConfigError, PeerLostError, RankError, RetryError, is_main_process
 
 Settings = TypeVar("Settings")
+LONGEST = "step-0000000-universal/zero/" + "x" * 128
+"""About the longest name of a file in a run's folder."""
 
 
 def exit_code(program: Callable[[], None]) -> int:
@@ -54,7 +58,7 @@ def parse(settings: type[Settings], arguments: list[str], module: str, descripti
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            parsed = tyro.cli(
                 settings,
                 prog=f"python -m {module}",
                 args=arguments,
@@ -65,6 +69,27 @@ def parse(settings: type[Settings], arguments: list[str], module: str, descripti
         if stop.code in (0, None):
             raise
         raise ConfigError(f"{_one_sentence(complaint.getvalue())}; see python -m {module} --help.") from None
+    _check_paths(parsed)
+    return parsed
+
+
+def _check_paths(settings: Any) -> None:
+    """Check that no path of these settings, or of the settings in them, is one that no file can have.
+
+    Raises:
+        ConfigError: if it is too long, goes round in circles, or holds a NUL.
+    """
+    for each in dataclasses.fields(settings):
+        value = getattr(settings, each.name)
+        if dataclasses.is_dataclass(value):
+            _check_paths(value)
+        elif isinstance(value, Path):
+            try:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                    (value / LONGEST).stat()
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) else str(error)
+                raise ConfigError(f"{each.name} is {str(value)!r:.80}, which can't be a path: {reason}.") from None
 
 
 def _one_sentence(box: str) -> str:

@@ -279,3 +279,8 @@ class Preflight(Run):
     ranks: int | None = None
     """Check only settings, data and model, for a run on this many ranks.
     Default: check all hosts, on the ranks that the launcher has started."""
+
+    def check(self) -> None:
+        """As of :class:`Run`."""
+        super().check()
+        require(self.ranks is None or self.ranks >= 1, f"ranks is {self.ranks}; it must be at least 1.")
