@@ -33,6 +33,8 @@ def test_a_foreign_state_is_refused(change: str) -> None:
         state["param_groups"][0]["amsgrad"] = True
     elif change == "coupled":
         state = torch.optim.Adam(params, weight_decay=0.1).state_dict()
+        if "decoupled_weight_decay" not in state["param_groups"][0]:
+            pytest.skip("the Adam of this torch does not say how its weight decay works")
     elif change == "shape":
         state["state"][0]["exp_avg"] = torch.zeros(4)
     else:
