@@ -142,6 +142,16 @@ def test_a_machine_without_a_free_port_is_an_error(monkeypatch: pytest.MonkeyPat
             free_port()
 
 
+def test_half_written_files_of_a_killed_run_are_removed_and_hidden_files_of_others_are_not(make: Make) -> None:
+    run = make()
+    run.out.mkdir(parents=True)
+    half, others = run.out / f".run.json.{'0a' * 16}", [run.out / ".nfs0000", run.out / f".{'0a' * 16}"]
+    for file in (half, *others):
+        file.write_text("{")
+    run_dir.claim(run).release()
+    assert not half.exists() and all(file.exists() for file in others)
+
+
 def test_a_rank_whose_exit_hangs_ends_with_its_code_all_the_same() -> None:
     program = (
         "import atexit, threading; from train.distributed import launch; launch.EXIT_SECONDS = 0.5\n"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import uuid
 from importlib.metadata import PackageNotFoundError, version
@@ -52,6 +53,13 @@ def write_text(path: Path, text: str) -> None:
         tmp.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a :func:`write_text` that was killed has left. Call it where nobody else writes into the folder."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from train.common.errors import ConfigError, require
-from train.common.files import environment_facts, load_file, write_json
+from train.common.files import environment_facts, load_file, remove_temporaries, write_json
 from train.common.schemas import ResultFile, RunFile
 from train.run.config import Run
 
@@ -67,6 +67,8 @@ def check(run: Run) -> None:
 def claim(run: Run) -> FileLock:
     """Lock the run's folder until the lock is released or this process ends. Call this on one rank.
 
+    What a run that was killed had half written is removed.
+
     Raises:
         ConfigError: as :func:`check`, or if another run is at work there.
     """
@@ -83,6 +85,7 @@ def claim(run: Run) -> FileLock:
         raise ConfigError(
             f"out is {run.out}, where another run is at work now; wait for it, or give another folder."
         ) from None
+    remove_temporaries(run.out)
     return lock
 
 
