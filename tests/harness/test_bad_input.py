@@ -23,6 +23,7 @@ from train.common.errors import ConfigError
 from train.run import deepspeed_config
 from train.run.config import Run
 from train.run.metrics import Metrics, read_metrics
+from train.sweep import execute
 
 # (options, what the sentence must say): found before there are ranks or data.
 EARLY = [
@@ -536,3 +537,19 @@ def test_preflight_for_no_ranks_is_refused(
 ) -> None:
     assert preflight.main([*small_run, "--ranks", ranks]) == 2
     assert f"ranks is {ranks}; it must be at least 1." in capsys.readouterr().err
+
+
+def test_a_comparison_whose_first_run_is_only_starting_keeps_its_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--out", str(tmp_path), "--steps", "40", "--seeds", "0", "--arms"]
+    compare.main([*options, "0.9", "--plan-only"])
+    compare.main([*options, "0.95", "--plan-only"])  # a plan alone may be replaced
+    monkeypatch.setattr(execute, "execute", lambda *_: None)  # as if its first run had written nothing yet
+    compare.main([*options, "0.95"])
+    plan = (tmp_path / "manifest.json").read_bytes()
+    for more in ([], ["--plan-only"]):
+        with pytest.raises(SystemExit, match="2"):
+            compare.main([*options, "0.9", *more])
+    assert capsys.readouterr().err.count("holds another comparison (1 runs); give another folder") == 2
+    assert (tmp_path / "manifest.json").read_bytes() == plan

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from train.analysis.report_page import write_report
 from train.common.errors import EXIT_RETRY, ConfigError, RetryError, require
 from train.common.files import environment_facts, load_file, write_json
@@ -115,6 +117,32 @@ def _execute(plan: dict[str, Any], run: dict[str, Any], out: Path, progress: Pro
         raise kind(f"run {run['name']} failed: {errors[-1][7:] if errors else f'see {log}'}")
 
 
+def _write_plan(comparison: Comparison, plan: dict[str, Any]) -> Path:
+    """Write manifest.json, unless another comparison has begun in the folder, and begin.
+
+    Raises:
+        ConfigError: if one has, or the folder can't be used.
+    """
+    file = comparison.out / "manifest.json"
+    try:
+        comparison.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out is {comparison.out}, which can't be used: {error.strerror}.") from None
+    with FileLock(comparison.out / ".lock"):  # against another comparison that begins at the same moment
+        if file.exists():
+            before = load_file(PlanFile, file).model_dump(exclude_unset=True)
+            begun = any((comparison.out / run["name"]).exists() for run in before["runs"])
+            require(
+                not begun or (before["runs"], before["ranks"]) == (plan["runs"], plan["ranks"]),
+                f"out is {comparison.out}, which holds another comparison ({len(before['runs'])} runs); "
+                "give another folder.",
+            )
+        write_json(file, {**plan, **environment_facts()})
+        if not comparison.plan_only:
+            (comparison.out / plan["runs"][0]["name"]).mkdir(exist_ok=True)  # as the sign that it has begun
+    return file
+
+
 def compare(comparison: Comparison) -> None:
     """Plan the runs, execute them and write the report.
 
@@ -134,20 +162,7 @@ def compare(comparison: Comparison) -> None:
     for name in ("max_runs", "max_hours"):
         value = getattr(comparison, name)
         require(value is None or value > 0, f"{name} is {value}; it must be above 0.")
-    file = comparison.out / "manifest.json"
-    if file.exists():
-        before = load_file(PlanFile, file).model_dump(exclude_unset=True)
-        begun = any((comparison.out / run["name"] / "run.json").exists() for run in before["runs"])
-        require(
-            not begun or (before["runs"], before["ranks"]) == (plan["runs"], plan["ranks"]),
-            f"out is {comparison.out}, which holds another comparison ({len(before['runs'])} runs); "
-            "give another folder.",
-        )
-    try:
-        comparison.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out is {comparison.out}, which can't be used: {error.strerror}.") from None
-    write_json(file, {**plan, **environment_facts()})
+    file = _write_plan(comparison, plan)
     if comparison.plan_only:
         print(file)
         return
