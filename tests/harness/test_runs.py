@@ -255,7 +255,12 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
 
 @pytest.mark.parametrize(
     ("code", "kind", "output"),
-    [(75, RetryError, "error: a rank is gone"), (2, ConfigError, "error: bad"), (1, ConfigError, "")],
+    [
+        (75, RetryError, "error: a rank is gone"),
+        (247, RetryError, "error: a rank is gone"),  # the deepspeed launcher's, of a rank that was killed
+        (2, ConfigError, "error: bad"),
+        (1, ConfigError, ""),
+    ],
 )
 def test_a_failed_run_is_reported_with_its_own_error_and_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[ConfigError], output: str
@@ -269,6 +274,20 @@ def test_a_failed_run_is_reported_with_its_own_error_and_kind(
     with Progress(1, 0, "x", enabled=False) as progress, pytest.raises(kind, match=f"^run x failed: {expected}$") as e:
         execute._execute({"runs": []}, {"name": "x"}, tmp_path, progress, 0)
     assert type(e.value) is kind
+
+
+def test_a_run_whose_rank_was_killed_may_be_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_run: list[str]
+) -> None:
+    place = small_run.index("--out")
+    run: dict[str, Any] = {"name": "x", "arguments": small_run[:place] + small_run[place + 2 :]}
+    (tmp_path / "x").mkdir()
+    right = launch_command({"launcher": "torchrun", "ranks": 2}, run, tmp_path)
+    faulty = [each.replace("train.pretrain", "tests.fault_injection.faulty_rank") for each in right]
+    monkeypatch.setattr(execute, "launch_command", lambda *_: faulty)
+    monkeypatch.setenv("FAULT", "1 step 2 kill")
+    with Progress(1, 0, "x", enabled=False) as progress, pytest.raises(RetryError, match=r"^run x failed: "):
+        execute._execute({"runs": []}, run, tmp_path, progress, 0)
 
 
 def test_python_that_runs_the_tests_is_the_one_that_runs_the_harness() -> None:

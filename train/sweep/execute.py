@@ -25,6 +25,9 @@ from train.sweep.options import Comparison
 from train.sweep.plan import manifest, read_manifest, settings_of
 
 POLL_SECONDS = 0.5
+# A rank that was killed, as by the kernel for want of memory: the code of the deepspeed launcher, which exits with the
+# rank's -9; and of a shell; and what torchrun and accelerate print, which exit with 1.
+KILLED, SAYS_KILLED = (247, 137, -9), "Signal 9 (SIGKILL) received by PID"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +116,10 @@ def _execute(plan: dict[str, Any], run: dict[str, Any], out: Path, progress: Pro
     if run_dir.result(out / run["name"]) is None:
         lines_now = log.read_bytes()[written:].decode(errors="replace").splitlines()
         errors = [line for line in lines_now if line.startswith("error: ")]
-        kind = RetryError if process.returncode == EXIT_RETRY else ConfigError
-        raise kind(f"run {run['name']} failed: {errors[-1][7:] if errors else f'see {log}'}")
+        killed = process.returncode in KILLED or any(SAYS_KILLED in line for line in lines_now)
+        kind = RetryError if killed or process.returncode == EXIT_RETRY else ConfigError
+        why = errors[-1][7:] if errors else f"{'a rank was killed (SIGKILL), ' * killed}see {log}"
+        raise kind(f"run {run['name']} failed: {why}")
 
 
 def _write_plan(comparison: Comparison, plan: dict[str, Any]) -> Path:
