@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+
+pytest.importorskip("torch", "2.6", reason="before torch 2.6 FSDP2 and DTensor have no public names")
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from balanced_adam import BalancedAdam
