@@ -13,7 +13,7 @@ from train.analysis.lr_selection import at_edge
 from train.analysis.paired_stats import LEVEL, Paired, holm, paired
 from train.common.errors import ConfigError, require
 from train.common.files import load_file
-from train.common.schemas import PlanFile, RunFile
+from train.common.schemas import MetricsLine, PlanFile, RunFile
 from train.run import run_dir
 from train.run.config import ARM
 from train.run.metrics import read_metrics
@@ -66,10 +66,11 @@ def load_results(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str
                 continue
             lines = read_metrics(out / run["name"])
             if result and lines:
-                rows.append({**{k: run[k] for k in ("name", "arm", "lr", "seed")}, "parameters": math.nan, **result})
-                metrics[run["name"]] = pd.DataFrame(
-                    lines, columns=sorted({*PLOTS, *(k for line in lines for k in line)})
-                )
+                planned = {k: run[k] for k in ("name", "arm", "lr", "seed")}
+                rows.append({**planned, "parameters": math.nan, **result, **planned})  # whatever a file calls itself
+                known = sorted({*PLOTS, *MetricsLine.model_fields})
+                kept = [{key: line[key] for key in known if key in line} for line in lines]
+                metrics[run["name"]] = pd.DataFrame(kept, columns=known)
                 settings = common_settings(out / run["name"]) | {"device": result.get("device", shared.get("device"))}
                 # Runs of older versions lack this: they validated on the first blocks, not on evenly spread ones.
                 settings["validation_blocks"] = result.get("validation_blocks")

@@ -26,6 +26,7 @@ from pydantic import (
 PILOT_FILE = "pilot.json"
 SHA256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Part = Literal["train", "validation"]
+Step = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy takes
 SizeAndSum = Annotated[tuple[NonNegativeInt, SHA256], Field(strict=False)]  # in JSON a list
 Stamped = Annotated[tuple[NonNegativeInt, int, SHA256], Field(strict=False)]  # size, time of change in ns, sum
 
@@ -97,7 +98,7 @@ class Layout(Schema):
 class CheckpointFile(Guarded):
     """complete.json, the manifest of a checkpoint."""
 
-    step: NonNegativeInt
+    step: Step
     parameters: PositiveInt
     layout: Layout
     files: Annotated[dict[str, SizeAndSum], Field(min_length=1)]
@@ -127,8 +128,12 @@ class ResultFile(Schema):
     """result.json: how a run ended."""
 
     status: Literal["finished", "diverged"]
-    step: NonNegativeInt
+    step: Step
     validation_loss: float | None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    parameters: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    validation_blocks: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    device: str | None = None
 
     @model_validator(mode="after")
     def _finished_with_a_loss(self) -> ResultFile:
@@ -140,7 +145,7 @@ class ResultFile(Schema):
 class MetricsLine(Schema):
     """A line of metrics.jsonl: one training step, or one validation. A number that was not finite is None."""
 
-    step: NonNegativeInt
+    step: Step
     loss: float | None = None
     lr: float | None = None
     grad_norm: float | None = None
@@ -160,7 +165,7 @@ class PlannedRun(Schema):
     name: str
     arm: str
     lr: float
-    seed: int
+    seed: Step
     arguments: list[str] = []
 
 
@@ -168,7 +173,7 @@ class PlanFile(Schema):
     """manifest.json of a comparison: its runs, how they are started, and what a report needs."""
 
     runs: list[PlannedRun]
-    steps: PositiveInt | None = None
+    steps: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     ranks: PositiveInt | None = None
     launcher: str | None = None
     lr_from: list[str] = []

@@ -181,4 +181,4 @@ def result(out: Path) -> dict[str, Any] | None:
         ConfigError: if the file is damaged.
     """
     file = out / "result.json"
-    return load_file(ResultFile, file).model_dump() if file.exists() else None
+    return load_file(ResultFile, file).model_dump(exclude_unset=True) if file.exists() else None
