@@ -483,6 +483,8 @@ def test_another_rank_than_the_first_stays_silent(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert pretrain.main(["--out", "/tmp/x", "--lr", "-1"]) == 2
     assert capsys.readouterr().err == ""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pickle import UnpicklingError
 
 EXIT_RETRY = 75
 """Exit code of a run that did not finish but whose input is fine: start it again. (EX_TEMPFAIL of sysexits.h.)"""
@@ -37,7 +36,7 @@ def require(condition: bool, message: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of a library error's message, or the error's class name if it has no message."""
-    if isinstance(error, UnpicklingError):  # torch's message explains how to load it all the same
+    if type(error).__name__ == "UnpicklingError":  # torch's message explains how to load it all the same
         return "a file holds more than tensors and plain data, or is damaged"
     return (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
 
