@@ -20,7 +20,7 @@ ANY = object()
 LEFT_OVER: dict[str, tuple[Any, str]] = {
     "foreach": (ANY, ""),
     "torch_adam": (ANY, ""),
-    "set_grad_none": (ANY, ""),
+    "set_grad_none": (True, "it keeps no gradients of zero"),
     "amsgrad": (False, "it keeps no maximum of v"),
     "differentiable": (False, "autograd can't go through its step"),
     "bias_correction": (True, "it always corrects for bias"),
@@ -43,7 +43,7 @@ def check_left_over(settings: dict[str, Any]) -> None:
     """
     for field, (allowed, why) in LEFT_OVER.items():
         if field in settings and allowed is not ANY and settings[field] is not allowed:
-            raise ValueError(f"{field} is {settings[field]!r:.80}, and BalancedAdam has no such variant: {why}.")
+            raise ValueError(f"{field} is {settings[field]!r:.80}, and BalancedAdam takes {allowed} alone: {why}.")
 
 
 def check_switches(defaults: dict[str, Any]) -> None:
@@ -100,8 +100,8 @@ def check_before_step(group: dict[str, Any], allow_unbalanced: bool) -> None:
     group["betas"] = as_pair(group["betas"], allow_unbalanced=True)
     if group["betas"][0] != group["betas"][1] and not allow_unbalanced:
         raise ValueError(
-            f"betas is {group['betas']} at this step, and was equal before: BalancedAdam's betas change together, or "
-            "not at all. OneCycleLR, CyclicLR and DeepSpeed's OneCycle change one: give them cycle_momentum=False."
+            f"betas is {group['betas']} at this step, and BalancedAdam's betas are equal; they change together, or not "
+            "at all. OneCycleLR, CyclicLR and DeepSpeed's OneCycle change one: give them cycle_momentum=False."
         )
     check_format(group)
     for param in group["params"]:
@@ -120,6 +120,7 @@ def check_loaded_group(group: dict[str, Any], own: dict[str, Any]) -> None:
     settings = {name: group.get(name, own[name]) for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
     try:
         check_group({**settings, "state": "fp32"}, allow_unbalanced=True)
+        check_left_over({name: group[name] for name in ("bias_correction", "differentiable") if name in group})
         bias_correction.history({**group, "betas": as_pair(settings["betas"], allow_unbalanced=True)})
     except ValueError as error:
         raise ValueError(f"in the loaded state, {error}") from None
@@ -148,7 +149,7 @@ def check_param(param: Tensor, format: str) -> None:
     """
     if torch.is_complex(param):
         raise ValueError("BalancedAdam does not take complex parameters; give torch.view_as_real of them instead.")
-    if param.dtype not in DTYPES:
+    if param.requires_grad and param.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} is {param.dtype}; BalancedAdam steps {names}: leave it out."
@@ -170,6 +171,8 @@ def as_float(value: Any) -> float:
     Raises:
         TypeError: if it is none. A string is none, though YAML reads 1e-4 as one, and neither is True.
     """
+    if isinstance(value, Tensor) and value.numel() == 1 and value.dtype != torch.bool and not value.is_complex():
+        return float(value)  # torch's Adam may have betas that are tensors
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{value!r:.80} is no number")
     return float(value)

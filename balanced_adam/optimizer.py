@@ -162,7 +162,8 @@ class BalancedAdam(torch.optim.Optimizer):
         Raises:
             ValueError: as the constructor.
         """
-        for field in SWITCHES:
+        # Groups of torch's Adam may say "fused" and "capturable"; these two are ours alone.
+        for field in ("allow_unbalanced", "fused_zero") if isinstance(param_group, dict) else ():
             if param_group.get(field, self.defaults[field]) is not self.defaults[field]:
                 raise ValueError(
                     f"{field} is {param_group[field]!r:.80} in a parameter group; it is a setting of the whole "

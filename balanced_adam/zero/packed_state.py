@@ -64,6 +64,22 @@ def missing_function() -> str | None:
     return next((f"{module.__name__}.{name}" for module, name in needed if not hasattr(module, name)), None)
 
 
+def check_loaders() -> None:
+    """See that universal checkpoints can be told from others.
+
+    Raises:
+        AttributeError: if a ``load_state_dict`` does not say so, or stage 3, which mixes up the settings of groups, has
+            none.
+    """
+    for cls in classes():
+        if not hasattr(cls, "load_state_dict") and cls is not classes()[1]:
+            continue  # packed state is refused
+        parameters = inspect.signature(getattr(cls, "load_state_dict")).parameters.values()  # noqa: B009
+        named = {"checkpoint_folder", "load_optimizer_states"} <= {each.name for each in parameters}
+        if not named and not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
+            raise AttributeError(f"{cls.__name__}.load_state_dict takes no checkpoint_folder")
+
+
 def patch_fragments() -> None:
     """Let parameters of stages 1 and 2 and of BF16_Optimizer decode their packed state when they are asked for moments.
 
@@ -101,7 +117,7 @@ def keep_formats(original: Callable[..., None], self: Any, *args: Any) -> None:
 
 def universal_folder(load_state_dict: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> str | None:
     """The universal checkpoint whose optimizer state such a call loads; None if it loads none, or another kind."""
-    given = inspect.signature(load_state_dict).bind(self, *args, **kwargs).arguments
+    given = {**inspect.signature(load_state_dict).bind(self, *args, **kwargs).arguments, **kwargs}
     folder: str | None = given.get("checkpoint_folder")
     return folder if given.get("load_optimizer_states", True) else None
 

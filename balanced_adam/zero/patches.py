@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def _load(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -
     if self.swap_optimizer:  # they are on a disk
         return
     for number, (moments, old) in enumerate(zip(_moments(self), before, strict=True)):
-        if moments is not None and (len(moments) < len(MOMENTS) or moments == old):
+        if moments is not None and (len(moments) < len(MOMENTS) or any(map(eq, moments, old or ()))):
             raise RuntimeError(
                 f"DeepSpeed {deepspeed_version()} has loaded no moments into sub-group {number} of {len(before)} from "
                 "a universal checkpoint at stage 3; use stage 1 or 2."

@@ -69,6 +69,7 @@ def _patch() -> None:
         gone.append(missing)
     if not DeepSpeedEngine._is_supported_optimizer(None, NAME):
         raise AttributeError(f"a name in torch.optim no longer resolves ({NAME!r})")
+    packed_state.check_loaders()
     if not missing:
         packed_state.patch_fragments()
     for cls, name, wrapper in (*patches.overrides(), *wrappers.overrides(), *packed):

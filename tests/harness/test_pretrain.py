@@ -181,7 +181,8 @@ def test_a_launcher_that_tells_only_half_is_refused(under_srun: pytest.MonkeyPat
 LAUNCHED = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
 WRONG_NUMBERS = ("", " ", "one", "-1", "1_0", "1.0", "0x1", "\u0663", "1 ", "9" * 30, "nan", "True", "1;2")
 WRONG_ENVIRONMENT = [
-    *((LAUNCHED, name, value) for name in LAUNCHED for value in WRONG_NUMBERS),
+    # Empty, LOCAL_WORLD_SIZE is as good as unset.
+    *((LAUNCHED, n, value) for n in LAUNCHED for value in WRONG_NUMBERS if value or n != "LOCAL_WORLD_SIZE"),
     *((LAUNCHED, name, "0") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")),
     *[(LAUNCHED, "RANK", "5"), (LAUNCHED, "LOCAL_RANK", "2"), (LAUNCHED, "MASTER_PORT", "65536")],
     (LAUNCHED, "MASTER_ADDR", ""),

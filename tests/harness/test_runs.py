@@ -257,7 +257,7 @@ def test_ctrl_c_ends_a_comparison_with_all_its_ranks_and_the_same_command_goes_o
     ("code", "kind", "output"),
     [
         (75, RetryError, "error: a rank is gone"),
-        (247, RetryError, "error: a rank is gone"),  # the deepspeed launcher's, of a rank that was killed
+        (247, ConfigError, "error: a rank is gone"),  # a rank was killed before it got any further
         (2, ConfigError, "error: bad"),
         (1, ConfigError, ""),
     ],

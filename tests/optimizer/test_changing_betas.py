@@ -24,7 +24,7 @@ def test_betas_made_unequal_by_hand_are_refused_and_a_common_change_is_followed(
     optimizer.param_groups[0]["betas"] = 0.5
     optimizer.step()
     optimizer.param_groups[0]["betas"] = (0.5, 0.6)
-    with pytest.raises(ValueError, match="at this step, and was equal before"):
+    with pytest.raises(ValueError, match="at this step, and BalancedAdam"):
         optimizer.step()
 
 

@@ -79,7 +79,7 @@ def test_a_scheduler_that_cycles_one_beta_is_refused_by_name(name: str) -> None:
     params = parameters()
     optimizer = BalancedAdam(params)
     scheduler = MOMENTUM[name](optimizer)
-    with pytest.raises(ValueError, match=f"at this step, and was equal before.*{name}.*give them cycle_momentum=False"):
+    with pytest.raises(ValueError, match=f"at this step, and BalancedAdam.*{name}.*give them cycle_momentum=False"):
         for step in range(STEPS):
             before = [p.detach().clone() for p in params]
             train(optimizer, params, range(step, step + 1))

@@ -407,3 +407,22 @@ def test_moments_that_a_universal_checkpoint_at_stage_3_did_not_bring_are_missed
     (found,) = spawn(load_without, 1, how)
     for said in found:
         assert isinstance(said, str) and "has loaded no moments into sub-group " in said and "\n" not in said
+
+
+@pytest.mark.parametrize("how", ["renamed", "gone"])
+def test_where_universal_checkpoints_can_not_be_told_from_others_registration_refuses(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_state_dict(
+        self: Any, state_dict_list: Any, load_optimizer_states: bool = True, folder: Any = None
+    ) -> None:
+        pass
+
+    if how == "renamed":
+        monkeypatch.setattr(DeepSpeedZeroOptimizer_Stage3, "load_state_dict", load_state_dict)
+    else:
+        for cls in DeepSpeedZeroOptimizer_Stage3.__mro__:
+            if "load_state_dict" in vars(cls):
+                monkeypatch.delattr(cls, "load_state_dict")
+    with pytest.raises(RuntimeError, match=r"can't register with DeepSpeed .*load_state_dict"):
+        register()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import re
 import sys
@@ -83,13 +84,16 @@ def _check_paths(settings: Any) -> None:
         value = getattr(settings, each.name)
         if dataclasses.is_dataclass(value):
             _check_paths(value)
-        elif isinstance(value, Path):
+        for path in value if isinstance(value, tuple) else (value,):
+            if not isinstance(path, Path):
+                continue
             try:
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-                    (value / LONGEST).stat()
+                (path / LONGEST if each.name == "out" else path).stat()
             except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+                    continue  # whoever opens it says so
                 reason = error.strerror if isinstance(error, OSError) else str(error)
-                raise ConfigError(f"{each.name} is {str(value)!r:.80}, which can't be a path: {reason}.") from None
+                raise ConfigError(f"{each.name} is {str(path)!r:.80}, which can't be a path: {reason}.") from None
 
 
 def _one_sentence(box: str) -> str:

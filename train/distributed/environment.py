@@ -56,6 +56,14 @@ class Launched(_Environment):
     MASTER_PORT: Port = 29500
 
 
+BELOW = (
+    ("RANK", "WORLD_SIZE"),
+    ("LOCAL_RANK", "WORLD_SIZE"),
+    ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+)
+
+
 def check(kind: type[_Environment], environment: Mapping[str, str]) -> None:
     """Check the variables of one kind that are set.
 
@@ -63,16 +71,20 @@ def check(kind: type[_Environment], environment: Mapping[str, str]) -> None:
         RankError: naming the variable, its value and what would be right. It is on whichever rank has it: RANK may be
             what is wrong.
     """
-    given = {name: environment[name] for name in kind.model_fields if name in environment}
+    optional = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # empty is as good as unset
+    given = {
+        name: environment[name]
+        for name in kind.model_fields
+        if name in environment and not (name in optional and not environment[name])
+    }
     try:
         found = kind.model_validate(given)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
         raise RankError(_sentence(name, given[name], kind.model_fields[name].description or "a number")) from None
-    if isinstance(found, Launched):
-        for rank, ranks in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-            if rank in given and ranks in given and int(given[rank]) >= int(given[ranks]):
-                raise RankError(_sentence(rank, given[rank], f"less than {ranks}, which is {given[ranks]}"))
+    for rank, ranks in BELOW:
+        if rank in given and ranks in given and getattr(found, rank) >= getattr(found, ranks):
+            raise RankError(_sentence(rank, given[rank], f"less than {ranks}, which is {given[ranks]}"))
 
 
 def _sentence(name: str, value: str, right: str) -> str:

@@ -95,12 +95,13 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     require(
         left is None, f'ds_config {path} has {left} "auto", which only Transformers\' Trainer fills in; give a value.'
     )
-    ds_schema.check(config, path, gpus)
+    here = getattr(run, "ranks", None) is None  # train.preflight --ranks may check for other machines
+    ds_schema.check(config, path, gpus, here)
     _validate(config, path)
     from deepspeed.accelerator import get_accelerator
 
     require(
-        not in_fp16 or get_accelerator().is_fp16_supported(),
+        not (in_fp16 and here) or get_accelerator().is_fp16_supported(),
         f"ds_config {path} has fp16.enabled = true, and this processor computes in no fp16; use bf16.",
     )
     return config
@@ -114,7 +115,7 @@ def _check_optimizer(config: dict[str, Any], optimizer: dict[str, Any], schedule
     """
     name = optimizer.setdefault("type", OPTIMIZER)
     require(
-        name == OPTIMIZER,
+        isinstance(name, str) and name.lower() == OPTIMIZER.lower(),
         f"ds_config {path} names the optimizer {name!r}; it must be {OPTIMIZER!r} "
         "(any betas, with --allow-unbalanced).",
     )

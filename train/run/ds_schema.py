@@ -35,6 +35,14 @@ UNSUPPORTED = {
     "zero_optimization.zenflow": "it replaces the optimizer by DeepSpeed's own",
 }
 """Features, and why train.pretrain has none of them."""
+OFF_UNLESS = {
+    **dict.fromkeys(("amp", "autotuning", "curriculum_learning", "data_efficiency", "eigenvalue"), ("enabled",)),
+    **dict.fromkeys(("expert_parallel", "hybrid_engine", "progressive_layer_drop", "quantize_training"), ("enabled",)),
+    **dict.fromkeys(("comet", "tensorboard", "wandb"), ("enabled",)),
+    "compile": ("enabled", "deepcompile", "backend"),
+    "tensor_parallel": ("autotp_size", "tp.tp_size"),
+}
+"""Sections that DeepSpeed leaves off unless one of these keys says otherwise; a size of 1 does not."""
 ON_GPUS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 """Parts of ZeRO++ whose kernels are CUDA's."""
 
@@ -46,6 +54,10 @@ def _whole(value: Any) -> Any:
 
 Switch = Annotated[bool, Field(strict=True)]
 Count = Annotated[PositiveInt, BeforeValidator(_whole), Field(strict=True)]
+
+
+DType = Literal["fp32", "float32", "float", "fp16", "float16", "half", "bf16", "bfloat16"]
+"""The names that DeepSpeed has."""
 
 
 class _Section(BaseModel):
@@ -64,7 +76,7 @@ class _Optimizer(_Section):
 
 
 class _DataTypes(_Section):
-    grad_accum_dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    grad_accum_dtype: DType | None = None
 
 
 class _Offload(_Section):
@@ -98,20 +110,21 @@ WHAT = {
 """What would be right."""
 
 
-def check(config: dict[str, Any], path: Path, gpus: bool) -> None:
+def check(config: dict[str, Any], path: Path, gpus: bool, here: bool) -> None:
     """Check a ds_config in which no "auto" is left.
 
     Args:
         config: its content.
         path: the file, for the message.
         gpus: whether the ranks run on GPUs.
+        here: whether they run on this machine, so that it has to have what they need.
 
     Raises:
         ConfigError: in one sentence that names the key, the value and what would be right.
     """
     for key, reason in UNSUPPORTED.items():
         require(
-            not _is_on(_at(config, key)),
+            not _is_on(key, _at(config, key)),
             f"ds_config {path} has {key}, which train.pretrain does not support: {reason}; remove it.",
         )
     try:
@@ -121,6 +134,8 @@ def check(config: dict[str, Any], path: Path, gpus: bool) -> None:
         name = ".".join(map(str, first["loc"]))
         value, what = json.dumps(first["input"], default=str), WHAT.get(name, f"it must be an object ({first['msg']})")
         raise ConfigError(f"ds_config {path} has {name} = {value}; {what}.") from None
+    if not here:
+        return
     for key in () if gpus else ON_GPUS:
         require(
             not _at(config, f"zero_optimization.{key}"),
@@ -128,7 +143,7 @@ def check(config: dict[str, Any], path: Path, gpus: bool) -> None:
         )
     for section, package in (("wandb", "wandb"), ("comet", "comet_ml"), ("tensorboard", "tensorboard")):
         require(
-            not _is_on(_at(config, section)) or find_spec(package) is not None,
+            not _is_on(section, _at(config, section)) or find_spec(package) is not None,
             f"ds_config {path} has {section}.enabled = true, and the package {package} is not installed; install it, "
             f"or remove {section}.",
         )
@@ -141,11 +156,15 @@ def _at(config: dict[str, Any], key: str) -> Any:
     return value
 
 
-def _is_on(value: Any) -> bool:
-    """Whether a feature is asked for: by anything but an empty section, or one that says it is not enabled."""
+def _is_on(key: str, value: Any) -> bool:
+    """Whether a feature is asked for, where most are off unless they are enabled."""
     if not isinstance(value, dict):
         return bool(value)
-    return value.get("enabled") is not False and any(_leaves(value))
+    if key in OFF_UNLESS:
+        return any(
+            _at(value, name) not in (None, False, 0, 1, "") or _at(value, name) is True for name in OFF_UNLESS[key]
+        )
+    return any(_leaves(value))
 
 
 def _leaves(value: Any) -> Iterator[bool]:

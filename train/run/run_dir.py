@@ -115,6 +115,17 @@ def sole_worker(out: Path) -> Iterator[bool]:
         ours.release()
 
 
+def has_begun(out: Path) -> bool:
+    """Whether a run has begun in ``out``, or is just starting there."""
+    if (out / "run.json").exists() or not (out / ".worker").exists():
+        return (out / "run.json").exists()
+    try:
+        with FileLock(out / ".worker").acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def note(out: Path, event: str, **values: Any) -> None:
     """Append a line to attempts.jsonl: what happened, when, on which host and in which Slurm job."""
     job = {key: os.environ[name] for key, name in JOB.items() if name in os.environ}

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from train.analysis.report_page import write_report
 from train.common.errors import EXIT_RETRY, ConfigError, RetryError, require
 from train.common.files import environment_facts, load_file, write_json
@@ -65,7 +63,7 @@ def execute(plan: dict[str, Any], out: Path, budget: Budget | None = None, disca
     def typical() -> float:
         """Return the typical seconds of a run: the median of this worker's, or of all ended runs' training time."""
         ended = [run_dir.result(out / run["name"]) for run in runs if not took]
-        return statistics.median(took or [result["seconds"] for result in ended if result] or [0.0])
+        return statistics.median(took or [result.get("seconds") or 0.0 for result in ended if result] or [0.0])
 
     done = len(runs) - len(left())
     if done:
@@ -108,6 +106,7 @@ def _execute(plan: dict[str, Any], run: dict[str, Any], out: Path, progress: Pro
     """
     log = out / run["name"] / "log.txt"
     written = log.stat().st_size if log.exists() else 0  # by earlier attempts
+    steps = len(read_metrics(out / run["name"]))
     with started(launch_command(plan, run, out), log) as process:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
@@ -117,7 +116,9 @@ def _execute(plan: dict[str, Any], run: dict[str, Any], out: Path, progress: Pro
         lines_now = log.read_bytes()[written:].decode(errors="replace").splitlines()
         errors = [line for line in lines_now if line.startswith("error: ")]
         killed = process.returncode in KILLED or any(SAYS_KILLED in line for line in lines_now)
-        kind = RetryError if killed or process.returncode == EXIT_RETRY else ConfigError
+        # One that is killed before it gets any further, as for want of memory, would be killed again.
+        again = killed and len(read_metrics(out / run["name"])) > steps
+        kind = RetryError if again or process.returncode == EXIT_RETRY else ConfigError
         why = errors[-1][7:] if errors else f"{'a rank was killed (SIGKILL), ' * killed}see {log}"
         raise kind(f"run {run['name']} failed: {why}")
 
@@ -133,18 +134,15 @@ def _write_plan(comparison: Comparison, plan: dict[str, Any]) -> Path:
         comparison.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out is {comparison.out}, which can't be used: {error.strerror}.") from None
-    with FileLock(comparison.out / ".lock"):  # against another comparison that begins at the same moment
-        if file.exists():
-            before = load_file(PlanFile, file).model_dump(exclude_unset=True)
-            begun = any((comparison.out / run["name"]).exists() for run in before["runs"])
-            require(
-                not begun or (before["runs"], before["ranks"]) == (plan["runs"], plan["ranks"]),
-                f"out is {comparison.out}, which holds another comparison ({len(before['runs'])} runs); "
-                "give another folder.",
-            )
-        write_json(file, {**plan, **environment_facts()})
-        if not comparison.plan_only:
-            (comparison.out / plan["runs"][0]["name"]).mkdir(exist_ok=True)  # as the sign that it has begun
+    if file.exists():
+        before = load_file(PlanFile, file).model_dump(exclude_unset=True)
+        begun = any(run_dir.has_begun(comparison.out / run["name"]) for run in before["runs"])
+        require(
+            not begun or (before["runs"], before["ranks"]) == (plan["runs"], plan["ranks"]),
+            f"out is {comparison.out}, which holds another comparison ({len(before['runs'])} runs); "
+            "give another folder.",
+        )
+    write_json(file, {**plan, **environment_facts()})
     return file
 
 
