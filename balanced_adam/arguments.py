@@ -71,7 +71,7 @@ def check_group(group: dict[str, Any], allow_unbalanced: bool) -> None:
         raise ValueError(f"lr is a {lr.dtype} tensor of shape {tuple(lr.shape)}; give a number, or a tensor of one.")
     for field in ("lr", "eps", "weight_decay"):
         try:
-            value = float(lr) if field == "lr" and isinstance(lr, Tensor) else as_float(group[field])
+            value = as_float(group[field])
         except (TypeError, ValueError, OverflowError, RuntimeError):
             raise ValueError(f"{field} is {group[field]!r:.80}; it must be a number.") from None
         if not (math.isfinite(value) and value >= 0.0):

@@ -71,8 +71,9 @@ def check_loaders() -> None:
         AttributeError: if a ``load_state_dict`` does not say so, or stage 3, which mixes up the settings of groups, has
             none.
     """
+    _, stage3, _ = classes()
     for cls in classes():
-        if not hasattr(cls, "load_state_dict") and cls is not classes()[1]:
+        if not hasattr(cls, "load_state_dict") and cls is not stage3:
             continue  # packed state is refused
         parameters = inspect.signature(getattr(cls, "load_state_dict")).parameters.values()  # noqa: B009
         named = {"checkpoint_folder", "load_optimizer_states"} <= {each.name for each in parameters}

@@ -19,6 +19,19 @@ def environment(version: str | None) -> dict[str, str]:
     return {**os.environ, **more, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *path])}
 
 
+def said(version: str, code: str) -> list[list[str]]:
+    """The rows that Python code prints with this DeepSpeed: of lines that begin with "row", what stands between tabs.
+
+    Raises:
+        RuntimeError: if it failed.
+    """
+    done = subprocess.run([sys.executable, "-c", code], env=environment(version), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{code} with DeepSpeed {version} failed:\n{done.stdout[-3000:]}{done.stderr[-6000:]}")
+    lines = (line.split("\t") for line in done.stdout.splitlines())
+    return [cells for kind, *cells in lines if kind == "row"]
+
+
 def unpacked(version: str) -> Path:
     """The folder of a version's source archive, fetched if need be."""
     folder = REPOSITORY / "build" / "compat"

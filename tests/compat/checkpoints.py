@@ -7,7 +7,6 @@ and at the end.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 import tyro
 
-from tests.compat.archives import environment
+from tests.compat.archives import said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,21 +61,7 @@ def load(folder: Path, ranks: int, _: tuple[int, ...]) -> None:
                 for when, steps in enumerate((resume.CUT, resume.END))
             ]
             kind = "universal" if universal else "ZeRO's own"
-            print(f"cell\t{case}\t{kind}\t{'same bits' if found == [EXACT, EXACT] else found}")
-
-
-def leg(name: str, version: str, folder: Path, settings: Across) -> str:
-    """What one leg printed, run with this DeepSpeed.
-
-    Raises:
-        RuntimeError: if it failed.
-    """
-    call = f"{name}(Path({str(folder)!r}), {settings.ranks}, {settings.stages})"
-    line = [sys.executable, "-c", f"from tests.compat.checkpoints import *; {call}"]
-    done = subprocess.run(line, env=environment(version), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name} with DeepSpeed {version} failed:\n{done.stdout[-3000:]}{done.stderr[-6000:]}")
-    return done.stdout
+            print(f"row\t{case}\t{kind}\t{'same bits' if found == [EXACT, EXACT] else found}")
 
 
 def main() -> int:
@@ -85,9 +70,11 @@ def main() -> int:
     rows = []
     for saved, loaded in (settings.versions, settings.versions[::-1]):
         with TemporaryDirectory() as folder:
-            leg("save", saved, Path(folder), settings)
-            said = leg("load", loaded, Path(folder), settings)
-        rows += [(saved, loaded, *line.split("\t")[1:]) for line in said.splitlines() if line.startswith("cell\t")]
+            legs = (
+                f"from tests.compat.checkpoints import *; {{}}(Path({folder!r}), {settings.ranks}, {settings.stages})"
+            )
+            said(saved, legs.format("save"))
+            rows += [(saved, loaded, *cells) for cells in said(loaded, legs.format("load"))]
     table = pd.DataFrame(rows, columns=["saved by", "loaded by", "cell", "checkpoint", "outcome"])
     print(table.to_string(index=False))
     same = table["outcome"] == "same bits"

@@ -6,13 +6,11 @@ DeepSpeed's Adam; each version in one run, round by round. Two minutes a version
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import tyro
 
-from tests.compat.archives import environment
+from tests.compat.archives import said
 from tests.perf import engine
 from tests.perf.measure import machine, ratio
 
@@ -41,8 +39,7 @@ def rows() -> None:
         ours = runs[engine.ONE_PASS.name].local
         found = [ratio(runs[contender.name].local, ours) for contender in CONTENDERS.values()]
         milliseconds = f"{sorted(ours)[len(ours) // 2] * 1e3:.0f}"
-        cells = [deepspeed.__version__.strip(), f"ZeRO-{stage}", milliseconds, *found]
-        print("row", f"| {' | '.join(cells)} |", sep="\t")
+        print("row", deepspeed.__version__.strip(), f"ZeRO-{stage}", milliseconds, *found, sep="\t")
 
 
 def main() -> None:
@@ -51,13 +48,8 @@ def main() -> None:
     head = ["DeepSpeed", "stage", "one pass, ms", *CONTENDERS]
     print(f"{machine().rpartition(', ')[0]}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for version in settings.versions:
-        line = [sys.executable, "-c", "from tests.compat.times import rows; rows()"]
-        done = subprocess.run(line, env=environment(version), capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"DeepSpeed {version} failed:\n{done.stdout[-3000:]}{done.stderr[-6000:]}")
-        for row in done.stdout.splitlines():
-            if row.startswith("row\t"):
-                print(row.partition("\t")[2], flush=True)
+        for cells in said(version, "from tests.compat.times import rows; rows()"):
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

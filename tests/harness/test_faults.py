@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -150,14 +149,6 @@ def test_half_written_files_of_a_killed_run_are_removed_and_hidden_files_of_othe
         file.write_text("{")
     run_dir.claim(run).release()
     assert not half.exists() and all(file.exists() for file in others)
-
-
-def test_a_rank_whose_exit_hangs_ends_with_its_code_all_the_same() -> None:
-    program = (
-        "import atexit, threading; from train.distributed import launch; launch.EXIT_SECONDS = 0.5\n"
-        "atexit.register(threading.Event().wait); launch.exit_process(75)"
-    )
-    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=LIMIT).returncode == EXIT_RETRY
 
 
 def test_a_token_file_that_has_changed_is_refused(make: Make, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -13,8 +15,10 @@ import pytest
 import torch
 
 from tests.harness.conftest import Make
+from tests.ranks import LIMIT
 from train.checkpoint.resumable_run import pretrain
-from train.common.errors import ConfigError
+from train.common.errors import EXIT_RETRY, ConfigError
+from train.common.files import REPOSITORY
 from train.distributed.launch import prepare_environment
 from train.probe.single_rank import single_rank_run
 from train.run import model
@@ -230,3 +234,11 @@ def test_held_out_text_is_sampled_from_its_beginning_to_its_end(batches: int, ma
         with torch.no_grad():
             losses = [trainer.engine.module(input_ids=block[None], labels=block[None]).loss for block in blocks]
         assert trainer.validate() == pytest.approx(float(sum(losses)) / len(losses), rel=1e-5)
+
+
+def test_a_rank_whose_exit_hangs_ends_with_its_code_all_the_same() -> None:
+    program = (
+        "import atexit, threading; from train.distributed import launch; launch.EXIT_SECONDS = 0.5\n"
+        "atexit.register(threading.Event().wait); launch.exit_process(75)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=LIMIT).returncode == EXIT_RETRY

@@ -295,3 +295,18 @@ def test_python_that_runs_the_tests_is_the_one_that_runs_the_harness() -> None:
         launch_command({"launcher": "torchrun", "ranks": 2}, {"name": "x", "arguments": []}, Path("y"))[0]
         == sys.executable
     )
+
+
+def test_a_comparison_whose_first_run_is_only_starting_keeps_its_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--out", str(tmp_path), "--steps", "40", "--seeds", "0", "--arms"]
+    compare.main([*options, "0.9", "--plan-only"])
+    compare.main([*options, "0.95", "--plan-only"])  # a plan alone may be replaced
+    plan = (tmp_path / "manifest.json").read_bytes()
+    with run_dir.sole_worker(tmp_path / json.loads(plan)["runs"][0]["name"]):  # and has written nothing yet
+        for more in ([], ["--plan-only"]):
+            with pytest.raises(SystemExit, match="2"):
+                compare.main([*options, "0.9", *more])
+    assert capsys.readouterr().err.count("holds another comparison (1 runs); give another folder") == 2
+    assert (tmp_path / "manifest.json").read_bytes() == plan

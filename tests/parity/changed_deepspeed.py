@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -283,3 +284,20 @@ LATER = [
     ),
 ]
 """Changes that nothing shows in the first step."""
+
+
+def gone(owner: Any, name: str, instead: Callable[..., Any] | None = None) -> None:
+    """Take a method, or a function, from where we look for it. DeepSpeed itself still finds it, wherever it has moved,
+    or another in its place."""
+    original = inspect.unwrap(getattr(owner, name))
+    for holder in getattr(owner, "__mro__", [owner]):
+        if name in vars(holder):
+            delattr(holder, name)
+    if isinstance(owner, type):
+
+        def moved(self: Any, attribute: str) -> Any:
+            if attribute == name:
+                return MethodType(instead or original, self)
+            raise AttributeError(attribute)
+
+        owner.__getattr__ = moved  # type: ignore[attr-defined]

@@ -52,10 +52,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Switch = Annotated[bool, Field(strict=True)]
-Count = Annotated[PositiveInt, BeforeValidator(_whole), Field(strict=True)]
-
-
+Count = Annotated[PositiveInt, BeforeValidator(_whole)]
 DType = Literal["fp32", "float32", "float", "fp16", "float16", "half", "bf16", "bfloat16"]
 """The names that DeepSpeed has."""
 
@@ -67,8 +64,8 @@ class _Section(BaseModel):
 
 
 class _Parameters(_Section):
-    fused: Switch | None = None
-    fused_zero: Switch = True
+    fused: bool | None = None
+    fused_zero: bool = True
 
 
 class _Optimizer(_Section):
@@ -161,9 +158,8 @@ def _is_on(key: str, value: Any) -> bool:
     if not isinstance(value, dict):
         return bool(value)
     if key in OFF_UNLESS:
-        return any(
-            _at(value, name) not in (None, False, 0, 1, "") or _at(value, name) is True for name in OFF_UNLESS[key]
-        )
+        said = [_at(value, name) for name in OFF_UNLESS[key]]
+        return any(each is True or (each and each != 1) for each in said)
     return any(_leaves(value))
 
 

@@ -117,8 +117,10 @@ def sole_worker(out: Path) -> Iterator[bool]:
 
 def has_begun(out: Path) -> bool:
     """Whether a run has begun in ``out``, or is just starting there."""
-    if (out / "run.json").exists() or not (out / ".worker").exists():
-        return (out / "run.json").exists()
+    if (out / "run.json").exists():
+        return True
+    if not (out / ".worker").exists():
+        return False
     try:
         with FileLock(out / ".worker").acquire(timeout=0):
             return False
