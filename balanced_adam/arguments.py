@@ -16,6 +16,8 @@ from balanced_adam.warn import warn_once
 Betas = float | tuple[float, float]
 SWITCHES = ("allow_unbalanced", "fused", "capturable", "fused_zero")
 """Settings of the optimizer, not of its groups; no checkpoint holds them."""
+NUMBERS = ("lr", "eps", "weight_decay")
+"""Settings of a group that are numbers, finite and at least 0."""
 ANY = object()
 LEFT_OVER: dict[str, tuple[Any, str]] = {
     "foreach": (ANY, ""),
@@ -69,18 +71,12 @@ def check_group(group: dict[str, Any], allow_unbalanced: bool) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.dtype == torch.bool or lr.is_complex()):
         raise ValueError(f"lr is a {lr.dtype} tensor of shape {tuple(lr.shape)}; give a number, or a tensor of one.")
-    for field in ("lr", "eps", "weight_decay"):
-        try:
-            value = as_float(group[field])
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            raise ValueError(f"{field} is {group[field]!r:.80}; it must be a number.") from None
-        if not (math.isfinite(value) and value >= 0.0):
-            raise ValueError(f"{field} is {value}; it must be a finite number, at least 0.")
+    for field in NUMBERS:
+        value = as_setting(field, group[field])
         if field != "lr" or not isinstance(group[field], Tensor):  # a scheduler may hold on to an lr that is a tensor
             group[field] = value
     group["betas"] = as_pair(group["betas"], allow_unbalanced)
-    if not isinstance(group["maximize"], bool):
-        raise ValueError(f"maximize is {group['maximize']!r:.80}; it must be True or False.")
+    check_maximize(group)
     check_left_over(group)
     check_format(group)
     if group["state"] in ("packed16", "packed8") and group["eps"] < 1e-9:
@@ -95,8 +91,13 @@ def check_before_step(group: dict[str, Any], allow_unbalanced: bool) -> None:
 
     Raises:
         RuntimeError: if a gradient is sparse.
-        ValueError: if betas are no pair, or unequal without permission, or a gradient is not placed as its parameter.
+        ValueError: if a number is none any more, if betas are no pair, or unequal without permission, or a gradient is
+            not placed as its parameter.
     """
+    for field in NUMBERS:
+        if not (isinstance(group[field], Tensor) and group[field].device.type != "cpu"):  # reading it would wait
+            as_setting(field, group[field], " at this step")
+    check_maximize(group)
     group["betas"] = as_pair(group["betas"], allow_unbalanced=True)
     if group["betas"][0] != group["betas"][1] and not allow_unbalanced:
         raise ValueError(
@@ -124,6 +125,16 @@ def check_loaded_group(group: dict[str, Any], own: dict[str, Any]) -> None:
         bias_correction.history({**group, "betas": as_pair(settings["betas"], allow_unbalanced=True)})
     except ValueError as error:
         raise ValueError(f"in the loaded state, {error}") from None
+
+
+def check_maximize(group: dict[str, Any]) -> None:
+    """Check which way to go.
+
+    Raises:
+        ValueError: if it is neither True nor False.
+    """
+    if not isinstance(group["maximize"], bool):
+        raise ValueError(f"maximize is {group['maximize']!r:.80}; it must be True or False.")
 
 
 def check_format(group: dict[str, Any]) -> None:
@@ -163,6 +174,21 @@ def check_param(param: Tensor, format: str) -> None:
             f"state is {format!r}, and a parameter is of the class {type(param).__name__}, which may do with integers "
             "what it likes; its moments must be 'fp32'."
         )
+
+
+def as_setting(field: str, value: Any, when: str = "") -> float:
+    """A setting as a float.
+
+    Raises:
+        ValueError: if it is no finite number, or below 0; ``when`` is the end of the first clause.
+    """
+    try:
+        number = as_float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ValueError(f"{field} is {value!r:.80}{when}; it must be a number.") from None
+    if not (math.isfinite(number) and number >= 0.0):
+        raise ValueError(f"{field} is {number}{when}; it must be a finite number, at least 0.")
+    return number
 
 
 def as_float(value: Any) -> float:

@@ -133,6 +133,37 @@ def test_parameters_that_no_step_is_defined_for_are_refused(dtype: torch.dtype) 
         BalancedAdam([*parameters(), param])
 
 
+CHANGED = [
+    ("lr", float("nan"), "lr is nan at this step; it must be a finite number, at least 0"),
+    ("lr", -1e-3, "lr is -0.001 at this step"),
+    ("lr", "1e-3", "lr is '1e-3' at this step; it must be a number"),
+    ("lr", torch.tensor(float("inf")), "lr is inf at this step"),
+    ("eps", None, "eps is None at this step"),
+    ("weight_decay", True, "weight_decay is True at this step"),
+    ("betas", 0.9, None),
+    ("betas", (0.9, float("nan")), "each beta must lie in"),
+    ("maximize", "false", "maximize is 'false'; it must be True or False"),
+    ("state", "packed", "state is 'packed'; it must be one of"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), CHANGED)
+def test_a_setting_that_is_changed_between_steps_is_checked_before_anything_moves(
+    field: str, value: Any, message: str | None
+) -> None:
+    params = parameters()
+    optimizer = BalancedAdam([{"params": params[:1]}, {"params": params[1:]}])
+    train(optimizer, params, range(2))
+    before = [p.detach().clone() for p in params]
+    optimizer.param_groups[1][field] = value
+    if message is None:
+        train(optimizer, params, range(2, 3))
+        return
+    with pytest.raises(ValueError, match=message):
+        train(optimizer, params, range(2, 3))
+    assert all(map(torch.equal, params, before))
+
+
 def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
     optimizer = BalancedAdam(parameters())
     with pytest.raises(ValueError, match="lr is -1"):
