@@ -225,7 +225,6 @@ def _obstacle(zero: Any) -> str | None:
     if type(zero) not in partitions.classes():
         return f"{type(zero).__name__} is not known"
     options = {
-        "zenflow": "ZenFlow",
         "torch_autocast_gradscaler": "torch_autocast with a gradient scaler",
         "use_muon": "Muon",
         "_uses_muon": "Muon",
@@ -236,8 +235,6 @@ def _obstacle(zero: Any) -> str | None:
     for attribute, option in options.items():
         if getattr(zero, attribute, None):
             return f"{option} is in use"
-    if getattr(zero, "offload_optimizer", False) and zero.partial_offload != 1.0:
-        return "offload_optimizer.ratio is below 1"
     if getattr(zero, "grad_acc_dtype", torch.float32) != torch.float32:  # BF16_Optimizer clips in that dtype
         return f"gradients are accumulated in {zero.grad_acc_dtype}"
     masters: list[Tensor] = partitions.masters(zero)

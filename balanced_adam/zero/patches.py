@@ -10,6 +10,8 @@ Neither rests on a version, nor on the one method that has the defect: ``FP16_Un
 ``load_state_dict`` are wrapped as well, and what they leave behind is looked at. Where DeepSpeed has mended its defect
 all is well; where it has moved it, the run is right too, or refused.
 
+What would step weights with another optimizer than ours, without a word, is refused (:data:`REPLACED`).
+
 Others are known and not patched (docs/deepspeed-defects.md); one of them: a parameter without a gradient in some step
 is given its last gradient again at stage 3, and with offload at stage 2 (tests/parity/cases.py says where).
 """
@@ -36,6 +38,7 @@ from balanced_adam.zero.wrappers import Override
 
 def overrides() -> Sequence[Override]:
     """Methods of DeepSpeed's, with the wrappers that run for BalancedAdam."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
@@ -44,6 +47,7 @@ def overrides() -> Sequence[Override]:
         (FP16_UnfusedOptimizer, "__init__", _check_start),
         (DeepSpeedZeroOptimizer_Stage3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", _settings_per_group),
         (DeepSpeedZeroOptimizer_Stage3, "load_state_dict", _load),
+        (DeepSpeedEngine, "_configure_zero_optimizer", _check_features),
     ]
 
 
@@ -53,6 +57,28 @@ def deepspeed_version() -> str:
         return str(getattr(sys.modules.get("deepspeed"), "__version__", None) or version("deepspeed")).strip()
     except PackageNotFoundError:
         return "of unknown version"
+
+
+# ---- Features with optimizers of their own
+
+REPLACED: dict[str, tuple[object, str]] = {
+    "zenflow": (None, "ZenFlow steps the weights that it selects with an AdamW of its own"),
+    "offload_optimizer.super_offload": (False, "SuperOffload steps in a process of its own, with DeepSpeedCPUAdam"),
+    "offload_optimizer.ratio": (1.0, "DeepSpeed steps what it doesn't offload with torch's AdamW"),
+}
+"""Settings of zero_optimization: the value that leaves all weights to the optimizer that was given, and what others
+do."""
+
+
+def _check_features(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    for key, (without, what) in REPLACED.items():
+        value = self._config.zero_config
+        for name in key.split("."):
+            value = getattr(value, name, None)
+        if value is not None and value != without:
+            shown = value if isinstance(value, float | bool) else "given"
+            raise ValueError(f"zero_optimization.{key} is {shown}, and {what}, not with BalancedAdam; remove it.")
+    return original(self, *args, **kwargs)
 
 
 # ---- Stage 0 in 16 bits

@@ -174,7 +174,8 @@ def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = [self.optimizer] if hasattr(self, "optimizer") else [*args, *kwargs.values()]  # given to __init__
+        held = getattr(self, "optimizer", None)
+        own = [*args, *kwargs.values()] if held is None else [held]  # it is given to what has none yet
         if any(isinstance(value, BalancedAdam) for value in own):
             return wrapper(original, self, *args, **kwargs)
         return original(self, *args, **kwargs)

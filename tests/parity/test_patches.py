@@ -18,7 +18,7 @@ from tests.parity.cases import PHANTOM, STEPS, Case, advance, read, start
 from tests.parity.changed_deepspeed import gone
 from tests.parity.compare import EXACT, differences
 from tests.parity.control import State, train
-from tests.parity.versions import why_not, why_not_universal
+from tests.parity.versions import since, why_not, why_not_universal
 from tests.ranks import device, spawn
 
 UNIVERSAL_LOAD = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
@@ -127,3 +127,44 @@ def test_a_universal_checkpoint_at_stage_3_is_loaded_right_by_whichever_method_d
 def test_moments_that_a_universal_checkpoint_at_stage_3_did_not_bring_are_missed(how: str) -> None:
     for said in loaded_where(how):
         assert isinstance(said, str) and "has loaded no moments into sub-group " in said and "\n" not in said
+
+
+FEATURES: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "0.17.6",
+        {"stage": 2, "offload_optimizer": {"device": "cpu"}, "zenflow": {"topk_ratio": 0.1, "overlap_step": False}},
+        "zero_optimization.zenflow is given, and ZenFlow steps the weights that it selects with an AdamW of its own, "
+        "not with BalancedAdam; remove it.",
+    ),
+    (
+        "0.18.4",
+        {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}},
+        "zero_optimization.offload_optimizer.super_offload is True, and SuperOffload steps in a process of its own",
+    ),
+    (
+        "0.16.9",
+        {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}},
+        "zero_optimization.offload_optimizer.ratio is 0.3, and DeepSpeed steps what it doesn't offload with torch's",
+    ),
+]
+"""The DeepSpeed that has it, a section, and what is said."""
+
+
+def refused(section: dict[str, Any]) -> str:
+    """Job: what an engine with this section says."""
+    try:
+        start(Case(section["stage"], "bf16"), zero_optimization=section)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("version", "section", "sentence"), FEATURES, ids=["zenflow", "super_offload", "ratio"])
+def test_a_feature_that_steps_with_another_optimizer_is_refused(
+    version: str, section: dict[str, Any], sentence: str
+) -> None:
+    if not since(version):
+        pytest.skip("this DeepSpeed has no such feature")
+    (said,) = spawn(refused, 1, section)
+    assert said.startswith(sentence)
