@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from balanced_adam import bias_correction, dtensor, rule
 from balanced_adam import state as states
+from balanced_adam.values import as_float, shown
 from balanced_adam.warn import warn_once
 
 Betas = float | tuple[float, float]
@@ -45,7 +45,7 @@ def check_left_over(settings: dict[str, Any]) -> None:
     """
     for field, (allowed, why) in LEFT_OVER.items():
         if field in settings and allowed is not ANY and settings[field] is not allowed:
-            raise ValueError(f"{field} is {settings[field]!r:.80}, and BalancedAdam takes {allowed} alone: {why}.")
+            raise ValueError(f"{field} is {shown(settings[field])}, and BalancedAdam takes {allowed} alone: {why}.")
 
 
 def check_switches(defaults: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ def check_switches(defaults: dict[str, Any]) -> None:
     for field in SWITCHES:
         allowed = (True, False, None) if field == "fused" else (True, False)
         if not any(defaults[field] is value for value in allowed):
-            raise ValueError(f"{field} is {defaults[field]!r}; it must be one of {', '.join(map(str, allowed))}.")
+            raise ValueError(f"{field} is {shown(defaults[field])}; it must be one of {', '.join(map(str, allowed))}.")
     if defaults["capturable"] and defaults["fused"] is False:
         raise ValueError("capturable is True and fused is False; only the kernels can be captured in a CUDA graph.")
 
@@ -134,7 +134,7 @@ def check_maximize(group: dict[str, Any]) -> None:
         ValueError: if it is neither True nor False.
     """
     if not isinstance(group["maximize"], bool):
-        raise ValueError(f"maximize is {group['maximize']!r:.80}; it must be True or False.")
+        raise ValueError(f"maximize is {shown(group['maximize'])}; it must be True or False.")
 
 
 def check_format(group: dict[str, Any]) -> None:
@@ -144,7 +144,7 @@ def check_format(group: dict[str, Any]) -> None:
         ValueError: if there is no such format, or the group's betas are unequal and it needs equal ones.
     """
     if group["state"] not in states.FORMATS:
-        raise ValueError(f"state is {group['state']!r}; it must be one of {', '.join(states.FORMATS)}.")
+        raise ValueError(f"state is {shown(group['state'])}; it must be one of {', '.join(states.FORMATS)}.")
     if group["state"] != "fp32" and group["betas"][0] != group["betas"][1]:
         raise ValueError(
             f"state is {group['state']!r} and betas is {group['betas']}; packed moments need equal betas, since only "
@@ -185,23 +185,10 @@ def as_setting(field: str, value: Any, when: str = "") -> float:
     try:
         number = as_float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise ValueError(f"{field} is {value!r:.80}{when}; it must be a number.") from None
+        raise ValueError(f"{field} is {shown(value)}{when}; it must be a number.") from None
     if not (math.isfinite(number) and number >= 0.0):
         raise ValueError(f"{field} is {number}{when}; it must be a finite number, at least 0.")
     return number
-
-
-def as_float(value: Any) -> float:
-    """A real number as a float.
-
-    Raises:
-        TypeError: if it is none. A string is none, though YAML reads 1e-4 as one, and neither is True.
-    """
-    if isinstance(value, Tensor) and value.numel() == 1 and value.dtype != torch.bool and not value.is_complex():
-        return float(value)  # torch's Adam may have betas that are tensors
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{value!r:.80} is no number")
-    return float(value)
 
 
 def as_pair(betas: Betas, allow_unbalanced: bool) -> rule.Betas:
@@ -213,7 +200,7 @@ def as_pair(betas: Betas, allow_unbalanced: bool) -> rule.Betas:
     try:
         beta1, beta2 = map(as_float, betas) if isinstance(betas, list | tuple) else (as_float(betas),) * 2
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise ValueError(f"betas is {betas!r:.80}; give one number, or a pair of numbers, in [0, 1).") from None
+        raise ValueError(f"betas is {shown(betas)}; give one number, or a pair of numbers, in [0, 1).") from None
     if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
         raise ValueError(f"betas is {betas}; each beta must lie in [0, 1).")
     if beta1 != beta2 and not allow_unbalanced:

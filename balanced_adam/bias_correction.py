@@ -19,6 +19,8 @@ import math
 from functools import lru_cache
 from typing import Any
 
+from balanced_adam.values import as_float, shown
+
 LOG_PRODUCT = "log_beta_product"
 """Key of a live state: the logarithm of the product of the betas of the parameter's steps, a float; or UNKNOWN."""
 EXCESS = "log_beta_excess"
@@ -49,13 +51,13 @@ def history(settings: dict[str, Any]) -> History | None:
         return None
     written = settings.get(GROUP_KEY, (beta1, 0, 0.0))
     try:
-        beta, steps, logarithm = map(float, written)
-    except (TypeError, ValueError):
+        beta, steps, logarithm = map(as_float, written)
+    except (TypeError, ValueError, OverflowError):
         beta, steps, logarithm = math.nan, math.nan, math.nan
     if not (0.0 <= beta < 1.0 and 0.0 <= steps < math.inf and logarithm <= 0.0):
         raise ValueError(
-            f"{GROUP_KEY} is {written!r} in the loaded state; it must be a beta, a number of steps and the logarithm "
-            "of the product of their betas."
+            f"{GROUP_KEY} is {shown(written)} in the loaded state; it must be a beta, a number of steps and the "
+            "logarithm of the product of their betas."
         )
     return beta, steps, logarithm
 

@@ -28,6 +28,7 @@ from balanced_adam.arguments import (
 )
 from balanced_adam.fused_grad import FusedGrad
 from balanced_adam.update_size import LastStep, UpdateSize, update_size
+from balanced_adam.values import shown
 from balanced_adam.warn import is_rank_0, warn_once
 
 
@@ -162,11 +163,13 @@ class BalancedAdam(torch.optim.Optimizer):
         Raises:
             ValueError: as the constructor.
         """
+        if isinstance(param_group, dict) and "params" not in param_group:
+            raise ValueError(f"a parameter group has no params, only {shown(list(param_group))}.")
         # Groups of torch's Adam may say "fused" and "capturable"; these two are ours alone.
         for field in ("allow_unbalanced", "fused_zero") if isinstance(param_group, dict) else ():
             if param_group.get(field, self.defaults[field]) is not self.defaults[field]:
                 raise ValueError(
-                    f"{field} is {param_group[field]!r:.80} in a parameter group; it is a setting of the whole "
+                    f"{field} is {shown(param_group[field])} in a parameter group; it is a setting of the whole "
                     "optimizer: give it to BalancedAdam itself."
                 )
         super().add_param_group(param_group)
@@ -204,10 +207,8 @@ class BalancedAdam(torch.optim.Optimizer):
             ValueError: if somebody, or a checkpoint, has made a group's betas unequal without permission, or a tensor
                 does not fit its parameter (any more); no parameter has changed, but the step may have been counted.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         work = parameter_step.Work([], [], {}, [])
         try:
             for group in self.param_groups:
@@ -355,7 +356,7 @@ class BalancedAdam(torch.optim.Optimizer):
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
         if not isinstance(state_dict, dict):
-            raise ValueError(f"the loaded state is {state_dict!r:.80}; it must be the state dict of an optimizer.")
+            raise ValueError(f"the loaded state is {shown(state_dict)}; it must be the state dict of an optimizer.")
 
         def examine(_: torch.optim.Optimizer, seen: dict[str, Any]) -> None:
             # Registered last, so that it sees what torch will load, whatever other hooks have made of it.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from balanced_adam import bias_correction, dtensor, packed, rule
+from balanced_adam.values import as_float, shown
 
 FORMATS = ("fp32", *packed.FORMATS)
 """What ``BalancedAdam(state=...)`` may be."""
@@ -111,13 +112,12 @@ def check_loaded(format: Any, group: list[State], betas: tuple[float, float]) ->
     """
     if format not in FORMATS:
         raise ValueError(
-            f"the loaded state is in the format {format!r}; this version of BalancedAdam reads {', '.join(FORMATS)}."
+            f"the loaded state is in the format {shown(format)}; this version of BalancedAdam reads "
+            f"{', '.join(FORMATS)}."
         )
     for state in group:
-        if PACKED in state and state[PACKED].dtype not in packed.BY_WORD:
-            raise ValueError(
-                f"the loaded state has packed moments of {state[PACKED].dtype}, which no format has; it is damaged."
-            )
+        if not isinstance(state, dict):
+            raise ValueError(f"the loaded state of a parameter is {shown(state)}; it must be a dict.")
         check_counts(state, betas)
         for name, tensor in moment_tensors(state).items():
             if (
@@ -127,6 +127,10 @@ def check_loaded(format: Any, group: list[State], betas: tuple[float, float]) ->
                 or tensor.is_complex()
             ):
                 raise ValueError(f"the loaded {name} is {_kind(tensor)}; it must be a dense tensor of real numbers.")
+        if PACKED in state and state[PACKED].dtype not in packed.BY_WORD:
+            raise ValueError(
+                f"the loaded state has packed moments of {state[PACKED].dtype}, which no format has; it is damaged."
+            )
         if PACKED in state and packed.is_cast(dtensor.local(state[PACKED])):
             raise ValueError(CAST)
         begun = bool(state.keys() - {"step", bias_correction.EXCESS}) or float(state.get("step", 0)) > 0
@@ -151,7 +155,7 @@ def check_loaded(format: Any, group: list[State], betas: tuple[float, float]) ->
 
 def _kind(value: Any) -> str:
     if not isinstance(value, Tensor):
-        return repr(value)[:80]
+        return shown(value)
     return f"a tensor of {value.dtype}, {value.layout}, on {value.device}"
 
 
@@ -162,14 +166,14 @@ def check_counts(state: State, betas: tuple[float, float]) -> None:
         ValueError: naming the one that isn't, and its value.
     """
     try:
-        step = float(state.get("step", 0))
-    except (TypeError, ValueError, RuntimeError):
+        step = as_float(state.get("step", 0))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         step = math.nan
     if not (0.0 <= step < math.inf and step.is_integer()):
-        raise ValueError(f"step is {state['step']!r} in the loaded state; it must be a whole number, at least 0.")
+        raise ValueError(f"step is {shown(state['step'])} in the loaded state; it must be a whole number, at least 0.")
     try:
-        excess = float(state.get(bias_correction.EXCESS, 0.0))
-    except (TypeError, ValueError, RuntimeError):
+        excess = as_float(state.get(bias_correction.EXCESS, 0.0))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         excess = math.nan
     logarithm = bias_correction.from_excess(excess, betas, int(step))
     if not (
@@ -177,8 +181,8 @@ def check_counts(state: State, betas: tuple[float, float]) -> None:
         and (logarithm < 0.0 or (step == 0 and excess == 0.0) or logarithm == bias_correction.UNKNOWN)
     ):
         raise ValueError(
-            f"{bias_correction.EXCESS} is {state[bias_correction.EXCESS]!r} in the loaded state at step {step:.0f}; it "
-            "does not make a product of betas."
+            f"{bias_correction.EXCESS} is {shown(state[bias_correction.EXCESS])} in the loaded state at step "
+            f"{step:.0f}; it does not make a product of betas."
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from balanced_adam import bias_correction, dtensor, rule
 from balanced_adam import state as states
 from balanced_adam.arguments import as_pair, check_loaded_group
+from balanced_adam.values import shown
 
 State = states.State
 Groups = list[dict[str, Any]]
@@ -92,7 +93,8 @@ def check_state_dict(seen: dict[str, Any], groups: Groups) -> dict[Tensor, State
         return {}
     for group, own in zip(seen["param_groups"], groups, strict=True):
         _check_is_adamw(group, own)
-    ids = chain.from_iterable(group["params"] for group in seen["param_groups"])
+    ids = list(chain.from_iterable(group["params"] for group in seen["param_groups"]))
+    _check_ids(ids, seen["state"])
     params = chain.from_iterable(group["params"] for group in groups)
     loaded = {param: seen["state"].get(number, {}) for number, param in zip(ids, params, strict=False)}
     for group in seen["param_groups"]:
@@ -114,6 +116,17 @@ def _check_is_adamw(group: dict[str, Any], own: dict[str, Any]) -> None:
             f"the loaded state is that of an Adam with weight_decay = {group['weight_decay']} added to the gradient, "
             "and BalancedAdam decouples it, as AdamW; set it to 0 in the state, or go on with Adam."
         )
+
+
+def _check_ids(ids: list[Any], state: Mapping[Any, Any]) -> None:
+    """Check that each parameter has an id of its own, and each state a parameter: torch would leave out the rest."""
+    wrong = [key for key in ids if not isinstance(key, int | str) or isinstance(key, bool)]
+    if wrong or len(set(ids)) != len(ids):
+        raise ValueError(
+            f"the loaded state has groups whose params are {shown(ids)}; each must be a number or a name of its own."
+        )
+    if lost := [key for key in state if key not in set(ids)]:
+        raise ValueError(f"the loaded state has moments of the parameter {shown(lost[0])}, which is in no group of it.")
 
 
 def _check_fits(param: Tensor, state: State) -> None:

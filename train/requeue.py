@@ -16,7 +16,7 @@ import tyro
 
 from train.checkpoint.manifest import newest_step
 from train.common.command_line import parse
-from train.common.errors import EXIT_RETRY, ConfigError, require
+from train.common.errors import EXIT_RETRY, ConfigError, first_line, require
 from train.common.files import read_lines
 from train.run import run_dir
 
@@ -38,7 +38,8 @@ def verdict(out: Path) -> tuple[int, str]:
     )
     out.mkdir(parents=True, exist_ok=True)
     step = newest_step(out / "checkpoints")
-    ends = [line for line in read_lines(out / "attempts.jsonl") if line.get("event") == EVENT]
+    lines = read_lines(out / "attempts.jsonl")
+    ends = [line for line in lines if line.get("event") == EVENT and type(line.get("step")) is int]
     job = os.environ.get("SLURM_JOB_ID")
     before = [line["step"] for line in ends if line.get("job") != job][-1:] or [0]
     steps = [*before, *(line["step"] for line in ends if line.get("job") == job), step]
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> int:
     try:
         code, why = verdict(parse(Requeue, arguments, "train.requeue", __doc__).out)
     except (ConfigError, OSError, ValueError) as error:
-        code, why = 1, str(error)
+        code, why = 1, first_line(error)
     print(why, flush=True)
     return code
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from train.common.command_line import exit_code, parse
-from train.common.errors import require
+from train.common.errors import ConfigError, require
 from train.probe.options import Response
 from train.sweep.arms import Arm
 
@@ -33,7 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
         )
         require(response.elements >= 1, f"elements is {response.elements}; it must be at least 1.")
         require(bool(response.betas), "betas is empty; give at least one pair.")
-        require(not response.out.exists() or response.out.is_dir(), f"out is {response.out}, which is not a folder.")
         pairs: dict[str, tuple[float, float]] = {}
         for arm in map(Arm.parse, response.betas):
             require(
@@ -41,6 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
                 f"betas has {str(arm)!r}; give one number, or beta1,beta2.",
             )
             pairs[str(arm)] = (float(arm.betas[0]), float(arm.betas[-1]))
+        try:
+            response.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out is {response.out}, which can't be used: {error.strerror}.") from None
         recordings = of_language(response) if response.task == "language" else of_vision(response)
         write(response.out, pairs, recordings)
 

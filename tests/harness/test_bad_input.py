@@ -230,7 +230,7 @@ COMPARISONS = [
     ("--arms refresh:1000", "beta is 'refresh:1000', and 1000 refreshes in 200 steps"),
     ("--arms from:0.9:to:1", "beta is 1.0; it must lie in [0, 1)."),
     ("--grid 0.9 --arms 0.8", "arms and grid are both given; give one of them."),
-    ("--grid 0.9 1.0", "arms has '1.0'"),
+    ("--grid 0.9 1.0", "grid has 1.0; each beta must lie in [0, 1)"),
     ("--lr 1e-2 --lr-from somewhere", "lr and lr_from are both given; give one of them."),
     ("--lr-from somewhere", "somewhere holds no manifest.json"),
     ("--arms refresh:100 refresh:1e2", "give each only once"),
@@ -359,7 +359,7 @@ def test_a_path_that_no_file_can_have_is_refused(command: str, path: str) -> Non
 
 
 def test_a_path_with_a_nul_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"out is .*, which can't be a path: embedded null"):
+    with pytest.raises(ConfigError, match=r"out is 'runs/a\\x00b', which holds a NUL"):
         parse(Run, ["--out", "runs/a\0b"], "train.pretrain", None)
 
 

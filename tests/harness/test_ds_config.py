@@ -49,6 +49,7 @@ DS_CONFIGS = [
     *(
         (content, f"has {key}, which train.pretrain does not support: .*; remove it")
         for key, content in {
+            "checkpoint.load_universal": '{"checkpoint": {"load_universal": true}}',
             "activation_checkpointing": '{"activation_checkpointing": {"partition_activations": true}}',
             "amp": '{"amp": {"enabled": true}}',
             "autotuning": '{"autotuning": {"enabled": true}}',
@@ -99,7 +100,16 @@ DS_CONFIGS = [
         '{"zero_optimization": {"stage": 1}, "fp16": {"enabled": true}, "bf16": {"enabled": true}}',
         "is refused by DeepSpeed",
     ),
-    ('{"communication_data_type": "fp7"}', "is refused by DeepSpeed"),
+    ('{"communication_data_type": "fp7"}', 'communication_data_type = "fp7"; it must be "fp32", "fp16" or "bf16"'),
+    ('{"gradient_allreduce_op": "sum"}', 'gradient_allreduce_op = "sum"; the gradient is the mean over the batch'),
+    ('{"managed_gradient_accumulation": false}', "managed_gradient_accumulation = false; .* it must be true"),
+    ('{"wall_clock_breakdown": "false"}', 'wall_clock_breakdown = "false"; it must be true or false'),
+    ('{"data_types": {"param_dtype": "bf16"}}', 'param_dtype = "bf16", but the run trains in fp32; make them agree'),
+    ('{"fp16": {"enabledd": false}}', r"has fp16.enabledd = False: Extra inputs are not permitted"),
+    ('{"flops_profiler": {"enable": true}}', "has 'flops_profiler.enable', .* did you mean 'enabled'"),
+    ('{"timers": 3}', "has timers = 3; it must be an object"),
+    ('{"zero_optimization": {"stage": 2}, "prescale_gradients": true}', "prescale_gradients = true at stage 2, where"),
+    ('{"zero_optimization": {"stage": 1, "legacy_stage1": true}}', "legacy_stage1, .* DeepSpeed has removed it"),
     ('{"elasticity": {"enabled": true}}', "is refused by DeepSpeed: Elastic training has been removed"),
     (
         '{"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}',

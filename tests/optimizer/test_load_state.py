@@ -63,7 +63,7 @@ def test_bf16_moments_of_torch_adamw_are_loaded_into_float32() -> None:
         assert torch.equal(ours.state[p]["exp_avg"], theirs.state[p]["exp_avg"].float())
 
 
-def test_the_optimizer_never_shares_memory_with_the_state_it_loaded() -> None:
+def test_moments_of_16_bit_weights_share_no_memory_with_the_state_that_is_loaded() -> None:
     params = parameters(torch.bfloat16)
     first = BalancedAdam(params)
     train(first, params, range(2))

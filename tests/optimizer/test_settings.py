@@ -18,6 +18,11 @@ from torch import nn
 from balanced_adam import BalancedAdam
 from tests.optimizer.steps import parameters, train
 
+
+def in_words(value: Any) -> str:
+    return "a torch.float32 tensor of shape (2,)" if isinstance(value, torch.Tensor) else repr(value)
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"lr": -1.0}, "lr is -1.0; it must be a finite number, at least 0"),
     ({"lr": float("nan")}, "lr is nan"),
@@ -36,7 +41,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"maximize": "false"}, "maximize is 'false'; it must be True or False"),
     ({"maximize": 0}, "maximize is 0; it must be True or False"),
     *(
-        ({field: wrong}, rf"{field} is {re.escape(repr(wrong))}; (it must be a|give one) number")
+        ({field: wrong}, rf"{field} is {re.escape(in_words(wrong))}; (it must be a|give one) number")
         for field in ("lr", "eps", "weight_decay", "betas")
         for wrong in (True, "0.5", "1e-4", np.True_, 1j, Decimal("0.5"), [0.5, "0.5"], torch.tensor([0.5, 0.5]))
         if field != "lr" or not isinstance(wrong, torch.Tensor)

@@ -321,9 +321,13 @@ def read(*files: Path) -> pd.DataFrame:
         try:
             table = pd.read_csv(file, dtype={"arm": str})
             present = [name for name in ALIKE if name in table.columns]
-            numbers = table[["lr", "seed", "validation_loss", *present]].apply(pd.to_numeric)
-        except (OSError, KeyError, ValueError, TypeError) as error:
-            raise ConfigError(f"{file} is not a table of runs: {first_line(error)}") from None
+            needed = table[["arm", "lr", "seed", "validation_loss", *present]]
+            numbers = needed.drop(columns="arm").apply(pd.to_numeric)
+        except OSError as error:
+            raise ConfigError(f"{file} can't be read: {error.strerror}; give a report.csv of train.report.") from None
+        except (KeyError, ValueError, TypeError) as error:
+            reason = first_line(error).rstrip(".")
+            raise ConfigError(f"{file} is not a table of runs ({reason}); give a report.csv of train.report.") from None
         require(
             len(table) > 0 and table[["arm", "lr", "seed"]].notna().all(axis=None),
             f"{file} is not a table of runs: it has a row without arm, lr or seed, or none at all.",

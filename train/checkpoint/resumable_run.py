@@ -62,7 +62,7 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
         checkpoint = find_checkpoint(ranks, run.out / "checkpoints", run.identity())
         if checkpoint:
             checkpoint = convert_layout(ranks, checkpoint, deepspeed_config.layout(ds_config, ranks.world))
-            ds_config["checkpoint"] = {"load_universal": checkpoint.universal}
+            ds_config.setdefault("checkpoint", {})["load_universal"] = checkpoint.universal
         trainer = initialize(run, ranks, ds_config)
         with ranks.collective_errors():
             if ranks.is_main:

@@ -15,7 +15,15 @@ from typing import Any, TypeVar
 
 import tyro
 
-from train.common.errors import EXIT_RETRY, ConfigError, PeerLostError, RankError, RetryError, is_main_process
+from train.common.errors import (
+    EXIT_RETRY,
+    ConfigError,
+    PeerLostError,
+    RankError,
+    RetryError,
+    is_main_process,
+    require,
+)
 
 Settings = TypeVar("Settings")
 LONGEST = "step-0000000-universal/zero/" + "x" * 128
@@ -69,31 +77,66 @@ def parse(settings: type[Settings], arguments: list[str], module: str, descripti
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ConfigError(f"{_one_sentence(complaint.getvalue())}; see python -m {module} --help.") from None
-    _check_paths(parsed)
+        sentence = _plainly(_one_sentence(complaint.getvalue()), settings)
+        raise ConfigError(f"{sentence}; see python -m {module} --help.") from None
+    _check_texts(parsed, arguments)
     return parsed
 
 
-def _check_paths(settings: Any) -> None:
+def _check_texts(settings: Any, arguments: list[str]) -> None:
     """Check that no path of these settings, or of the settings in them, is one that no file can have.
 
     Raises:
-        ConfigError: if it is too long, goes round in circles, or holds a NUL.
+        ConfigError: if it is empty, too long, goes round in circles or through a file; or if a text holds a NUL.
     """
     for each in dataclasses.fields(settings):
         value = getattr(settings, each.name)
         if dataclasses.is_dataclass(value):
-            _check_paths(value)
-        for path in value if isinstance(value, tuple) else (value,):
-            if not isinstance(path, Path):
+            _check_texts(value, arguments)
+        for text in value if isinstance(value, tuple) else (value,):
+            require("\0" not in str(text), f"{each.name} is {str(text)!r:.80}, which holds a NUL.")
+            if not isinstance(text, Path):
                 continue
-            try:
-                (path / LONGEST if each.name == "out" else path).stat()
-            except (OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
-                    continue  # whoever opens it says so
-                reason = error.strerror if isinstance(error, OSError) else str(error)
-                raise ConfigError(f"{each.name} is {str(path)!r:.80}, which can't be a path: {reason}.") from None
+            empty = text == Path() and {"", f"--{each.name.replace('_', '-')}="} & set(arguments)
+            require(not empty, f"{each.name} is empty; give a path, or . for the current folder.")
+            _check_path(each.name, text, (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR))
+            if each.name == "out":  # of what will lie in it
+                _check_path(each.name, text, (errno.ENAMETOOLONG,), "/" + LONGEST)
+
+
+def _check_path(name: str, path: Path, impossible: tuple[int, ...], more: str = "") -> None:
+    try:
+        Path(f"{path}{more}").stat()
+    except OSError as error:
+        if error.errno in impossible:  # of the rest, whoever opens it says so
+            raise ConfigError(f"{name} is {str(path)!r:.80}, which can't be a path: {error.strerror}.") from None
+
+
+TYPES = {"int": "a whole number", "float": "a number", "tuple[int, ...]": "whole numbers"}
+TYPES |= {"tuple[float, ...]": "numbers", "float | tuple[float, float] | str": "one number, two numbers or a rule"}
+"""What values of a type are called."""
+
+
+def _plainly(complaint: str, settings: type[Any]) -> str:
+    """Return tyro's complaint about a value in words that are not Python's."""
+    found = re.fullmatch(r"Error parsing --(\S+?): .*?((?:'[^']*'(?:, )?)+|\[\])\]?", complaint)
+    if not found:
+        return complaint
+    option, values = found.groups()
+    kind = _type_of(option.replace("-", "_"), settings).removesuffix(" | None")
+    given = values.replace("', '", " ") if values != "[]" else "empty"
+    return f"--{option} is {given}; it must be {TYPES.get(kind, 'what --help says')}"
+
+
+def _type_of(name: str, settings: type[Any]) -> str:
+    """Return the annotation of a field of these settings, or of the settings in them."""
+    for each in dataclasses.fields(settings):
+        if each.name == name:
+            return str(each.type)
+        factory = each.default_factory
+        if isinstance(factory, type) and dataclasses.is_dataclass(factory) and (found := _type_of(name, factory)):
+            return found
+    return ""
 
 
 def _one_sentence(box: str) -> str:

@@ -35,6 +35,10 @@ class Data:
         """Raise :class:`ConfigError` on a value out of range."""
         require(self.sequence_length >= 2, f"sequence_length is {self.sequence_length}; it must be at least 2.")
         require(
+            self.data_cache.is_dir() or not self.data_cache.exists(),
+            f"data_cache is {self.data_cache}, which is no folder; give one.",
+        )
+        require(
             0.0 < self.validation_fraction < 1.0,
             f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.",
         )

@@ -135,12 +135,15 @@ def read_about(folder: Path) -> About:
     """Read about.json of a token folder.
 
     Raises:
-        ConfigError: if the file is damaged.
+        ConfigError: if the file is damaged, or is not there.
+        RetryError: if it can't be read now.
     """
     try:
         return read_schema(About, folder / ABOUT)
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ConfigError(_damaged(folder, error)) from None
+    except OSError as error:
+        raise RetryError(f"data_cache holds {folder}, whose {ABOUT} can't be read now ({error.strerror}).") from None
 
 
 def _verify(folder: Path, fresh: bool, advice: str) -> None:

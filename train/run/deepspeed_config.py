@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+from collections.abc import Iterator, KeysView
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,7 +91,7 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     for key, value in own.items():
         _fill(params, key, value, key, path)
     in_fp16 = _resolve_precision(bf16, fp16, run.parallelism.precision, gpus, path)
-    _check_zero(zero, in_fp16, path)
+    _check_zero(config, zero, in_fp16, path)
     left = next(_autos(config), None)
     require(
         left is None, f'ds_config {path} has {left} "auto", which only Transformers\' Trainer fills in; give a value.'
@@ -169,11 +170,11 @@ def _resolve_precision(bf16: dict[str, Any], fp16: dict[str, Any], precision: st
     return in_fp16
 
 
-def _check_zero(zero: dict[str, Any], in_fp16: bool, path: Path) -> None:
+def _check_zero(config: dict[str, Any], zero: dict[str, Any], in_fp16: bool, path: Path) -> None:
     """Set the ZeRO stage to 0 if it is missing.
 
     Raises:
-        ConfigError: if the stage is invalid, or fp16 or optimizer offload is asked for at stage 0.
+        ConfigError: if the stage is invalid, or something is asked for that DeepSpeed does not do at this stage.
     """
     stage = zero.setdefault("stage", 0)
     require(
@@ -190,6 +191,12 @@ def _check_zero(zero: dict[str, Any], in_fp16: bool, path: Path) -> None:
         f"ds_config {path} has zero_optimization.offload_optimizer at stage 0, where DeepSpeed offloads nothing; "
         "use stage 1, 2 or 3.",
     )
+    for key, without in (("prescale_gradients", (None, False)), ("gradient_predivide_factor", (None, 1))):
+        require(
+            stage < 2 or zero.get("reduce_scatter") is False or config.get(key) in without,
+            f"ds_config {path} has {key} = {json.dumps(config.get(key))} at stage {stage}, where DeepSpeed scales "
+            "gradients only with reduce_scatter = false; remove it.",
+        )
 
 
 def _fill(section: dict[str, Any], key: str, value: Any, flag: str, path: Path) -> None:
@@ -235,10 +242,13 @@ def _section(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
 
 
 class _AccessRecorder(dict[str, Any]):
-    """A dict that records which keys were looked up."""
+    """A dict that records which keys were looked up, in itself and in the dicts in it.
+
+    What goes through all keys, as a pydantic model that is built from it does, looks up each.
+    """
 
     def __init__(self, content: dict[str, Any]) -> None:
-        super().__init__(content)
+        super().__init__({k: _AccessRecorder(v) if isinstance(v, dict) else v for k, v in content.items()})
         self.asked: set[str] = set()
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -253,6 +263,30 @@ class _AccessRecorder(dict[str, Any]):
         self.asked.add(str(key))
         return super().__contains__(key)
 
+    def __iter__(self) -> Iterator[str]:
+        self.asked.update(super().keys())
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        return KeysView(self)
+
+    def unknown(self) -> tuple[str, str]:
+        """Return the dotted name of a key that was not looked up, and the one that was meant; empty if there is none.
+
+        A section that is off may have any keys, one in which nothing was looked up is a pydantic model's, and a key
+        that begins with "_" is a comment.
+        """
+        for key, value in super().items():
+            if key.startswith("_"):
+                continue
+            if key not in self.asked:
+                return key, next(iter(difflib.get_close_matches(key, self.asked - {key}, 1)), "")
+            if isinstance(value, _AccessRecorder) and value.asked and dict.get(value, "enabled") is not False:
+                name, meant = value.unknown()
+                if name:
+                    return f"{key}.{name}", meant
+        return "", ""
+
 
 def _validate(config: dict[str, Any], path: Path) -> None:
     """Have DeepSpeed parse the configuration, and reject keys that it never looks up.
@@ -263,20 +297,34 @@ def _validate(config: dict[str, Any], path: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
-    # DeepSpeed assumes one rank here, so the batch size would not fit. The three batch sizes are checked already.
-    config = _AccessRecorder({key: value for key, value in copy.deepcopy(config).items() if key != "train_batch_size"})
+    # DeepSpeed assumes one rank here, so the batch size would not fit. The three batch sizes are checked already, as
+    # are the optimizer's parameters.
+    content = {key: value for key, value in copy.deepcopy(config).items() if key != "train_batch_size"}
+    content["optimizer"] = {**content["optimizer"], "params": {}}
+    recorder = _AccessRecorder(content)
     try:
-        DeepSpeedConfig(config)
+        DeepSpeedConfig(recorder)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "a section"
-        raise ConfigError(f"ds_config {path} has {where} = {first['input']!r}: {first['msg']}.") from None
+        where = _place(config, [str(each) for each in first["loc"]])
+        raise ConfigError(f"ds_config {path} has {where} = {first['input']!r:.80}: {first['msg']}.") from None
     except Exception as error:  # DeepSpeed raises errors of any class on a wrong value
         raise ConfigError(f"ds_config {path} is refused by DeepSpeed: {first_line(error)}") from None
-    unknown = min((key for key in set(config) - config.asked if not key.startswith("_")), default="")  # _comment is one
-    close = difflib.get_close_matches(unknown, config.asked, 1)
+    unknown, meant = recorder.unknown()
     require(
         not unknown,
         f"ds_config {path} has {unknown!r}, which DeepSpeed does not know"
-        + (f"; did you mean {close[0]!r}?" if close else "; remove it."),
+        + (f"; did you mean {meant!r}?" if meant else "; remove it."),
     )
+
+
+def _place(config: dict[str, Any], within: list[str]) -> str:
+    """Return the dotted name of a value whose names within its section are known, which DeepSpeed does not tell."""
+    sections = {"": config, **{key: value for key, value in config.items() if isinstance(value, dict)}}
+    for section, content in sections.items():
+        value: Any = content
+        for name in within:
+            value = value.get(name, _AccessRecorder) if isinstance(value, dict) else _AccessRecorder
+        if value is not _AccessRecorder:
+            return ".".join([section, *within] if section else within)
+    return ".".join(within) or "a section"

@@ -18,11 +18,15 @@ UNSUPPORTED = {
     "--activation-checkpointing",
     "amp": "it trains in bf16, fp16 or fp32",
     "autotuning": "the deepspeed launcher would start other runs than this one",
+    "checkpoint.load_universal": "a run converts and loads its checkpoints itself",
+    "checkpoint.use_node_local_storage": "all ranks read and write one folder",
     "checkpoint.writer": "checkpoints are synced to disk before a run goes on",
     "compile": "DeepSpeed compiles only a model that its program asks it to",
     "compression_training": "it compresses nothing",
     "curriculum_learning": "the order of the text is the run's own",
+    "data_types.buffer_dtype": "--precision says in what it trains",
     "data_efficiency": "the order of the text is the run's own",
+    "datastates_ckpt": "checkpoints are synced to disk before a run goes on",
     "eigenvalue": "it quantizes nothing",
     "expert_parallel": "every rank holds the same experts",
     "hybrid_engine": "it only trains, and generates nothing",
@@ -31,6 +35,8 @@ UNSUPPORTED = {
     "quantize_training": "it quantizes nothing",
     "sparse_attention": "its models bring their own attention",
     "tensor_parallel": "every rank holds whole tensors, or ZeRO's partitions",
+    "weight_quantization": "it quantizes nothing",
+    "zero_optimization.legacy_stage1": "DeepSpeed has removed it",
     "zero_optimization.offload_optimizer.super_offload": "it replaces the optimizer by DeepSpeed's own",
     "zero_optimization.zenflow": "it replaces the optimizer by DeepSpeed's own",
 }
@@ -55,6 +61,7 @@ def _whole(value: Any) -> Any:
 Count = Annotated[PositiveInt, BeforeValidator(_whole)]
 DType = Literal["fp32", "float32", "float", "fp16", "float16", "half", "bf16", "bfloat16"]
 """The names that DeepSpeed has."""
+Short = Annotated[Literal["fp32", "fp16", "bf16"], BeforeValidator(lambda text: str(text).lower())]
 
 
 class _Section(BaseModel):
@@ -74,6 +81,7 @@ class _Optimizer(_Section):
 
 class _DataTypes(_Section):
     grad_accum_dtype: DType | None = None
+    param_dtype: DType | None = None
 
 
 class _Offload(_Section):
@@ -86,7 +94,37 @@ class _Zero(_Section):
     offload_param: _Offload | None = None
 
 
+class _Checkpoint(_Section):
+    tag_validation: Annotated[str, Field(pattern="^(?i:ignore|warn|fail)$")] = "Warn"
+
+
 class _DsConfig(_Section):
+    aio: _Section = _Section()
+    comet: _Section = _Section()
+    comms_logger: _Section = _Section()
+    csv_monitor: _Section = _Section()
+    flops_profiler: _Section = _Section()
+    tensorboard: _Section = _Section()
+    timers: _Section = _Section()
+    torch_autocast: _Section = _Section()
+    wandb: _Section = _Section()
+    checkpoint: _Checkpoint = _Checkpoint()
+    communication_data_type: Short | None = None
+    seq_parallel_communication_data_type: Short | None = None
+    dataloader_drop_last: bool | None = None
+    disable_allgather: bool | None = None
+    disable_python_gc: bool | None = None
+    dump_state: bool | None = None
+    memory_breakdown: bool | None = None
+    prescale_gradients: bool | None = None
+    use_data_before_expert_parallelism: bool | None = None
+    wall_clock_breakdown: bool | None = None
+    zero_allow_untested_optimizer: bool | None = None
+    zero_force_ds_cpu_optimizer: bool | None = None
+    gradient_allreduce_op: Literal["mean"] = "mean"
+    managed_gradient_accumulation: Literal[True] = True
+    vocabulary_size: Count | None = None
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
     steps_per_print: Count | None = None
     gradient_predivide_factor: Annotated[FiniteFloat, Field(gt=0)] = 1.0
     optimizer: _Optimizer = _Optimizer()
@@ -94,12 +132,21 @@ class _DsConfig(_Section):
     zero_optimization: _Zero = _Zero()
 
 
+DTYPES = 'it must be "fp32", "fp16" or "bf16"'
 WHAT = {
     "steps_per_print": "it must be a whole number, at least 1",
     "gradient_predivide_factor": "it must be a number above 0",
     "optimizer.params.fused": "it must be true, false or null",
     "optimizer.params.fused_zero": "it must be true or false",
-    "data_types.grad_accum_dtype": 'it must be "fp32", "fp16" or "bf16"',
+    "checkpoint.tag_validation": 'it must be "Ignore", "Warn" or "Fail"',
+    "communication_data_type": DTYPES,
+    "data_types.grad_accum_dtype": DTYPES,
+    "data_types.param_dtype": DTYPES,
+    "gradient_allreduce_op": 'the gradient is the mean over the batch on any number of ranks: it must be "mean"',
+    "log_level": 'it must be "debug", "info", "warning", "error" or "critical"',
+    "managed_gradient_accumulation": "micro-batches are accumulated by DeepSpeed: it must be true",
+    "seq_parallel_communication_data_type": DTYPES,
+    "vocabulary_size": "it must be a whole number, at least 1",
     "zero_optimization.offload_optimizer.device": 'the state goes to no disk: it must be "cpu" or "none"',
     "zero_optimization.offload_optimizer.ratio": "all of the state is offloaded, or none: it must be 1",
     "zero_optimization.offload_param.device": 'weights go to no disk: it must be "cpu" or "none"',
@@ -129,8 +176,10 @@ def check(config: dict[str, Any], path: Path, gpus: bool, here: bool) -> None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
-        value, what = json.dumps(first["input"], default=str), WHAT.get(name, f"it must be an object ({first['msg']})")
+        what = "it must be true or false" if first["type"] == "bool_type" else f"it must be an object ({first['msg']})"
+        value, what = json.dumps(first["input"], default=str), WHAT.get(name, what)
         raise ConfigError(f"ds_config {path} has {name} = {value}; {what}.") from None
+    _check_param_dtype(config, path)
     if not here:
         return
     for key in () if gpus else ON_GPUS:
@@ -146,6 +195,22 @@ def check(config: dict[str, Any], path: Path, gpus: bool, here: bool) -> None:
         )
 
 
+def _check_param_dtype(config: dict[str, Any], path: Path) -> None:
+    """Check that the weights' format, where the file names it, is the one that the run trains in.
+
+    Raises:
+        ConfigError: if it is another.
+    """
+    mode = next((name for name in ("bf16", "fp16") if _at(config, f"{name}.enabled")), "fp32")
+    names = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
+    given = _at(config, "data_types.param_dtype")
+    require(
+        given is None or names.get(given, given) == mode,
+        f"ds_config {path} has data_types.param_dtype = {json.dumps(given)}, but the run trains in {mode}; "
+        "make them agree, or remove it.",
+    )
+
+
 def _at(config: dict[str, Any], key: str) -> Any:
     value: Any = config
     for part in key.split("."):
@@ -158,8 +223,8 @@ def _is_on(key: str, value: Any) -> bool:
     if not isinstance(value, dict):
         return bool(value)
     if key in OFF_UNLESS:
-        said = [_at(value, name) for name in OFF_UNLESS[key]]
-        return any(each is True or (each and each != 1) for each in said)
+        said = {name: _at(value, name) for name in OFF_UNLESS[key]}
+        return any(bool(each) and not (name.endswith("size") and each == 1) for name, each in said.items())
     return any(_leaves(value))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from train.common.errors import require
+from train.common.errors import ConfigError, first_line, require
 from train.data import token_files
 from train.distributed.ranks import Ranks
 from train.run import deepspeed_config, model, run_dir
@@ -81,12 +81,20 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         {"params": [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]},
         {"params": [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2], "weight_decay": 0.0},
     ]
-    engine, *_ = deepspeed.initialize(
-        model=network,
-        model_parameters=[group for group in groups if group["params"]],
-        config=ds_config,
-        lr_scheduler=lr_scheduler(run.schedule, run.optimizer.lr),
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=network,
+            model_parameters=[group for group in groups if group["params"]],
+            config=ds_config,
+            lr_scheduler=lr_scheduler(run.schedule, run.optimizer.lr),
+        )
+    except Exception as error:
+        # How DeepSpeed refuses a configuration, which is the same on all ranks. Other errors are of one rank, or bugs.
+        if type(error) not in (AssertionError, ValueError, NotImplementedError, Exception) or not str(error):
+            raise
+        raise ConfigError(
+            f"ds_config {run.parallelism.ds_config} is refused by DeepSpeed: {first_line(error)}"
+        ) from error
     if ranks.is_main:
         print(f"BalancedAdam: {describe(engine.optimizer)}", file=sys.stderr, flush=True)
     return Trainer(run, ranks, train, validation, engine, tokens.name, deepspeed_config.layout(ds_config, ranks.world))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import NamedTuple
 
-from train.common.errors import ConfigError
+from train.common.errors import ConfigError, require
 from train.run.config import Optimizer
 
 
@@ -63,4 +63,9 @@ class Arm(NamedTuple):
                 f"arms has {text!r}; an arm is one beta or beta1,beta2, each in [0, 1), or a rule such as "
                 f"refresh:1000, optionally followed by a colon and one of {', '.join(FORMATS)}."
             ) from None
-        return Arm.shortened(betas, state)
+        arm = Arm.shortened(betas, state)
+        require(
+            state == "fp32" or len(arm.betas) == 1,
+            f"arms has {text!r}; packed moments need equal betas (docs/packed-state.md).",
+        )
+        return arm

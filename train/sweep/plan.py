@@ -56,6 +56,12 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
     wanted = comparison.arms
     if comparison.grid:
         require(wanted == Comparison.arms, "arms and grid are both given; give one of them.")
+        for beta in comparison.grid:
+            require(0.0 <= beta < 1.0, f"grid has {beta}; each beta must lie in [0, 1).")
+        require(
+            len(set(comparison.grid)) == len(comparison.grid),
+            f"grid is {' '.join(map(str, comparison.grid))}; give each only once.",
+        )
         tied = [repr(beta) for beta in comparison.grid]
         wanted = (*tied, *(f"{first},{second}" for first, second in product(tied, tied) if first != second))
     arms = {str(arm): arm for arm in map(Arm.parse, wanted)}
@@ -113,7 +119,10 @@ def _tuned(comparison: Comparison, arms: Iterable[str]) -> dict[str, tuple[float
         if before.get("lr_from") == list(map(str, comparison.lr_from)) and all(arm in taken for arm in arms):
             return {arm: (taken[arm],) for arm in arms}
     folders = " ".join(map(str, comparison.lr_from))
-    table = load_results(*comparison.lr_from)[1]
+    try:
+        table = load_results(*comparison.lr_from)[1]
+    except ConfigError as error:
+        raise ConfigError(f"lr_from is {folders}: {error}") from None
     best = best_lr(table)
     for arm in arms:
         there = best.loc[best["arm"] == arm, "validation_loss"]
