@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from train.common.command_line import exit_code, parse
-from train.common.errors import ConfigError, require
+from train.common.errors import require
 from train.probe.options import Response
 from train.sweep.arms import Arm
 
@@ -28,11 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
 
         require(
             bool(response.at) and min(response.at) >= response.window > STABLE,
-            f"at is {response.at} and window {response.window}; "
-            f"a window is longer than {STABLE} steps and ends at a step of at.",
+            f"at is {' '.join(map(str, response.at))} and window is {response.window}; "
+            f"window must be above {STABLE}, and every step of at must be at least window.",
         )
         require(response.elements >= 1, f"elements is {response.elements}; it must be at least 1.")
         require(bool(response.betas), "betas is empty; give at least one pair.")
+        require(
+            response.out.is_dir() or not response.out.exists(),
+            f"out is {response.out}, which is a file; give a folder.",
+        )
         pairs: dict[str, tuple[float, float]] = {}
         for arm in map(Arm.parse, response.betas):
             require(
@@ -40,10 +44,6 @@ def main(arguments: list[str] | None = None) -> int:
                 f"betas has {str(arm)!r}; give one number, or beta1,beta2.",
             )
             pairs[str(arm)] = (float(arm.betas[0]), float(arm.betas[-1]))
-        try:
-            response.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"out is {response.out}, which can't be used: {error.strerror}.") from None
         recordings = of_language(response) if response.task == "language" else of_vision(response)
         write(response.out, pairs, recordings)
 

@@ -67,9 +67,8 @@ def main() -> int:
             taken = [next(right) for _ in range(settings.train)]
             problems += plain_losses(Path(name), place.corpus, taken)
     print(markdown_table([{key: str(value) for key, value in row.items()} for row in rows]))
-    print("\n".join(problems))
-    if settings.sentences:
-        print("\n".join(sorted(sentences.values())))
+    for line in [*problems, *(sorted(sentences.values()) if settings.sentences else ())]:
+        print(line.encode(errors="backslashreplace").decode())  # some names of files are no text
     return int(bool(problems))
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import io
 import json
+import os
 import resource
 import shutil
 import sys
@@ -15,7 +17,7 @@ import pytest
 from filelock import FileLock
 
 from tests.harness.conftest import Make
-from train import accelerate_config, compare, preflight, pretrain, report, requeue
+from train import accelerate_config, compare, pretrain, report, requeue
 from train.checkpoint import resumable_run
 from train.checkpoint.save import save_checkpoint
 from train.common.command_line import parse
@@ -25,7 +27,7 @@ from train.run.metrics import Metrics, read_metrics
 
 # (options, what the sentence must say): found before there are ranks or data.
 EARLY = [
-    ("--stepz 3", "Unrecognized options: --stepz"),
+    ("--stepz 3", "--stepz is no option; did you mean --steps"),
     ("--steps three", "--steps"),
     ("--schedule square", "'square'"),
     ("--betas 1.0", r"betas is \(1.0, 1.0\)|betas is 1.0|betas is \[1.0, 1.0\].*\[0, 1\)"),
@@ -363,6 +365,17 @@ def test_a_path_with_a_nul_is_refused() -> None:
         parse(Run, ["--out", "runs/a\0b"], "train.pretrain", None)
 
 
+def test_a_folder_whose_name_is_no_text_is_printed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(os.fsdecode(os.fsencode(tmp_path / "odd") + b"\xff"))
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", errors="strict", write_through=True))
+    compare.main(["--out", str(out), "--plan-only"])
+    assert requeue.main([str(out / "run")]) == 1
+    assert written.getvalue().count(b"odd\\udcff") == 2
+
+
 @pytest.mark.parametrize("host", ["", " ", "-rf", "a b", "a;b", "node1,node2", "n\u00f6de"])
 def test_a_host_without_a_name_is_refused(host: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert accelerate_config.main(["--hosts", "node1", host]) == 2
@@ -379,11 +392,3 @@ def test_requeue_makes_no_folder_of_a_mistyped_path(
     assert not (tmp_path / "rnus").exists()
     monkeypatch.setenv("SLURM_JOB_ID", "1")  # there the attempt may have ended before it made one
     assert requeue.main([str(tmp_path / "runs")]) == 75
-
-
-@pytest.mark.parametrize("ranks", ["0", "-3"])
-def test_preflight_for_no_ranks_is_refused(
-    ranks: str, small_run: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert preflight.main([*small_run, "--ranks", ranks]) == 2
-    assert f"ranks is {ranks}; it must be at least 1." in capsys.readouterr().err

@@ -252,24 +252,24 @@ def test_a_table_without_omega_has_no_line_about_it_and_a_missing_folder_is_made
     assert plane.main(line) == 0 and "(omega" not in capsys.readouterr().out
     assert (tmp_path / "new" / "plane.svg").exists()
     assert plane.main([*line[:2], str(tmp_path / "a.csv" / "plane.svg")]) == 2
-    assert "which can't be written" in capsys.readouterr().err
+    assert "which can't be a path: Not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "is not a table of runs: [Errno 2] No such file"),
+        (None, "can't be read: No such file or directory; give a report.csv of train.report."),
         ("arm,lr,seed,validation_loss\n0.9,1e-3,0,2.0\n0.9,1e-3,0,2.0\n", "1 runs twice"),
         ("arm,lr,seed,validation_loss\n0.9,1e-3,0,2.0\n", "too few pairs of betas"),
-        ("a,b\n1,2\n", "is not a table of runs: "),
+        ("a,b\n1,2\n", "is not a table of runs ("),
         (
             "arm,lr,seed,validation_loss\n",
             "is not a table of runs: it has a row without arm, lr or seed, or none at all.",
         ),
         ("arm,lr,seed,validation_loss\n,1e-3,0,2.0\n", "it has a row without arm, lr or seed"),
-        ("arm,lr,seed,validation_loss\n0.9,1e-3,0,low\n", "is not a table of runs: Unable to parse"),
+        ("arm,lr,seed,validation_loss\n0.9,1e-3,0,low\n", "is not a table of runs (Unable to parse"),
         ("arm,lr,seed,validation_loss,step\n0.9,1e-3,0,2.0,5\n0.8,1e-3,0,2.0,6\n", "step is 5, 6."),
-        ("arm,lr,seed,validation_loss,step\n0.9,1e-3,0,2.0,five\n", "is not a table of runs: Unable to parse"),
+        ("arm,lr,seed,validation_loss,step\n0.9,1e-3,0,2.0,five\n", "is not a table of runs (Unable to parse"),
         (
             "arm,lr,seed,validation_loss,validation_blocks\n0.9,1e-3,0,2.0,64\n0.8,1e-3,0,2.0,\n",
             "validation_blocks is 64, nan.",

@@ -183,7 +183,7 @@ def test_a_vision_model_is_measured(task: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ("--at 5", "at is (5,) and window 150; a window is longer than 10 steps and ends at a step of at."),
+        ("--at 5", "at is 5 and window is 150; window must be above 10, and every step of at must be at least window."),
         ("--betas refresh:10", "betas has 'refresh:10'; give one number, or beta1,beta2."),
         ("--betas 2", "arms has '2'"),
         ("--betas 0.9:packed8", "betas has '0.9:packed8'; give one number, or beta1,beta2."),
@@ -191,7 +191,7 @@ def test_a_vision_model_is_measured(task: str, tmp_path: Path) -> None:
         ("-- --out x", "--out is given after --; train.response decides it."),
         ("--elements 0", "elements is 0; it must be at least 1."),
         ("--betas", "betas is empty; give at least one pair."),
-        ("--out README.md", "out is README.md, which is not a folder."),
+        ("--out README.md", "out is README.md, which is a file; give a folder."),
     ],
 )
 def test_a_bad_question_is_refused(

@@ -13,7 +13,7 @@ from train.analysis.lr_selection import at_edge
 from train.analysis.paired_stats import LEVEL, Paired, holm, paired
 from train.common.errors import ConfigError, require
 from train.common.files import load_file
-from train.common.schemas import MetricsLine, PlanFile, RunFile
+from train.common.schemas import MetricsLine, PlanFile, ResultFile, RunFile
 from train.run import run_dir
 from train.run.config import ARM
 from train.run.metrics import read_metrics
@@ -67,7 +67,8 @@ def load_results(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str
             lines = read_metrics(out / run["name"])
             if result and lines:
                 planned = {k: run[k] for k in ("name", "arm", "lr", "seed")}
-                rows.append({**planned, "parameters": math.nan, **result, **planned})  # whatever a file calls itself
+                ended = {k: v for k, v in result.items() if k in ResultFile.model_fields or isinstance(v, int | float)}
+                rows.append({**planned, "parameters": math.nan, **ended, **planned})  # whatever a file calls itself
                 known = sorted({*PLOTS, *MetricsLine.model_fields})
                 kept = [{key: line[key] for key in known if key in line} for line in lines]
                 metrics[run["name"]] = pd.DataFrame(kept, columns=known)
@@ -78,7 +79,7 @@ def load_results(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str
                 require(
                     settings == shared,
                     f"runs has {out / run['name']}, which differs from the others in more than arm, lr and seed: "
-                    f"{', '.join(k for k in settings if settings[k] != shared.get(k))}.",
+                    f"{', '.join(k for k in {**shared, **settings} if settings.get(k) != shared.get(k))}.",
                 )
     require(bool(rows), f"no run has ended yet in {', '.join(map(str, folders))}.")
     table = pd.DataFrame(rows)

@@ -198,7 +198,7 @@ def write(out: Path, pairs: dict[str, tuple[float, float]], recordings: Iterator
     """Write response.md, response.csv, and a figure for each kind of change at the last step.
 
     Args:
-        out: the folder to write to, which exists.
+        out: the folder to write to.
         pairs: pairs of betas, by label.
         recordings: steps, and the gradients recorded up to each.
     """
@@ -225,6 +225,7 @@ def write(out: Path, pairs: dict[str, tuple[float, float]], recordings: Iterator
         "| stable for 10 steps | L | E | R² | r² | near eps |\n|" + "---|" * 15
     )
     text = "\n".join([head, *lines]) + "\n"
+    out.mkdir(parents=True, exist_ok=True)
     write_text(out / "response.md", text)
     write_text(out / "response.csv", pd.concat(tables).to_csv(index=False, float_format="%.6g"))
     for kind in CHANGES:

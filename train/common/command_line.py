@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import errno
 import io
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from train.common.errors import (
     RetryError,
     is_main_process,
     require,
+    shown,
 )
 
 Settings = TypeVar("Settings")
@@ -63,6 +65,9 @@ def parse(settings: type[Settings], arguments: list[str], module: str, descripti
     Raises:
         ConfigError: on an unknown option or a value of the wrong type.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     arguments = [a for a in arguments if not a.startswith("--local_rank")]  # the deepspeed launcher adds it
     complaint = io.StringIO()
     try:
@@ -78,7 +83,7 @@ def parse(settings: type[Settings], arguments: list[str], module: str, descripti
         if stop.code in (0, None):
             raise
         sentence = _plainly(_one_sentence(complaint.getvalue()), settings)
-        raise ConfigError(f"{sentence}; see python -m {module} --help.") from None
+        raise ConfigError(f"{sentence}{'' if sentence.endswith('?') else ';'} see python -m {module} --help.") from None
     _check_texts(parsed, arguments)
     return parsed
 
@@ -94,7 +99,7 @@ def _check_texts(settings: Any, arguments: list[str]) -> None:
         if dataclasses.is_dataclass(value):
             _check_texts(value, arguments)
         for text in value if isinstance(value, tuple) else (value,):
-            require("\0" not in str(text), f"{each.name} is {str(text)!r:.80}, which holds a NUL.")
+            require("\0" not in str(text), f"{each.name} is {shown(str(text))}, which holds a NUL.")
             if not isinstance(text, Path):
                 continue
             empty = text == Path() and {"", f"--{each.name.replace('_', '-')}="} & set(arguments)
@@ -109,7 +114,7 @@ def _check_path(name: str, path: Path, impossible: tuple[int, ...], more: str = 
         Path(f"{path}{more}").stat()
     except OSError as error:
         if error.errno in impossible:  # of the rest, whoever opens it says so
-            raise ConfigError(f"{name} is {str(path)!r:.80}, which can't be a path: {error.strerror}.") from None
+            raise ConfigError(f"{name} is {shown(str(path))}, which can't be a path: {error.strerror}.") from None
 
 
 TYPES = {"int": "a whole number", "float": "a number", "tuple[int, ...]": "whole numbers"}
@@ -119,24 +124,33 @@ TYPES |= {"tuple[float, ...]": "numbers", "float | tuple[float, float] | str": "
 
 def _plainly(complaint: str, settings: type[Any]) -> str:
     """Return tyro's complaint about a value in words that are not Python's."""
+    if unknown := re.match(r"Unrecognized options: --([\w-]+)", complaint):
+        close = difflib.get_close_matches(unknown[1], [name.replace("_", "-") for name, _ in _types(settings)], 1)
+        return f"--{unknown[1]} is no option" + "".join(f"; did you mean --{each}?" for each in close)
+    if extra := re.match(r"Unrecognized options: (.*)", complaint):
+        return f"{extra[1]} is neither an option nor the value of one"
+    if required := re.match(r"Missing from .*?: --([\w-]+)", complaint):
+        return f"--{required[1]} is missing"
+    if missing := re.match(r"Missing value for argument '--([\w-]+)'", complaint):
+        return f"--{missing[1]} has no value"
+    if choice := re.match(r"invalid choice ('.*') for argument '--([\w-]+)'. Expected one of \((.*)\)", complaint):
+        return f"--{choice[2]} is {choice[1]}; it must be one of {choice[3]}"
     found = re.fullmatch(r"Error parsing --(\S+?): .*?((?:'[^']*'(?:, )?)+|\[\])\]?", complaint)
     if not found:
         return complaint
     option, values = found.groups()
-    kind = _type_of(option.replace("-", "_"), settings).removesuffix(" | None")
+    kind = dict(_types(settings)).get(option.replace("-", "_"), "").removesuffix(" | None")
     given = values.replace("', '", " ") if values != "[]" else "empty"
     return f"--{option} is {given}; it must be {TYPES.get(kind, 'what --help says')}"
 
 
-def _type_of(name: str, settings: type[Any]) -> str:
-    """Return the annotation of a field of these settings, or of the settings in them."""
+def _types(settings: type[Any]) -> Iterator[tuple[str, str]]:
+    """Yield name and annotation of each field of these settings, and of the settings in them."""
     for each in dataclasses.fields(settings):
-        if each.name == name:
-            return str(each.type)
-        factory = each.default_factory
-        if isinstance(factory, type) and dataclasses.is_dataclass(factory) and (found := _type_of(name, factory)):
-            return found
-    return ""
+        if isinstance(each.default_factory, type) and dataclasses.is_dataclass(each.default_factory):
+            yield from _types(each.default_factory)
+        else:
+            yield each.name, str(each.type)
 
 
 def _one_sentence(box: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 
 EXIT_RETRY = 75
 """Exit code of a run that did not finish but whose input is fine: start it again. (EX_TEMPFAIL of sysexits.h.)"""
@@ -38,7 +39,16 @@ def first_line(error: BaseException) -> str:
     """Return the first line of a library error's message, or the error's class name if it has no message."""
     if type(error).__name__ == "UnpicklingError":  # torch's message explains how to load it all the same
         return "a file holds more than tensors and plain data, or is damaged"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shown(text: str) -> str:
+    """Return a text in quotes, shortened in the middle where it is long."""
+    short = reprlib.Repr()
+    short.maxstring = 80
+    return short.repr(text)
 
 
 def is_main_process() -> bool:

@@ -32,6 +32,21 @@ def expanded(path: Path, name: str) -> Path:
         raise ConfigError(f"{name} is {path}, whose user does not exist.") from None
 
 
+def make_folder(path: Path, name: str) -> None:
+    """Make a folder, unless it is there.
+
+    Raises:
+        ConfigError: if it can't be made; it names the setting, ``name``.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (
+            "is a file; give a folder" if isinstance(error, FileExistsError) else f"can't be used: {first_line(error)}"
+        )
+        raise ConfigError(f"{name} is {path}, which {reason}.") from None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as JSON, atomically; see :func:`write_text`."""
     write_text(path, json.dumps(content, indent=1, default=str) + "\n")
@@ -44,7 +59,7 @@ def write_text(path: Path, text: str) -> None:
     """
     tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process ids are not unique across hosts
     try:
-        with tmp.open("w") as file:
+        with tmp.open("w", encoding="utf-8", errors="backslashreplace") as file:  # the name of a file need not be text
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

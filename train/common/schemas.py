@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -73,7 +74,8 @@ def parse_schema(kind: type[Kind], text: str | bytes) -> Kind:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}") from None
+        message = re.sub(r" or instance of \w+", "", first["msg"].removeprefix("Value error, "))
+        raise ValueError(f"{where + ': ' if where else ''}{message}") from None
 
 
 def read_schema(kind: type[Kind], path: Path) -> Kind:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.common.errors import require
+from train.common.errors import ConfigError, first_line, require, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,11 @@ class Data:
 
     def check(self) -> None:
         """Raise :class:`ConfigError` on a value out of range."""
+        require(self.data != "", 'data is empty; give a file, a folder, "stdlib" or "hub:NAME".')
+        try:
+            Path(self.data).exists()
+        except OSError as error:
+            raise ConfigError(f"data is {shown(self.data)}, which can't be read: {first_line(error)}.") from None
         require(self.sequence_length >= 2, f"sequence_length is {self.sequence_length}; it must be at least 2.")
         require(
             self.data_cache.is_dir() or not self.data_cache.exists(),

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from balanced_adam import beta_schedule
-from train.common.errors import ConfigError, require
+from train.common.errors import require
+from train.common.files import make_folder
 from train.common.progress import Progress
 from train.probe.options import Pilot
 from train.probe.single_rank import single_rank_run
@@ -153,10 +154,7 @@ def choose(pilot: Pilot) -> tuple[Choice, dict[str, Any]]:
         "and --planned-steps sets the run's length.",
     )
     if pilot.out:
-        try:
-            pilot.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"out is {pilot.out}, which can't be used: {error.strerror}.") from None
+        make_folder(pilot.out, "out")
     with TemporaryDirectory() as out:
         rest = ("--betas", repr(PILOT_BETA), *pilot.rest)
         with single_rank_run("train.choose_beta", Path(out), planned, rest) as trainer:

@@ -206,7 +206,7 @@ class Run:
             self.stop_after_nonfinite >= 1,
             f"stop_after_nonfinite is {self.stop_after_nonfinite}; it must be at least 1.",
         )
-        require(5.0 <= self.timeout < 1e6, f"timeout is {self.timeout}; it is in seconds, at least 5.")
+        require(5.0 <= self.timeout < 1e6, f"timeout is {self.timeout}; it is in seconds, from 5 to a million.")
         for concern in (self.data, self.optimizer, self.schedule, self.parallelism, self.checkpoints, self.logging):
             for name, value in dataclasses.asdict(concern).items():
                 if isinstance(value, float):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Iterator, KeysView
+from collections.abc import Iterable, Iterator, KeysView
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,7 +69,7 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     optimizer, zero, bf16, fp16 = (
         _section(config, n, path) for n in ("optimizer", "zero_optimization", "bf16", "fp16")
     )
-    params = _section(optimizer, "params", path)
+    params = _section(optimizer, "params", path, "optimizer.")
     micro = run.parallelism.micro_batch_on(world)
     _check_optimizer(config, optimizer, run.schedule.schedule, path)
     _set_monitors(config, run)
@@ -81,7 +81,8 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     unknown = set(params) - set(own) - PATHS - LEFT_OVER.keys()
     require(
         not unknown,
-        f"ds_config {path} has optimizer.params.{min(unknown, default='')}, which {OPTIMIZER} does not have.",
+        f"ds_config {path} has optimizer.params.{min(unknown, default='')}, which {OPTIMIZER} does not have"
+        f"{_meant(min(unknown, default=''), own.keys() | PATHS)}",
     )
     accumulation = run.parallelism.batch // (micro * world)
     _fill(config, "train_batch_size", run.parallelism.batch, "batch", path)
@@ -89,7 +90,7 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     _fill(config, "gradient_accumulation_steps", accumulation, "batch / (ranks x micro_batch)", path)
     _fill(config, "gradient_clipping", run.optimizer.clip, "clip", path)
     for key, value in own.items():
-        _fill(params, key, value, key, path)
+        _fill(params, key, value, key, path, "optimizer.params.")
     in_fp16 = _resolve_precision(bf16, fp16, run.parallelism.precision, gpus, path)
     _check_zero(config, zero, in_fp16, path)
     left = next(_autos(config), None)
@@ -199,8 +200,8 @@ def _check_zero(config: dict[str, Any], zero: dict[str, Any], in_fp16: bool, pat
         )
 
 
-def _fill(section: dict[str, Any], key: str, value: Any, flag: str, path: Path) -> None:
-    """Set ``section[key]`` to ``value`` if it is missing or "auto".
+def _fill(section: dict[str, Any], key: str, value: Any, flag: str, path: Path, within: str = "") -> None:
+    """Set ``section[key]`` to ``value`` if it is missing or "auto"; ``within`` is the section's name and a dot.
 
     Raises:
         ConfigError: if the file has another value there; it names the option, ``flag``.
@@ -213,7 +214,7 @@ def _fill(section: dict[str, Any], key: str, value: Any, flag: str, path: Path) 
         return
     require(
         type(present) in (type(value), int, float) and present == value,
-        f"ds_config {path} has {key} = {json.dumps(present)}, but {flag} is {json.dumps(value)}; "
+        f"ds_config {path} has {within}{key} = {json.dumps(present)}, but {flag} is {json.dumps(value)}; "
         'make them equal, or write "auto".',
     )
 
@@ -227,8 +228,8 @@ def _autos(node: Any, name: str = "") -> Any:
             yield from _autos(value, f"{name}.{key}".lstrip("."))
 
 
-def _section(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
-    """Return the object ``config[name]``, creating it if it is missing.
+def _section(config: dict[str, Any], name: str, path: Path, within: str = "") -> dict[str, Any]:
+    """Return the object ``config[name]``, creating it if it is missing; ``within`` is as for :func:`_fill`.
 
     Raises:
         ConfigError: if the value is not an object.
@@ -236,7 +237,7 @@ def _section(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     section = config.setdefault(name, {})
     require(
         isinstance(section, dict),
-        f"ds_config {path} has {name} = {json.dumps(section)}; it must be an object, as in ds_configs/*.json.",
+        f"ds_config {path} has {within}{name} = {json.dumps(section)}; it must be an object, as in ds_configs/*.json.",
     )
     return cast("dict[str, Any]", section)
 
@@ -270,8 +271,8 @@ class _AccessRecorder(dict[str, Any]):
     def keys(self) -> Any:
         return KeysView(self)
 
-    def unknown(self) -> tuple[str, str]:
-        """Return the dotted name of a key that was not looked up, and the one that was meant; empty if there is none.
+    def unknown(self) -> tuple[str, set[str]]:
+        """Return the dotted name of a key that was not looked up, empty if there is none, and what was in its section.
 
         A section that is off may have any keys, one in which nothing was looked up is a pydantic model's, and a key
         that begins with "_" is a comment.
@@ -280,12 +281,12 @@ class _AccessRecorder(dict[str, Any]):
             if key.startswith("_"):
                 continue
             if key not in self.asked:
-                return key, next(iter(difflib.get_close_matches(key, self.asked - {key}, 1)), "")
+                return key, self.asked
             if isinstance(value, _AccessRecorder) and value.asked and dict.get(value, "enabled") is not False:
-                name, meant = value.unknown()
+                name, asked = value.unknown()
                 if name:
-                    return f"{key}.{name}", meant
-        return "", ""
+                    return f"{key}.{name}", asked
+        return "", set()
 
 
 def _validate(config: dict[str, Any], path: Path) -> None:
@@ -307,15 +308,23 @@ def _validate(config: dict[str, Any], path: Path) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         where = _place(config, [str(each) for each in first["loc"]])
-        raise ConfigError(f"ds_config {path} has {where} = {first['input']!r:.80}: {first['msg']}.") from None
+        require(
+            first["type"] != "extra_forbidden",
+            f"ds_config {path} has {where!r}, which DeepSpeed does not know; remove it.",
+        )
+        raise ConfigError(f"ds_config {path} has {where} = {json.dumps(first['input'])}: {first['msg']}.") from None
     except Exception as error:  # DeepSpeed raises errors of any class on a wrong value
         raise ConfigError(f"ds_config {path} is refused by DeepSpeed: {first_line(error)}") from None
-    unknown, meant = recorder.unknown()
+    unknown, known = recorder.unknown()
     require(
         not unknown,
-        f"ds_config {path} has {unknown!r}, which DeepSpeed does not know"
-        + (f"; did you mean {meant!r}?" if meant else "; remove it."),
+        f"ds_config {path} has {unknown!r}, which DeepSpeed does not know{_meant(unknown.split('.')[-1], known)}",
     )
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence on an unknown key: the one that is most like it, if there is one."""
+    return next((f"; did you mean {each!r}?" for each in difflib.get_close_matches(name, known, 1)), "; remove it.")
 
 
 def _place(config: dict[str, Any], within: list[str]) -> str:

@@ -176,7 +176,7 @@ def check(config: dict[str, Any], path: Path, gpus: bool, here: bool) -> None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
-        what = "it must be true or false" if first["type"] == "bool_type" else f"it must be an object ({first['msg']})"
+        what = f"it must be {'true or false' if first['type'] == 'bool_type' else 'an object'}"
         value, what = json.dumps(first["input"], default=str), WHAT.get(name, what)
         raise ConfigError(f"ds_config {path} has {name} = {value}; {what}.") from None
     _check_param_dtype(config, path)

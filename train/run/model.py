@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from train.common.errors import ConfigError, first_line, require
+from train.common.errors import ConfigError, first_line, require, shown
 from train.run.config import Model
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def configuration(settings: Model, vocabulary: int, sequence_length: int) -> Pre
             config = AutoConfig.from_pretrained(settings.model)
         except Exception as error:  # of any class, depending on the configuration's files
             raise ConfigError(
-                f"model is {settings.model!r}, which is not a preset ({', '.join(PRESETS)}) and can't be loaded: "
+                f"model is {shown(settings.model)}, which is not a preset ({', '.join(PRESETS)}) and can't be loaded: "
                 f"{first_line(error)}"
             ) from None
     config.use_cache = False
@@ -106,7 +106,7 @@ def build(config: PretrainedConfig, settings: Model, seed: int, ds_config: dict[
             model.gradient_checkpointing_enable({"use_reentrant": False})
     except Exception as error:  # of any class, depending on what is wrong with the configuration
         raise ConfigError(
-            f"model is {settings.model!r}, which transformers can't build as a causal language model: "
+            f"model is {shown(settings.model)}, which transformers can't build as a causal language model: "
             f"{first_line(error)}"
         ) from None
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 
 from train.analysis.report_page import write_report
 from train.common.errors import EXIT_RETRY, ConfigError, RetryError, require
-from train.common.files import environment_facts, load_file, write_json
+from train.common.files import environment_facts, load_file, make_folder, write_json
 from train.common.progress import Progress
 from train.common.schemas import PlanFile
 from train.run import run_dir
@@ -130,10 +130,7 @@ def _write_plan(comparison: Comparison, plan: dict[str, Any]) -> Path:
         ConfigError: if one has, or the folder can't be used.
     """
     file = comparison.out / "manifest.json"
-    try:
-        comparison.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out is {comparison.out}, which can't be used: {error.strerror}.") from None
+    make_folder(comparison.out, "out")
     if file.exists():
         before = load_file(PlanFile, file).model_dump(exclude_unset=True)
         begun = any(run_dir.has_begun(comparison.out / run["name"]) for run in before["runs"])

@@ -122,7 +122,7 @@ def _tuned(comparison: Comparison, arms: Iterable[str]) -> dict[str, tuple[float
     try:
         table = load_results(*comparison.lr_from)[1]
     except ConfigError as error:
-        raise ConfigError(f"lr_from is {folders}: {error}") from None
+        raise ConfigError(f"lr_from: {error}") from None
     best = best_lr(table)
     for arm in arms:
         there = best.loc[best["arm"] == arm, "validation_loss"]
@@ -158,11 +158,15 @@ def read_manifest(file: Path) -> dict[str, Any]:
     require(bool(runs) and len(runs) == len(plan["runs"]), f"{file} has no run, or two of one name.")
     shared = []
     for name, run in runs.items():
+        require("arguments" in run, f"{file} has the run {name!r} without arguments.")
         require(
             re.fullmatch(r"\w[\w.,-]*", name) is not None,
             f"{file} has the run {name!r}; a name is a folder's: letters, digits and . , - _.",
         )
-        settings = _checked(run, plan["ranks"])
+        try:
+            settings = _checked(run, plan["ranks"])
+        except ConfigError as error:
+            raise ConfigError(f"{file} has the run {name!r}, whose arguments are wrong: {error}") from None
         from_arguments = {
             "lr": settings.optimizer.lr,
             "seed": settings.seed,
