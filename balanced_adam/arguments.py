@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,12 +39,20 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What a parameter may be."""
 
 
-def check_left_over(settings: dict[str, Any]) -> None:
+def check_left_over(settings: dict[str, Any], own: Iterable[str] | None = None) -> None:
     """Check arguments of another Adam. They are accepted where they change nothing.
 
+    Args:
+        settings: by name.
+        own: names of our own arguments, where all others are to be those of another Adam.
+
     Raises:
+        TypeError: on one that neither has.
         ValueError: naming the field, the value and what would be right.
     """
+    if own is not None and (unknown := min(settings.keys() - LEFT_OVER.keys(), default=None)):
+        close = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(unknown, own, 1))
+        raise TypeError(f"BalancedAdam has no argument {unknown!r}{close or '.'}")
     for field, (allowed, why) in LEFT_OVER.items():
         if field in settings and allowed is not ANY and settings[field] is not allowed:
             raise ValueError(f"{field} is {shown(settings[field])}, and BalancedAdam takes {allowed} alone: {why}.")
@@ -70,7 +80,9 @@ def check_group(group: dict[str, Any], allow_unbalanced: bool) -> None:
     """
     lr = group["lr"]
     if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.dtype == torch.bool or lr.is_complex()):
-        raise ValueError(f"lr is a {lr.dtype} tensor of shape {tuple(lr.shape)}; give a number, or a tensor of one.")
+        raise ValueError(
+            f"lr is a {lr.dtype} tensor of shape {tuple(lr.shape)}; give a number, or a tensor with one element."
+        )
     for field in NUMBERS:
         value = as_setting(field, group[field])
         if field != "lr" or not isinstance(group[field], Tensor):  # a scheduler may hold on to an lr that is a tensor
@@ -101,8 +113,8 @@ def check_before_step(group: dict[str, Any], allow_unbalanced: bool) -> None:
     group["betas"] = as_pair(group["betas"], allow_unbalanced=True)
     if group["betas"][0] != group["betas"][1] and not allow_unbalanced:
         raise ValueError(
-            f"betas is {group['betas']} at this step, and BalancedAdam's betas are equal; they change together, or not "
-            "at all. OneCycleLR, CyclicLR and DeepSpeed's OneCycle change one: give them cycle_momentum=False."
+            f"betas is {group['betas']} at this step, and BalancedAdam needs equal betas: change both; OneCycleLR, "
+            "CyclicLR and DeepSpeed's OneCycle change one: give them cycle_momentum=False."
         )
     check_format(group)
     for param in group["params"]:
@@ -163,7 +175,8 @@ def check_param(param: Tensor, format: str) -> None:
     if param.requires_grad and param.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} is {param.dtype}; BalancedAdam steps {names}: leave it out."
+            f"a parameter of shape {tuple(param.shape)} is {param.dtype}; BalancedAdam takes {names}; don't "
+            "give it to the optimizer."
         )
     if format != "fp32" and param.dtype == torch.float64:
         raise ValueError(f"state is {format!r}, and a parameter is float64; its moments must be 'fp32'.")
@@ -184,7 +197,9 @@ def as_setting(field: str, value: Any, when: str = "") -> float:
     """
     try:
         number = as_float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{field} is {shown(value)}{when}; it must be a number.") from None
     if not (math.isfinite(number) and number >= 0.0):
         raise ValueError(f"{field} is {number}{when}; it must be a finite number, at least 0.")
@@ -205,8 +220,7 @@ def as_pair(betas: Betas, allow_unbalanced: bool) -> rule.Betas:
         raise ValueError(f"betas is {betas}; each beta must lie in [0, 1).")
     if beta1 != beta2 and not allow_unbalanced:
         raise ValueError(
-            f"betas is ({beta1}, {beta2}); BalancedAdam's betas are equal, since only then is a step bounded by lr and "
-            "free, to first order, of the gradient's scale: give one number, or allow_unbalanced=True to run plain "
-            "AdamW."
+            f"betas is ({beta1}, {beta2}), and BalancedAdam needs equal betas: give one number, or "
+            "allow_unbalanced=True to run plain AdamW."
         )
     return beta1, beta2

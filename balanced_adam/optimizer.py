@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from balanced_adam import bias_correction, dtensor, kernels, parameter_step, rul
 from balanced_adam import state as states
 from balanced_adam import state_dict as state_dicts
 from balanced_adam.arguments import (
-    LEFT_OVER,
     SWITCHES,
     Betas,
     as_pair,
@@ -99,9 +99,7 @@ class BalancedAdam(torch.optim.Optimizer):
         fused_zero: bool = True,
         **left_over: Any,
     ) -> None:
-        if unknown := left_over.keys() - LEFT_OVER.keys():
-            raise TypeError(f"BalancedAdam has no argument {min(unknown)!r}.")
-        check_left_over(left_over)
+        check_left_over(left_over, inspect.signature(BalancedAdam).parameters)
         from balanced_adam.zero import import_hook  # which knows this class
 
         import_hook.register_if_imported()

@@ -139,8 +139,8 @@ def check_loaded(format: Any, group: list[State], betas: tuple[float, float]) ->
         )
         if begun and not whole:
             raise ValueError(
-                f"the loaded state has {', '.join(map(str, state))}; it must have step, and {' and '.join(MOMENTS)} or "
-                f"{PACKED}. Is it another optimizer's?"
+                f"the loaded state of a parameter has {list(state)}; it must have 'step', and either "
+                f"{' and '.join(map(repr, MOMENTS))} or {PACKED!r}: it is damaged, or another optimizer's."
             )
         if "exp_avg_sq" in state and bool((dtensor.local(state["exp_avg_sq"]) < 0).any()):
             raise ValueError(

@@ -120,13 +120,19 @@ def _check_is_adamw(group: dict[str, Any], own: dict[str, Any]) -> None:
 
 def _check_ids(ids: list[Any], state: Mapping[Any, Any]) -> None:
     """Check that each parameter has an id of its own, and each state a parameter: torch would leave out the rest."""
-    wrong = [key for key in ids if not isinstance(key, int | str) or isinstance(key, bool)]
-    if wrong or len(set(ids)) != len(ids):
+    seen: set[int | str] = set()
+    for key in ids:
+        if not isinstance(key, int | str) or isinstance(key, bool) or key in seen:
+            raise ValueError(
+                f"the loaded state has {shown(key)} among its groups' params; each must be a whole number or a name, "
+                "and in one place: it is damaged."
+            )
+        seen.add(key)
+    if lost := [key for key in state if key not in seen]:
         raise ValueError(
-            f"the loaded state has groups whose params are {shown(ids)}; each must be a number or a name of its own."
+            f"the loaded state has moments of the parameter {shown(lost[0])}, which none of its groups has: it is "
+            "damaged."
         )
-    if lost := [key for key in state if key not in set(ids)]:
-        raise ValueError(f"the loaded state has moments of the parameter {shown(lost[0])}, which is in no group of it.")
 
 
 def _check_fits(param: Tensor, state: State) -> None:

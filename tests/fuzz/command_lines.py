@@ -207,7 +207,7 @@ def outcome(seed: int, folder: Path, corpus: Path) -> Outcome:
     else:
         accept = command.accept
         do = lambda: accept(given)  # noqa: E731
-    names = {"": "", "--": value.split(" ")[0], "--betas": "beta"}.get(option, option).lstrip("-")
+    names = {"": "", "--": value.split(" ")[0], "--betas": "beta", "--seeds": "seed"}.get(option, option).lstrip("-")
     return attempt(f"train.{command.module} {given!r}", do, (Refused, ConfigError), is_wrong, names)
 
 

@@ -27,7 +27,7 @@ from train.run.metrics import Metrics, read_metrics
 
 # (options, what the sentence must say): found before there are ranks or data.
 EARLY = [
-    ("--stepz 3", "--stepz is no option; did you mean --steps"),
+    ("--stepz 3", r"--stepz is not an option \(did you mean --steps\?\)"),
     ("--steps three", "--steps"),
     ("--schedule square", "'square'"),
     ("--betas 1.0", r"betas is \(1.0, 1.0\)|betas is 1.0|betas is \[1.0, 1.0\].*\[0, 1\)"),
@@ -236,8 +236,8 @@ COMPARISONS = [
     ("--lr 1e-2 --lr-from somewhere", "lr and lr_from are both given; give one of them."),
     ("--lr-from somewhere", "somewhere holds no manifest.json"),
     ("--arms refresh:100 refresh:1e2", "give each only once"),
-    ("--discard-checkpoints", "a plan alone has no use for them."),
-    ("--max-hours 1", "a plan alone has no use for them."),
+    ("--discard-checkpoints", "has no effect with plan_only, which starts no run; remove it."),
+    ("--max-hours 1", "has no effect with plan_only, which starts no run; remove it."),
     ("--arms half_life:x", "beta is 'half_life:x'; it must be a number, or refresh:R"),
     ("--arms 0.95 0.9,0.95:packed16", "packed moments need equal betas"),
     ("--seeds 1 1", "seeds is 1 1; give each only once"),
@@ -296,7 +296,7 @@ def test_a_plan_that_somebody_has_edited_is_run_or_refused(tmp_path: Path, capsy
         (("launcher",), "python", "the launcher python starts one"),
         (("runs",), [], "has no run"),
         (("runs", 1, "arguments"), ["--clip", "-1"], "clip is -1.0; it must be at least 0"),
-        (("runs", 1), {}, "which is not a plan: runs.1.name: Field required"),
+        (("runs", 1), {}, "which is not a plan: it has no runs.1.name; --plan-only writes one"),
         (("runs",), 3, "which is not a plan: runs: Input should be a valid list"),
     ):
         edited = json.loads(file.read_text())
@@ -361,7 +361,7 @@ def test_a_path_that_no_file_can_have_is_refused(command: str, path: str) -> Non
 
 
 def test_a_path_with_a_nul_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"out is 'runs/a\\x00b', which holds a NUL"):
+    with pytest.raises(ConfigError, match=r"out is 'runs/a\\x00b', which holds a NUL; remove that"):
         parse(Run, ["--out", "runs/a\0b"], "train.pretrain", None)
 
 

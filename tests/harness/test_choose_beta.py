@@ -111,7 +111,7 @@ def test_a_pilot_recommends_a_beta_and_says_what_other_rules_would(
         ("--probes 1", "probes is 1; it must be at least 2."),
         (
             "--checkpoints 2",
-            "checkpoints is 2; it must be at least 3, since the drift's error needs two distances.",
+            "checkpoints is 2; it must be at least 3.",
         ),
         ("--planned-steps 0", "planned_steps is 0; it must be at least the pilot's 200."),
         ("--steps 3", "steps is 3; it must be at least the number of checkpoints, 4."),

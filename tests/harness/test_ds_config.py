@@ -14,7 +14,7 @@ DS_CONFIGS = [
     ("{", "is not JSON"),
     ("[]", "is a JSON list; it must be an object"),
     ('{"bf16": {"enabled": false}, "bf16": {"enabled": true}}', "has the key 'bf16' twice"),
-    ('{"optimizer": {"type": "AdamW"}}', "names the optimizer 'AdamW'; it must be 'BalancedAdam'"),
+    ('{"optimizer": {"type": "AdamW"}}', 'has optimizer.type = "AdamW"; it must be "BalancedAdam"'),
     ('{"optimizer": {"params": {"amsgrad": true}}}', "amsgrad is True, and BalancedAdam takes"),
     ('{"optimizer": {"params": {"adam_w_mode": false}}}', "adam_w_mode is False, and BalancedAdam takes"),
     ('{"optimizer": {"params": {"momentum": 0.9}}}', "has optimizer.params.momentum, which BalancedAdam does not have"),
@@ -47,27 +47,36 @@ DS_CONFIGS = [
         for ratio in (0.3, 0, '"1"', "true", "NaN")
     ),
     *(
-        (content, f"has {key}, which train.pretrain does not support: .*; remove it")
+        (content, rf"has {key}, which train.pretrain does not support \(.*\); remove it")
         for key, content in {
             "checkpoint.load_universal": '{"checkpoint": {"load_universal": true}}',
             "activation_checkpointing": '{"activation_checkpointing": {"partition_activations": true}}',
-            "amp": '{"amp": {"enabled": true}}',
             "autotuning": '{"autotuning": {"enabled": true}}',
             "checkpoint.writer": '{"checkpoint": {"writer": {"type": "fast", "decoupled": true}}}',
             "compile": '{"compile": {"disable": false, "backend": "inductor"}}',
-            "compression_training": '{"compression_training": {"layer_reduction": {"enabled": true}}}',
-            "curriculum_learning": '{"curriculum_learning": {"enabled": true}}',
             "data_efficiency": '{"data_efficiency": {"enabled": true, "seed": 1}}',
-            "eigenvalue": '{"eigenvalue": {"enabled": true}}',
             "expert_parallel": '{"expert_parallel": {"enabled": true, "autoep_size": 2}}',
             "hybrid_engine": '{"hybrid_engine": {"enabled": true}}',
-            "progressive_layer_drop": '{"progressive_layer_drop": {"enabled": true}}',
-            "sparse_attention": '{"sparse_attention": {"mode": "fixed"}}',
             "tensor_parallel": '{"tensor_parallel": {"autotp_size": 2}}',
             "zero_optimization.offload_optimizer.super_offload": '{"zero_optimization": {"stage": 3, '
             '"offload_optimizer": {"device": "cpu", "super_offload": true}}}',
             "zero_optimization.zenflow": '{"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}',
         }.items()
+    ),
+    *(
+        (f'{{"{key}": {{"enabled": false}}}}', f"has {key}, which DeepSpeed no longer has; remove it")
+        for key in (
+            "amp",
+            "compression_training",
+            "curriculum_learning",
+            "eigenvalue",
+            "elasticity",
+            "sparse_attention",
+        )
+    ),
+    (
+        '{"zero_optimization": {"stage": 3, "mics_shard_size": 2}}',
+        "has zero_optimization.mics_shard_size, which DeepSpeed no longer has",
     ),
     *(
         (f'{{"zero_optimization": {{"stage": 3, "{key}": true}}}}', f"zero_optimization.{key}, which needs GPUs")
@@ -108,12 +117,14 @@ DS_CONFIGS = [
     ('{"fp16": {"enabledd": false}}', "has 'fp16.enabledd', which DeepSpeed does not know"),
     ('{"flops_profiler": {"enable": true}}', "has 'flops_profiler.enable', .* did you mean 'enabled'"),
     ('{"timers": 3}', "has timers = 3; it must be an object"),
-    ('{"zero_optimization": {"stage": 2}, "prescale_gradients": true}', "prescale_gradients = true at stage 2, where"),
-    ('{"zero_optimization": {"stage": 1, "legacy_stage1": true}}', "legacy_stage1, .* DeepSpeed has removed it"),
-    ('{"elasticity": {"enabled": true}}', "is refused by DeepSpeed: Elastic training has been removed"),
+    (
+        '{"zero_optimization": {"stage": 2}, "prescale_gradients": true}',
+        "prescale_gradients = true at stage 2, where .*; remove prescale_gradients",
+    ),
+    ('{"zero_optimization": {"stage": 1, "legacy_stage1": true}}', "legacy_stage1, .*DeepSpeed has removed it"),
     (
         '{"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}',
-        'zero_optimization.reduce_bucket_size "auto"',
+        'zero_optimization.reduce_bucket_size = "auto", which only',
     ),
 ]
 

@@ -163,7 +163,7 @@ def test_a_best_beta_at_the_edge_is_told(tmp_path: Path, capsys: pytest.CaptureF
     ("columns", "sentence"),
     [
         (["arm", "lr"], "is not a table of runs"),
-        (["arm", "lr", "seed", "validation_loss"], "lacks the numbers in the columns step, tokens, parameters"),
+        (["arm", "lr", "seed", "validation_loss"], "lacks numbers above 0 in the columns step, tokens, parameters"),
     ],
 )
 def test_a_table_that_tells_too_little_is_refused(

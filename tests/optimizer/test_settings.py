@@ -26,7 +26,10 @@ def in_words(value: Any) -> str:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"lr": -1.0}, "lr is -1.0; it must be a finite number, at least 0"),
     ({"lr": float("nan")}, "lr is nan"),
-    ({"lr": torch.ones(2)}, r"lr is a torch.float32 tensor of shape \(2,\); give a number, or a tensor of one"),
+    (
+        {"lr": torch.ones(2)},
+        r"lr is a torch.float32 tensor of shape \(2,\); give a number, or a tensor with one element",
+    ),
     ({"lr": torch.tensor(True)}, "lr is a torch.bool tensor"),
     ({"lr": torch.tensor(1e-3 + 0j)}, "lr is a torch.complex64 tensor"),
     ({"betas": 1.0}, r"betas is 1.0; each beta must lie in \[0, 1\)"),
@@ -109,7 +112,7 @@ def test_what_is_left_of_another_adam_and_changes_nothing_is_accepted() -> None:
 
 
 def test_an_unknown_argument_is_refused() -> None:
-    with pytest.raises(TypeError, match="BalancedAdam has no argument 'weigth_decay'"):
+    with pytest.raises(TypeError, match="BalancedAdam has no argument 'weigth_decay'; did you mean 'weight_decay'"):
         BalancedAdam(parameters(), weigth_decay=0.1)
 
 
@@ -133,7 +136,7 @@ def test_parameters_that_no_step_is_defined_for_are_refused(dtype: torch.dtype) 
         return
     param = nn.Parameter(torch.zeros(4).to(dtype))
     with pytest.raises(
-        ValueError, match=rf"a parameter of shape \(4,\) is {dtype}; BalancedAdam steps float16, bfloat16,"
+        ValueError, match=rf"a parameter of shape \(4,\) is {dtype}; BalancedAdam takes float16, bfloat16,"
     ):
         BalancedAdam([*parameters(), param])
 

@@ -326,7 +326,7 @@ def read(*files: Path) -> pd.DataFrame:
         except OSError as error:
             raise ConfigError(f"{file} can't be read: {error.strerror}; give a report.csv of train.report.") from None
         except (KeyError, ValueError, TypeError) as error:
-            reason = first_line(error).rstrip(".")
+            reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else first_line(error).rstrip(".")
             raise ConfigError(f"{file} is not a table of runs ({reason}); give a report.csv of train.report.") from None
         require(
             len(table) > 0 and table[["arm", "lr", "seed"]].notna().all(axis=None),

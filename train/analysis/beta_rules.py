@@ -122,7 +122,11 @@ def chosen(rule: str, pilot: Path, runs: dict[str, int]) -> float:
             return math.nan
         content = load_file(PilotFile, pilot).model_dump()
         for key, value in runs.items():
-            require(content[key] == value, f"{pilot} is for runs with {key} = {content[key]}, and these have {value}.")
+            require(
+                content[key] == value,
+                f"{pilot} is for runs with {key} = {content[key]}, and these have {value}; "
+                "run train.choose_beta with their options.",
+            )
         return math.nan if content["beta"] is None else float(content["beta"])
     try:
         return beta_schedule.resolve(rule, steps=runs["steps"], tokens_per_step=runs["tokens_per_step"])
@@ -141,7 +145,7 @@ def check(rules: tuple[str, ...]) -> None:
         try:
             beta_schedule.resolve("0.95" if rule == PILOT else rule, steps=1e12, tokens_per_step=1)
         except ValueError as error:
-            raise ConfigError(f'rules has {rule!r}, which is not "{PILOT}", and {error}') from None
+            raise ConfigError(f'rules has {rule!r}, which is neither "{PILOT}" nor a rule: {error}') from None
 
 
 def row(place: Path, rules: tuple[str, ...]) -> dict[str, str]:
@@ -156,19 +160,23 @@ def row(place: Path, rules: tuple[str, ...]) -> dict[str, str]:
     """
     kept = place.suffix == ".csv"
     file, pilot = (place, place.with_suffix(".pilot.json")) if kept else (place / TABLE, place / PILOT_FILE)
+    require(not place.is_file() or kept, f"runs has {place}, which is neither a folder nor a .csv file.")
     require(
         file.exists(), f"{file} is missing; {'give another' if kept else f'python -m train.report {place} makes it'}."
     )
     table = beta_grid.read(file)
     finished = table[table["validation_loss"].notna()]
+    require(len(finished) > 0, f"{file} has no run that has finished.")
     require(
-        len(finished) > 0 and set(NEEDED) <= set(table.columns) and (finished[NEEDED] >= 1).all(axis=None),
-        f"{file} has no run that has finished, or lacks the numbers in the columns {', '.join(NEEDED)}, "
-        "which the rules need.",
+        set(NEEDED) <= set(table.columns) and (finished[NEEDED] >= 1).all(axis=None),
+        f"{file} lacks numbers above 0 in the columns {', '.join(NEEDED)}, which the rules need.",
     )
     steps, tokens, parameters = (int(finished[column].iloc[0]) for column in NEEDED)
     runs = {"steps": steps, "tokens_per_step": tokens // steps, "parameters": parameters}
-    losses = diagonal(table)
+    try:
+        losses = diagonal(table)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
     least = best(losses)
     edge = " (at the edge of those that were run)" if least in (losses.columns[0], losses.columns[-1]) and least else ""
     tied = beta_grid.cells_of(table).query("beta1 == beta2")

@@ -79,7 +79,7 @@ def load_results(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str
                 require(
                     settings == shared,
                     f"runs has {out / run['name']}, which differs from the others in more than arm, lr and seed: "
-                    f"{', '.join(k for k in {**shared, **settings} if settings.get(k) != shared.get(k))}.",
+                    f"{', '.join(k or repr(k) for k in {**shared, **settings} if settings.get(k) != shared.get(k))}.",
                 )
     require(bool(rows), f"no run has ended yet in {', '.join(map(str, folders))}.")
     table = pd.DataFrame(rows)

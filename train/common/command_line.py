@@ -83,7 +83,7 @@ def parse(settings: type[Settings], arguments: list[str], module: str, descripti
         if stop.code in (0, None):
             raise
         sentence = _plainly(_one_sentence(complaint.getvalue()), settings)
-        raise ConfigError(f"{sentence}{'' if sentence.endswith('?') else ';'} see python -m {module} --help.") from None
+        raise ConfigError(f"{sentence}; see python -m {module} --help.") from None
     _check_texts(parsed, arguments)
     return parsed
 
@@ -99,11 +99,11 @@ def _check_texts(settings: Any, arguments: list[str]) -> None:
         if dataclasses.is_dataclass(value):
             _check_texts(value, arguments)
         for text in value if isinstance(value, tuple) else (value,):
-            require("\0" not in str(text), f"{each.name} is {shown(str(text))}, which holds a NUL.")
+            require("\0" not in str(text), f"{each.name} is {shown(str(text))}, which holds a NUL; remove that.")
             if not isinstance(text, Path):
                 continue
             empty = text == Path() and {"", f"--{each.name.replace('_', '-')}="} & set(arguments)
-            require(not empty, f"{each.name} is empty; give a path, or . for the current folder.")
+            require(not empty, f"{each.name} is empty; give a path.")
             _check_path(each.name, text, (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR))
             if each.name == "out":  # of what will lie in it
                 _check_path(each.name, text, (errno.ENAMETOOLONG,), "/" + LONGEST)
@@ -117,8 +117,11 @@ def _check_path(name: str, path: Path, impossible: tuple[int, ...], more: str = 
             raise ConfigError(f"{name} is {shown(str(path))}, which can't be a path: {error.strerror}.") from None
 
 
-TYPES = {"int": "a whole number", "float": "a number", "tuple[int, ...]": "whole numbers"}
-TYPES |= {"tuple[float, ...]": "numbers", "float | tuple[float, float] | str": "one number, two numbers or a rule"}
+TYPES = {"int": "a whole number", "float": "a number", "tuple[int, ...]": "one or more whole numbers"}
+TYPES |= {
+    "tuple[float, ...]": "one or more numbers",
+    "float | tuple[float, float] | str": "one number, two numbers or a rule",
+}
 """What values of a type are called."""
 
 
@@ -126,7 +129,7 @@ def _plainly(complaint: str, settings: type[Any]) -> str:
     """Return tyro's complaint about a value in words that are not Python's."""
     if unknown := re.match(r"Unrecognized options: --([\w-]+)", complaint):
         close = difflib.get_close_matches(unknown[1], [name.replace("_", "-") for name, _ in _types(settings)], 1)
-        return f"--{unknown[1]} is no option" + "".join(f"; did you mean --{each}?" for each in close)
+        return f"--{unknown[1]} is not an option" + "".join(f" (did you mean --{each}?)" for each in close)
     if extra := re.match(r"Unrecognized options: (.*)", complaint):
         return f"{extra[1]} is neither an option nor the value of one"
     if required := re.match(r"Missing from .*?: --([\w-]+)", complaint):

@@ -41,7 +41,8 @@ def first_line(error: BaseException) -> str:
         return "a file holds more than tensors and plain data, or is damaged"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:297]}..."
 
 
 def shown(text: str) -> str:
@@ -49,6 +50,13 @@ def shown(text: str) -> str:
     short = reprlib.Repr()
     short.maxstring = 80
     return short.repr(text)
+
+
+def why_not_loaded(name: str, error: BaseException) -> str:
+    """Return why transformers can't load something by this name: a path, or a name on the Hugging Face hub."""
+    if os.path.exists(name):  # noqa: PTH110 -- False for a name that is too long for a path
+        return first_line(error).rstrip(".")
+    return "there is no such folder, and no such name in the Hugging Face cache, or on the hub as far as it is reached"
 
 
 def is_main_process() -> bool:

@@ -103,6 +103,8 @@ def load_file(kind: type[Kind], path: Path) -> Kind:
     """
     try:
         return read_schema(kind, path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing; restore it.") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be read: {first_line(error)}; restore it, or remove it.") from None
 

@@ -67,6 +67,10 @@ def parse_schema(kind: type[Kind], text: str | bytes) -> Kind:
     try:
         # Not pydantic's own parser: it rejects the lone surrogates of file names that are not UTF-8.
         content = json.loads(text)
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON at line {error.lineno}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     try:
@@ -74,6 +78,8 @@ def parse_schema(kind: type[Kind], text: str | bytes) -> Kind:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            raise ValueError(f"it has no {where}") from None
         message = re.sub(r" or instance of \w+", "", first["msg"].removeprefix("Value error, "))
         raise ValueError(f"{where + ': ' if where else ''}{message}") from None
 

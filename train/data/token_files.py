@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.common.errors import ConfigError, RetryError, first_line, require, shown
+from train.common.errors import ConfigError, RetryError, first_line, require, shown, why_not_loaded
 from train.common.files import checksum, expanded, write_json
 from train.common.schemas import About, guard, read_schema
 from train.data.blocks import Blocks
@@ -41,7 +41,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # of any class, depending on the tokenizer's files
-        raise ConfigError(f"tokenizer is {shown(name)}, which transformers can't load: {first_line(error)}") from None
+        raise ConfigError(
+            f"tokenizer is {shown(name)}, which can't be loaded: {why_not_loaded(name, error)}."
+        ) from None
 
 
 def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = "") -> Path:

@@ -40,7 +40,7 @@ class Srun(_Environment):
     SLURM_LOCALID: Index = 0
     SLURM_NODEID: Index = 0
     SLURM_STEP_TASKS_PER_NODE: Annotated[
-        str, Field(pattern=f"^{TASKS}(,{TASKS})*$", description='tasks on each host, as "4(x2),3"')
+        str, Field(pattern=f"^{TASKS}(,{TASKS})*$", description='a list of the tasks on each host, as "4(x2),3"')
     ] = "1"
 
 

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from train.common.errors import ConfigError, PeerLostError, require
 from train.distributed import environment
@@ -137,12 +138,19 @@ def join(timeout: float) -> Ranks:
     local_rank = int(os.environ["LOCAL_RANK"])
     index = local_rank if accelerator.device_count() > 1 else 0  # srun --gpus-per-task shows each rank one GPU
     accelerator.set_device(index)
+    backend = accelerator.communication_backend_name()
     try:
+        if store := loopback_store(timeout):
+            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            # With the longer time, the Watchdog reports first.
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout + 60)
+            )
         deepspeed.init_distributed(
-            accelerator.communication_backend_name(),
+            backend,
             auto_mpi_discovery=False,
             verbose=False,
-            timeout=timedelta(seconds=timeout + 60),  # so that the Watchdog reports first
+            timeout=timedelta(seconds=timeout + 60),
         )
     except dist.DistError:
         env = os.environ
@@ -154,6 +162,43 @@ def join(timeout: float) -> Ranks:
     device = torch.device(accelerator.device_name(index))
     rank, world = dist.get_rank(), dist.get_world_size()
     return Ranks(rank, local_rank, world, device, Watchdog(rank, world, timeout))
+
+
+def loopback_store(timeout: float) -> TCPStore | None:
+    """Return the store at which the ranks of a single host meet, listening on its loopback interface.
+
+    torch's own listens on all interfaces, whatever MASTER_ADDR is. It is left to torch where the ranks meet at another
+    address, where torchrun's agent has made it already, and where they have met.
+
+    Args:
+        timeout: seconds for the ranks to meet.
+
+    Raises:
+        PeerLostError: on rank 0, if the port is taken.
+        torch.distributed.DistError: if the ranks don't meet within that time.
+    """
+    env = os.environ
+    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    if host not in ("127.0.0.1", "localhost") or env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    if dist.is_initialized():
+        return None
+    first, listener = env["RANK"] == "0", None
+    if first:
+        try:
+            listener = socket.create_server((host, port), backlog=2048).detach()  # the store closes it
+        except OSError as error:
+            raise PeerLostError(
+                f"rank 0 can't listen at {host}:{port}, where the ranks are to meet: {error.strerror}."
+            ) from None
+    return TCPStore(
+        host,
+        port,
+        int(env["WORLD_SIZE"]),
+        is_master=first,
+        timeout=timedelta(seconds=timeout + 60),
+        master_listen_fd=listener,
+    )
 
 
 def exit_process(code: int) -> NoReturn:

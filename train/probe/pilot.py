@@ -141,7 +141,7 @@ def choose(pilot: Pilot) -> tuple[Choice, dict[str, Any]]:
     require(pilot.probes >= 2, f"probes is {pilot.probes}; it must be at least 2.")
     require(
         pilot.checkpoints >= 3,
-        f"checkpoints is {pilot.checkpoints}; it must be at least 3, since the drift's error needs two distances.",
+        f"checkpoints is {pilot.checkpoints}; it must be at least 3.",
     )
     gap = pilot.steps // pilot.checkpoints
     require(gap >= 1, f"steps is {pilot.steps}; it must be at least the number of checkpoints, {pilot.checkpoints}.")

@@ -93,10 +93,13 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
         _fill(params, key, value, key, path, "optimizer.params.")
     in_fp16 = _resolve_precision(bf16, fp16, run.parallelism.precision, gpus, path)
     _check_zero(config, zero, in_fp16, path)
-    left = next(_autos(config), None)
-    require(
-        left is None, f'ds_config {path} has {left} "auto", which only Transformers\' Trainer fills in; give a value.'
-    )
+    if left := next(_autos(config), None):
+        known = _parsed({key: value for key, value in config.items() if not any(_autos(value))}, path).asked
+        key = left.split(".")[0]
+        require(key in known, f"ds_config {path} has {key!r}, which DeepSpeed does not know{_meant(key, known)}")
+        raise ConfigError(
+            f'ds_config {path} has {left} = "auto", which only Transformers\' Trainer fills in; give a value.'
+        )
     here = getattr(run, "ranks", None) is None  # train.preflight --ranks may check for other machines
     ds_schema.check(config, path, gpus, here)
     _validate(config, path)
@@ -118,8 +121,8 @@ def _check_optimizer(config: dict[str, Any], optimizer: dict[str, Any], schedule
     name = optimizer.setdefault("type", OPTIMIZER)
     require(
         isinstance(name, str) and name.lower() == OPTIMIZER.lower(),
-        f"ds_config {path} names the optimizer {name!r}; it must be {OPTIMIZER!r} "
-        "(any betas, with --allow-unbalanced).",
+        f"ds_config {path} has optimizer.type = {json.dumps(name)}; it must be {json.dumps(OPTIMIZER)} "
+        "(which is AdamW with --allow-unbalanced).",
     )
     require(
         "scheduler" not in config,
@@ -196,7 +199,7 @@ def _check_zero(config: dict[str, Any], zero: dict[str, Any], in_fp16: bool, pat
         require(
             stage < 2 or zero.get("reduce_scatter") is False or config.get(key) in without,
             f"ds_config {path} has {key} = {json.dumps(config.get(key))} at stage {stage}, where DeepSpeed scales "
-            "gradients only with reduce_scatter = false; remove it.",
+            f"gradients only with reduce_scatter = false; remove {key}.",
         )
 
 
@@ -212,6 +215,11 @@ def _fill(section: dict[str, Any], key: str, value: Any, flag: str, path: Path, 
     if present == "auto":
         section[key] = value
         return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    require(
+        not number or type(present) in (int, float),
+        f'ds_config {path} has {within}{key} = {json.dumps(present)}; it must be {json.dumps(value)}, or "auto".',
+    )
     require(
         type(present) in (type(value), int, float) and present == value,
         f"ds_config {path} has {within}{key} = {json.dumps(present)}, but {flag} is {json.dumps(value)}; "
@@ -295,13 +303,26 @@ def _validate(config: dict[str, Any], path: Path) -> None:
     Raises:
         ConfigError: if DeepSpeed rejects a value, or does not know a key.
     """
+    unknown, known = _parsed(config, path).unknown()
+    require(
+        not unknown,
+        f"ds_config {path} has {unknown!r}, which DeepSpeed does not know{_meant(unknown.split('.')[-1], known)}",
+    )
+
+
+def _parsed(config: dict[str, Any], path: Path) -> _AccessRecorder:
+    """Have DeepSpeed parse the configuration, and return what it has looked up.
+
+    Raises:
+        ConfigError: if DeepSpeed rejects a value, or does not know a key of a section.
+    """
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
     # DeepSpeed assumes one rank here, so the batch size would not fit. The three batch sizes are checked already, as
     # are the optimizer's parameters.
     content = {key: value for key, value in copy.deepcopy(config).items() if key != "train_batch_size"}
-    content["optimizer"] = {**content["optimizer"], "params": {}}
+    content["optimizer"] = {**content.get("optimizer", {}), "params": {}}
     recorder = _AccessRecorder(content)
     try:
         DeepSpeedConfig(recorder)
@@ -312,14 +333,12 @@ def _validate(config: dict[str, Any], path: Path) -> None:
             first["type"] != "extra_forbidden",
             f"ds_config {path} has {where!r}, which DeepSpeed does not know; remove it.",
         )
-        raise ConfigError(f"ds_config {path} has {where} = {json.dumps(first['input'])}: {first['msg']}.") from None
+        right = {"bool": "must be true or false", "int": "must be a whole number"}.get(first["type"].split("_")[0])
+        why = f"it {right}" if right else f"DeepSpeed says: {first['msg']}"
+        raise ConfigError(f"ds_config {path} has {where} = {json.dumps(first['input'])}; {why}.") from None
     except Exception as error:  # DeepSpeed raises errors of any class on a wrong value
         raise ConfigError(f"ds_config {path} is refused by DeepSpeed: {first_line(error)}") from None
-    unknown, known = recorder.unknown()
-    require(
-        not unknown,
-        f"ds_config {path} has {unknown!r}, which DeepSpeed does not know{_meant(unknown.split('.')[-1], known)}",
-    )
+    return recorder
 
 
 def _meant(name: str, known: Iterable[str]) -> str:

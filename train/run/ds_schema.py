@@ -13,37 +13,46 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 
 from train.common.errors import ConfigError, require
 
+REMOVED = (
+    "amp",
+    "compression_training",
+    "curriculum_learning",
+    "eigenvalue",
+    "elasticity",
+    "graph_harvesting",
+    "nebula",
+    "progressive_layer_drop",
+    "quantize_training",
+    "sparse_attention",
+    "sparse_gradients",
+    "zero_optimization.mics_hierarchical_params_gather",
+    "zero_optimization.mics_shard_size",
+    "zero_optimization.zeropp_loco_param",
+)
+"""Keys that DeepSpeed refuses, whatever their value."""
 UNSUPPORTED = {
     "activation_checkpointing": "it is for models that call DeepSpeed's checkpoint function; use "
     "--activation-checkpointing",
-    "amp": "it trains in bf16, fp16 or fp32",
     "autotuning": "the deepspeed launcher would start other runs than this one",
     "checkpoint.load_universal": "a run converts and loads its checkpoints itself",
     "checkpoint.use_node_local_storage": "all ranks read and write one folder",
     "checkpoint.writer": "checkpoints are synced to disk before a run goes on",
     "compile": "DeepSpeed compiles only a model that its program asks it to",
-    "compression_training": "it compresses nothing",
-    "curriculum_learning": "the order of the text is the run's own",
+    "zero_optimization.legacy_stage1": "DeepSpeed has removed it",
     "data_types.buffer_dtype": "--precision says in what it trains",
     "data_efficiency": "the order of the text is the run's own",
     "datastates_ckpt": "checkpoints are synced to disk before a run goes on",
-    "eigenvalue": "it quantizes nothing",
     "expert_parallel": "every rank holds the same experts",
     "hybrid_engine": "it only trains, and generates nothing",
     "pipeline": "the model is not cut into stages",
-    "progressive_layer_drop": "its models drop no layers",
-    "quantize_training": "it quantizes nothing",
-    "sparse_attention": "its models bring their own attention",
     "tensor_parallel": "every rank holds whole tensors, or ZeRO's partitions",
     "weight_quantization": "it quantizes nothing",
-    "zero_optimization.legacy_stage1": "DeepSpeed has removed it",
     "zero_optimization.offload_optimizer.super_offload": "it replaces the optimizer by DeepSpeed's own",
     "zero_optimization.zenflow": "it replaces the optimizer by DeepSpeed's own",
 }
 """Features, and why train.pretrain has none of them."""
 OFF_UNLESS = {
-    **dict.fromkeys(("amp", "autotuning", "curriculum_learning", "data_efficiency", "eigenvalue"), ("enabled",)),
-    **dict.fromkeys(("expert_parallel", "hybrid_engine", "progressive_layer_drop", "quantize_training"), ("enabled",)),
+    **dict.fromkeys(("autotuning", "data_efficiency", "expert_parallel", "hybrid_engine"), ("enabled",)),
     **dict.fromkeys(("comet", "tensorboard", "wandb"), ("enabled",)),
     "compile": ("enabled", "deepcompile", "backend"),
     "tensor_parallel": ("autotp_size", "tp.tp_size"),
@@ -166,10 +175,14 @@ def check(config: dict[str, Any], path: Path, gpus: bool, here: bool) -> None:
     Raises:
         ConfigError: in one sentence that names the key, the value and what would be right.
     """
+    for key in REMOVED:
+        *sections, name = key.split(".")
+        section = _at(config, ".".join(sections)) if sections else config
+        require(name not in (section or ()), f"ds_config {path} has {key}, which DeepSpeed no longer has; remove it.")
     for key, reason in UNSUPPORTED.items():
         require(
             not _is_on(key, _at(config, key)),
-            f"ds_config {path} has {key}, which train.pretrain does not support: {reason}; remove it.",
+            f"ds_config {path} has {key}, which train.pretrain does not support ({reason}); remove it.",
         )
     try:
         _DsConfig.model_validate(config)

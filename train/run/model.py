@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from train.common.errors import ConfigError, first_line, require, shown
+from train.common.errors import ConfigError, first_line, require, shown, why_not_loaded
 from train.run.config import Model
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def configuration(settings: Model, vocabulary: int, sequence_length: int) -> Pre
         except Exception as error:  # of any class, depending on the configuration's files
             raise ConfigError(
                 f"model is {shown(settings.model)}, which is not a preset ({', '.join(PRESETS)}) and can't be loaded: "
-                f"{first_line(error)}"
+                f"{why_not_loaded(settings.model, error)}."
             ) from None
     config.use_cache = False
     rows = getattr(config, "vocab_size", vocabulary)

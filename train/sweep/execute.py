@@ -135,7 +135,7 @@ def _write_plan(comparison: Comparison, plan: dict[str, Any]) -> Path:
         before = load_file(PlanFile, file).model_dump(exclude_unset=True)
         begun = any(run_dir.has_begun(comparison.out / run["name"]) for run in before["runs"])
         require(
-            not begun or (before["runs"], before["ranks"]) == (plan["runs"], plan["ranks"]),
+            not begun or (before["runs"], before.get("ranks")) == (plan["runs"], plan["ranks"]),
             f"out is {comparison.out}, which holds another comparison ({len(before['runs'])} runs); "
             "give another folder.",
         )
@@ -154,11 +154,8 @@ def compare(comparison: Comparison) -> None:
         "launcher is 'slurm', whose runs are jobs; submit slurm/compare.sbatch with the same options.",
     )
     plan = read_manifest(comparison.manifest) if comparison.manifest else json.loads(json.dumps(manifest(comparison)))
-    require(
-        not comparison.plan_only or not (comparison.max_runs or comparison.max_hours or comparison.discard_checkpoints),
-        "max_runs, max_hours and discard_checkpoints are for runs that are started here; "
-        "a plan alone has no use for them.",
-    )
+    for name in ("max_runs", "max_hours", "discard_checkpoints") if comparison.plan_only else ():
+        require(not getattr(comparison, name), f"{name} has no effect with plan_only, which starts no run; remove it.")
     for name in ("max_runs", "max_hours"):
         value = getattr(comparison, name)
         require(value is None or value > 0, f"{name} is {value}; it must be above 0.")

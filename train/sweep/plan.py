@@ -150,10 +150,14 @@ def read_manifest(file: Path) -> dict[str, Any]:
     try:
         plan = read_schema(PlanFile, file).model_dump(exclude_unset=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"manifest is {file}, which is not a plan: {first_line(error)}.") from None
+        reason = first_line(error)
+        raise ConfigError(f"manifest is {file}, which is not a plan: {reason}; --plan-only writes one.") from None
     missing = [name for name in ("steps", "ranks", "launcher") if plan.get(name) is None]
     require(not missing, f"manifest is {file}, which is not a plan: it has no {', '.join(missing)}.")
-    _check_launch(plan["launcher"], plan["ranks"])
+    try:
+        _check_launch(plan["launcher"], plan["ranks"])
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
     runs = {run["name"]: run for run in plan["runs"]}
     require(bool(runs) and len(runs) == len(plan["runs"]), f"{file} has no run, or two of one name.")
     shared = []
@@ -166,7 +170,8 @@ def read_manifest(file: Path) -> dict[str, Any]:
         try:
             settings = _checked(run, plan["ranks"])
         except ConfigError as error:
-            raise ConfigError(f"{file} has the run {name!r}, whose arguments are wrong: {error}") from None
+            reason = str(error).partition("; see python -m")[0].rstrip(".")
+            raise ConfigError(f"{file} has the run {name!r}, whose arguments are wrong: {reason}.") from None
         from_arguments = {
             "lr": settings.optimizer.lr,
             "seed": settings.seed,
@@ -178,7 +183,7 @@ def read_manifest(file: Path) -> dict[str, Any]:
             have = plan[key] if key == "steps" else run[key]
             require(
                 have == value,
-                f"{file} has {key} = {have!r} for {name!r}, but its arguments say {value!r}.",
+                f"{file} has {key} = {have!r} for {name!r}, but its arguments say {value!r}; make them agree.",
             )
         identity = settings.identity()
         for key in ARM:
