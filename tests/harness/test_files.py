@@ -368,3 +368,8 @@ def test_a_damaged_file_of_a_run_is_named_and_nothing_changes(run: Run, name: st
         resumable_run.pretrain(run)
     assert "\n" not in str(refused.value)
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_folder_that_was_moved_away_during_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"out is .*/gone, which was moved or removed while the run was at work"):
+        manifest.make_room(tmp_path / "gone" / "checkpoints", 1)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.common.errors import require
+from train.common.errors import ConfigError, require
 from train.common.files import checksum, sync, write_json
 from train.common.schemas import CheckpointFile, guard, parse_schema
 
@@ -92,9 +92,15 @@ def make_room(folder: Path, needed: int) -> None:
     """Make the folder, and check that its disk has ``needed`` bytes free.
 
     Raises:
-        ConfigError: if it hasn't.
+        ConfigError: if it hasn't, or the run's folder is gone.
     """
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"out is {folder.parent}, which was moved or removed while the run was at work; put it back, and start the "
+            "same command again."
+        ) from None
     free = shutil.disk_usage(folder).free
     require(
         free >= needed,
