@@ -20,6 +20,8 @@ SWITCHES = ("allow_unbalanced", "fused", "capturable", "fused_zero")
 """Settings of the optimizer, not of its groups; no checkpoint holds them."""
 NUMBERS = ("lr", "eps", "weight_decay")
 """Settings of a group that are numbers, finite and at least 0."""
+LEAST_LR = -1e-12
+"""What a scheduler may leave of a learning rate of 0: torch's LinearLR ends at -5e-20."""
 ANY = object()
 LEFT_OVER: dict[str, tuple[Any, str]] = {
     "foreach": (ANY, ""),
@@ -72,7 +74,7 @@ def check_switches(defaults: dict[str, Any]) -> None:
         raise ValueError("capturable is True and fused is False; only the kernels can be captured in a CUDA graph.")
 
 
-def check_group(group: dict[str, Any], allow_unbalanced: bool) -> None:
+def check_group(group: dict[str, Any], allow_unbalanced: bool, least_lr: float = 0.0) -> None:
     """Check a group's settings and bring them to floats, betas to a pair; one sentence for what is wrong.
 
     Raises:
@@ -84,7 +86,7 @@ def check_group(group: dict[str, Any], allow_unbalanced: bool) -> None:
             f"lr is a {lr.dtype} tensor of shape {tuple(lr.shape)}; give a number, or a tensor with one element."
         )
     for field in NUMBERS:
-        value = as_setting(field, group[field])
+        value = as_setting(field, group[field], least=least_lr if field == "lr" else 0.0)
         if field != "lr" or not isinstance(group[field], Tensor):  # a scheduler may hold on to an lr that is a tensor
             group[field] = value
     group["betas"] = as_pair(group["betas"], allow_unbalanced)
@@ -98,8 +100,13 @@ def check_group(group: dict[str, Any], allow_unbalanced: bool) -> None:
         )
 
 
-def check_before_step(group: dict[str, Any], allow_unbalanced: bool) -> None:
+def check_before_step(group: dict[str, Any], allow_unbalanced: bool, capturable: bool) -> None:
     """Refuse, before anything has changed, what a scheduler, a checkpoint or the model may have brought.
+
+    Args:
+        group: of the optimizer.
+        allow_unbalanced: the optimizer's setting.
+        capturable: the optimizer's setting; then what lies on a GPU is not read here.
 
     Raises:
         RuntimeError: if a gradient is sparse.
@@ -107,10 +114,11 @@ def check_before_step(group: dict[str, Any], allow_unbalanced: bool) -> None:
             not placed as its parameter.
     """
     for field in NUMBERS:
-        if not (isinstance(group[field], Tensor) and group[field].device.type != "cpu"):  # reading it would wait
-            as_setting(field, group[field], " at this step")
+        value = group.get(field)
+        if not (capturable and isinstance(value, Tensor)):
+            as_setting(field, value, " at this step", least=LEAST_LR if field == "lr" else 0.0)
     check_maximize(group)
-    group["betas"] = as_pair(group["betas"], allow_unbalanced=True)
+    group["betas"] = as_pair(group.get("betas", ()), allow_unbalanced=True)
     if group["betas"][0] != group["betas"][1] and not allow_unbalanced:
         raise ValueError(
             f"betas is {group['betas']} at this step, and BalancedAdam needs equal betas: change both; OneCycleLR, "
@@ -132,7 +140,7 @@ def check_loaded_group(group: dict[str, Any], own: dict[str, Any]) -> None:
     """
     settings = {name: group.get(name, own[name]) for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
     try:
-        check_group({**settings, "state": "fp32"}, allow_unbalanced=True)
+        check_group({**settings, "state": "fp32"}, allow_unbalanced=True, least_lr=LEAST_LR)
         check_left_over({name: group[name] for name in ("bias_correction", "differentiable") if name in group})
         bias_correction.history({**group, "betas": as_pair(settings["betas"], allow_unbalanced=True)})
     except ValueError as error:
@@ -145,8 +153,8 @@ def check_maximize(group: dict[str, Any]) -> None:
     Raises:
         ValueError: if it is neither True nor False.
     """
-    if not isinstance(group["maximize"], bool):
-        raise ValueError(f"maximize is {shown(group['maximize'])}; it must be True or False.")
+    if not isinstance(group.get("maximize"), bool):
+        raise ValueError(f"maximize is {shown(group.get('maximize'))}; it must be True or False.")
 
 
 def check_format(group: dict[str, Any]) -> None:
@@ -155,8 +163,8 @@ def check_format(group: dict[str, Any]) -> None:
     Raises:
         ValueError: if there is no such format, or the group's betas are unequal and it needs equal ones.
     """
-    if group["state"] not in states.FORMATS:
-        raise ValueError(f"state is {shown(group['state'])}; it must be one of {', '.join(states.FORMATS)}.")
+    if group.get("state") not in states.FORMATS:
+        raise ValueError(f"state is {shown(group.get('state'))}; it must be one of {', '.join(states.FORMATS)}.")
     if group["state"] != "fp32" and group["betas"][0] != group["betas"][1]:
         raise ValueError(
             f"state is {group['state']!r} and betas is {group['betas']}; packed moments need equal betas, since only "
@@ -189,11 +197,17 @@ def check_param(param: Tensor, format: str) -> None:
         )
 
 
-def as_setting(field: str, value: Any, when: str = "") -> float:
+def as_setting(field: str, value: Any, when: str = "", least: float = 0.0) -> float:
     """A setting as a float.
 
+    Args:
+        field: its name.
+        value: as it was given.
+        when: the end of the sentence's first clause.
+        least: what it may be, for the sake of rounding.
+
     Raises:
-        ValueError: if it is no finite number, or below 0; ``when`` is the end of the first clause.
+        ValueError: if it is no finite number, or below 0.
     """
     try:
         number = as_float(value)
@@ -201,7 +215,7 @@ def as_setting(field: str, value: Any, when: str = "") -> float:
         number = math.inf
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{field} is {shown(value)}{when}; it must be a number.") from None
-    if not (math.isfinite(number) and number >= 0.0):
+    if not (math.isfinite(number) and number >= least):
         raise ValueError(f"{field} is {number}{when}; it must be a finite number, at least 0.")
     return number
 

@@ -210,7 +210,7 @@ class BalancedAdam(torch.optim.Optimizer):
         work = parameter_step.Work([], [], {}, [])
         try:
             for group in self.param_groups:
-                check_before_step(group, self.defaults["allow_unbalanced"])
+                check_before_step(group, self.defaults["allow_unbalanced"], self.defaults["capturable"])
             for group in self.param_groups:
                 for param in group["params"]:
                     if param in self.fused_grads or param.grad is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -119,20 +119,24 @@ def _check_is_adamw(group: dict[str, Any], own: dict[str, Any]) -> None:
 
 
 def _check_ids(ids: list[Any], state: Mapping[Any, Any]) -> None:
-    """Check that each parameter has an id of its own, and each state a parameter: torch would leave out the rest."""
-    seen: set[int | str] = set()
+    """Check that each parameter has an id of its own, and each parameter's state a parameter.
+
+    State under other keys belongs to whoever put it there; torch copies it as it is.
+    """
+    seen: set[Any] = set()
     for key in ids:
-        if not isinstance(key, int | str) or isinstance(key, bool) or key in seen:
+        if not isinstance(key, Hashable) or key in seen:
             raise ValueError(
-                f"the loaded state has {shown(key)} among its groups' params; each must be a whole number or a name, "
-                "and in one place: it is damaged."
+                f"the loaded state has {shown(key)} among its groups' params; each must be a number or a name, and in "
+                "one place: it is damaged."
             )
         seen.add(key)
-    if lost := [key for key in state if key not in seen]:
-        raise ValueError(
-            f"the loaded state has moments of the parameter {shown(lost[0])}, which none of its groups has: it is "
-            "damaged."
-        )
+    for key, value in state.items():
+        if key not in seen and isinstance(value, dict) and value.keys() & {"step", *states.TENSORS}:
+            raise ValueError(
+                f"the loaded state has moments of the parameter {shown(key)}, which none of its groups has: it is "
+                "damaged."
+            )
 
 
 def _check_fits(param: Tensor, state: State) -> None:

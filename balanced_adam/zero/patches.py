@@ -70,6 +70,18 @@ REPLACED: dict[str, tuple[object, str]] = {
 do."""
 
 
+def check_engine() -> None:
+    """See that such settings can be looked at before there is a ZeRO optimizer.
+
+    Raises:
+        AttributeError: if they can't.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    if not hasattr(DeepSpeedEngine, "_configure_zero_optimizer"):
+        raise AttributeError("DeepSpeedEngine has no _configure_zero_optimizer")
+
+
 def _check_features(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     for key, (without, what) in REPLACED.items():
         value = self._config.zero_config

@@ -70,6 +70,7 @@ def _patch() -> None:
     if not DeepSpeedEngine._is_supported_optimizer(None, NAME):
         raise AttributeError(f"a name in torch.optim no longer resolves ({NAME!r})")
     packed_state.check_loaders()
+    patches.check_engine()
     if not missing:
         packed_state.patch_fragments()
     for cls, name, wrapper in (*patches.overrides(), *wrappers.overrides(), *packed):

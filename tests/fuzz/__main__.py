@@ -57,7 +57,10 @@ def main() -> int:
                     "refused": sum(bool(each.said) for _, each in found),
                     "wrong by construction": sum(bool(each.wrong) for each in of_known),
                     "tracebacks": sum(each.error is not None for _, each in found),
-                    "taken in silence": sum(bool(each.wrong) and not each.said and not each.error for each in of_known),
+                    # Of files it isn't known which edits are wrong.
+                    "taken in silence": sum(bool(each.wrong) and not each.said and not each.error for each in of_known)
+                    if of_known
+                    else "-",
                     "seconds": f"{time.monotonic() - began:.1f}",
                 }
             )

@@ -197,8 +197,9 @@ def outcome(seed: int, folder: Path, corpus: Path) -> Outcome:
     right, wrong = command.options[option]
     how = draw.random()
     if how < 0.15 and len(option) > 2:
-        given = [*base, f"--{misspelt(draw, option[2:])}", *draw.choice(right or wrong).split(" ")]
-        return attempt(repr(given), lambda: run_main(command.module, given), (Refused,), True)
+        name = misspelt(draw, option[2:])
+        given = [*base, f"--{name}", *draw.choice(right or wrong).split(" ")]
+        return attempt(repr(given), lambda: run_main(command.module, given), (Refused,), True, name)
     is_wrong = bool(wrong) and (how < 0.7 or not right)
     value = draw.choice(wrong if is_wrong else right)
     given = [*(base if option == "--" else _without(base, option)), *([option] if option else []), *value.split(" ")]

@@ -100,15 +100,18 @@ ANY_STAGE: dict[str, Values] = {
     "checkpoint.writer": ([None], [{"type": "FAST"}]),
     **{
         key: ([{"enabled": False}, {}], SECTIONS)
-        for key in ("comms_logger", "csv_monitor", "flops_profiler", "tensorboard", "torch_autocast", "wandb")
+        for key in ("comms_logger", "csv_monitor", "flops_profiler", "tensorboard", "wandb")
     },
-    **{key: ([{}], SECTIONS) for key in ("aio", "timers")},
+    "timers": ([{}], SECTIONS),
+    "flops_profiler.profile_step": ([1, 5], [0, "x", 1.5, [1]]),
+    "torch_autocast.enabled": ([False], [True, "false", 1]),
+    "timers.throughput.enabled": ([True, False], ["maybe", 2, []]),
     "comms_logger.enabled": ([False], ["maybe", 2, []]),
     "tensorboard.enabled": ([False], ["maybe", 3, []]),
     "csv_monitor.enabled": ([False], ["maybe", 3, []]),
     "wandb.enabled": ([False], [True, "maybe"]),
     "comet.enabled": ([False], [True]),
-    "log_level": (["warning", "error"], ["loud", 3, True]),
+    "log_level": (["warning", "ERROR"], ["loud", 3, True]),
     "vocabulary_size": ([1000], ["x", -1, 0, 1.5, True]),
     "scheduler": ([], [{"type": "WarmupLR"}, {}, None, "auto"]),
     "hybrid_engine.enabled": ([False], [True]),
@@ -123,7 +126,8 @@ ANY_STAGE: dict[str, Values] = {
     "compression_training": ([], [{"layer_reduction": {"enabled": True}}]),
     "sparse_gradients": ([], [True]),
     "elasticity": ([], [{"enabled": True}]),
-    "_comment": (["a note", 1, {"a": "b"}], []),
+    "_comment": (["a note", 1, {"a": "b"}, "auto", {"a": "auto"}], []),
+    "aio": ([{"thread_count": 1, "block_size": 1048576}, {}], SECTIONS),
 }
 STAGE_3: dict[str, Values] = {
     **{

@@ -35,8 +35,10 @@ class Outcome:
             return f"right, and refused: {self.said}"
         if "\n" in self.said or len(re.sub(r"/\S+", "", self.said)) > LONGEST:
             return f"no sentence: {self.said}"
-        said = self.said.replace("-", "_")  # an option is a field
-        if not any(part.replace("-", "_") in said for part in self.names.split(".")[-2:]):  # or its section
+        said, *sections, last = self.said.replace("-", "_"), *self.names.replace("-", "_").split(".")
+        whole = ".".join([*sections, last])  # an option is a field
+        within = [".".join(sections[:count]) for count in range(1, len(sections) + 1)]
+        if whole not in said and not any(re.search(f"has {section}(, which| at )", said) for section in within):
             return f"does not name {self.names}: {self.said}"
         return ""
 

@@ -46,7 +46,9 @@ PROBLEMS = [
     (Outcome("x", True, "lr", "it is wrong."), "does not name lr"),
     (Outcome("x", True, "lr", "lr is wrong:\n  too much."), "no sentence"),
     (Outcome("x", True, "lr", "lr is " + "9" * 600), "no sentence"),
-    (Outcome("x", True, "a.lr", "--lr is -1."), ""),
+    (Outcome("x", True, "a.lr", "it has b.lr = -1; no."), "does not name a.lr"),
+    (Outcome("x", True, "a.lr", "it has a, which nobody has."), ""),
+    (Outcome("x", True, "warm-up", "warm_up is -1."), ""),
     (Outcome("x", False), ""),
 ]
 

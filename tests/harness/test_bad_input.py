@@ -360,9 +360,13 @@ def test_a_path_that_no_file_can_have_is_refused(command: str, path: str) -> Non
     assert len(str(refused.value)) < 200
 
 
-def test_a_path_with_a_nul_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"out is 'runs/a\\x00b', which holds a NUL; remove that"):
-        parse(Run, ["--out", "runs/a\0b"], "train.pretrain", None)
+@pytest.mark.parametrize(
+    "given", [["--out", ""], ["--out="], ["--out", "o", "--data-cache="], ["--out=o", "--ds_config="]]
+)
+def test_an_option_that_a_shell_has_left_empty_is_refused(given: list[str]) -> None:
+    with pytest.raises(ConfigError, match="is empty; give a path"):
+        parse(Run, given, "train.pretrain", None)
+    parse(Run, ["--out", ".", "--wandb", ""], "train.pretrain", None)
 
 
 def test_a_folder_whose_name_is_no_text_is_printed_all_the_same(

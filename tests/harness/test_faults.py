@@ -381,7 +381,7 @@ def test_a_disk_that_fails_while_saving_is_named_and_nothing_older_is_lost(
         shutil.rmtree(out, ignore_errors=True)
     assert process.wait() != 0
     said = process.said()
-    expected = {"full": "No space left|GB free", "read-only": "Read-only file system", "vanishing": "No such file"}[how]
+    expected = {"full": "No space left|GB free", "read-only": "Read-only file system", "vanishing": "was moved"}[how]
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert errors and re.search(expected, errors[0]), said[-3000:]
     if how == "vanishing":

@@ -26,7 +26,8 @@ def addresses(port: int) -> set[str]:
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
     """A free port, at which a single rank is to meet itself."""
     port = free_port()
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}.items():
+    ranks = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **ranks}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setattr(dist, "is_initialized", lambda: False)  # whatever other tests have done in this process
@@ -45,9 +46,15 @@ def test_the_store_listens_on_loopback_alone(host: str, port: int, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("MASTER_ADDR", "10.0.0.1"), ("MASTER_ADDR", "node1"), ("TORCHELASTIC_USE_AGENT_STORE", "True")]
+    ("name", "value"),
+    [
+        ("MASTER_ADDR", "10.0.0.1"),
+        ("MASTER_ADDR", "node1"),
+        ("TORCHELASTIC_USE_AGENT_STORE", "True"),
+        ("WORLD_SIZE", "2"),  # the other may be elsewhere, as where Kubeflow gives the first the address localhost
+    ],
 )
-def test_where_others_are_to_come_or_an_agent_has_made_it_the_store_is_left_to_torch(
+def test_where_others_may_come_or_an_agent_has_made_it_the_store_is_left_to_torch(
     name: str, value: str, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)

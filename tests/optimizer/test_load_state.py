@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -234,3 +235,30 @@ def test_a_state_dict_of_an_earlier_version_goes_on_with_the_bits_that_it_had_th
             p.grad = torch.randint(-16, 17, p.shape, generator=generator) / 32
         optimizer.step()
     assert_same(params, old["after"])
+
+
+@pytest.mark.parametrize("extra", [{"ema": {"x": torch.zeros(1)}}, {"global_step": torch.tensor(3)}, {7: {}}])
+def test_state_that_belongs_to_no_parameter_is_kept_as_torch_keeps_it(extra: dict[Any, Any]) -> None:
+    params = parameters()
+    optimizer = BalancedAdam(params)
+    train(optimizer, params, range(2))
+    saved = optimizer.state_dict()
+    saved["state"] |= extra
+    again = BalancedAdam(params)
+    again.load_state_dict(saved)
+    assert all(again.state[key] is value or again.state[key] == value for key, value in extra.items())
+    saved["state"] |= {9: saved["state"].pop(0)}
+    with pytest.raises(ValueError, match="has moments of the parameter 9, which none of its groups has"):
+        again.load_state_dict(saved)
+
+
+def test_ids_may_be_numpys_and_none_is_there_twice() -> None:
+    params = parameters()
+    optimizer = BalancedAdam(params)
+    train(optimizer, params, range(2))
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["params"] = list(np.arange(len(params)))
+    BalancedAdam(params).load_state_dict(saved)
+    saved["param_groups"][0]["params"][1] = 0
+    with pytest.raises(ValueError, match=r"has .*0.* among its groups' params; .* in one place"):
+        BalancedAdam(params).load_state_dict(saved)

@@ -21,6 +21,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 5]),
     "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, total_iters=4),
     "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=4),
+    "LinearLR to 0, which rounds to -5e-20": lambda o: lr_scheduler.LinearLR(o, 1 / 3, 0.0, 8),
     "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
     "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, STEPS, 2.0),
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, STEPS),

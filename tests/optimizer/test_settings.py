@@ -141,7 +141,8 @@ def test_parameters_that_no_step_is_defined_for_are_refused(dtype: torch.dtype) 
         BalancedAdam([*parameters(), param])
 
 
-CHANGED = [
+DELETED = object()
+CHANGED: list[tuple[str, Any, str | None]] = [
     ("lr", float("nan"), "lr is nan at this step; it must be a finite number, at least 0"),
     ("lr", -1e-3, "lr is -0.001 at this step"),
     ("lr", "1e-3", "lr is '1e-3' at this step; it must be a number"),
@@ -152,6 +153,11 @@ CHANGED = [
     ("betas", (0.9, float("nan")), "each beta must lie in"),
     ("maximize", "false", "maximize is 'false'; it must be True or False"),
     ("state", "packed", "state is 'packed'; it must be one of"),
+    ("lr", -5e-20, None),  # as torch's LinearLR ends at 0
+    *(
+        (field, DELETED, f"{field} is (None|\\(\\))")
+        for field in ("lr", "eps", "weight_decay", "betas", "state", "maximize")
+    ),
 ]
 
 
@@ -164,6 +170,8 @@ def test_a_setting_that_is_changed_between_steps_is_checked_before_anything_move
     train(optimizer, params, range(2))
     before = [p.detach().clone() for p in params]
     optimizer.param_groups[1][field] = value
+    if value is DELETED:
+        del optimizer.param_groups[1][field]
     if message is None:
         train(optimizer, params, range(2, 3))
         return

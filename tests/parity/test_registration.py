@@ -84,7 +84,11 @@ def test_registering_again_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS"), (DeepSpeedEngine, "_is_supported_optimizer")],
+    [
+        (zero_utils, "ZERO_SUPPORTED_OPTIMIZERS"),
+        (DeepSpeedEngine, "_is_supported_optimizer"),
+        (DeepSpeedEngine, "_configure_zero_optimizer"),
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_moved_hook_point_is_an_error_that_names_the_version(

@@ -102,11 +102,20 @@ def _check_texts(settings: Any, arguments: list[str]) -> None:
             require("\0" not in str(text), f"{each.name} is {shown(str(text))}, which holds a NUL; remove that.")
             if not isinstance(text, Path):
                 continue
-            empty = text == Path() and {"", f"--{each.name.replace('_', '-')}="} & set(arguments)
-            require(not empty, f"{each.name} is empty; give a path.")
+            require(not _is_empty(each.name, arguments), f"{each.name} is empty; give a path.")
             _check_path(each.name, text, (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR))
             if each.name == "out":  # of what will lie in it
                 _check_path(each.name, text, (errno.ENAMETOOLONG,), "/" + LONGEST)
+
+
+def _is_empty(name: str, arguments: list[str]) -> bool:
+    """Return whether the option is given without a value, as a shell variable that is not set leaves it."""
+    spellings = {f"--{name}", f"--{name.replace('_', '-')}"}
+    given = [
+        *zip(arguments, [*arguments[1:], None], strict=True),
+        *(each.split("=", 1) for each in arguments if "=" in each),
+    ]
+    return any(option in spellings and value == "" for option, value in given)
 
 
 def _check_path(name: str, path: Path, impossible: tuple[int, ...], more: str = "") -> None:
@@ -138,7 +147,7 @@ def _plainly(complaint: str, settings: type[Any]) -> str:
         return f"--{missing[1]} has no value"
     if choice := re.match(r"invalid choice ('.*') for argument '--([\w-]+)'. Expected one of \((.*)\)", complaint):
         return f"--{choice[2]} is {choice[1]}; it must be one of {choice[3]}"
-    found = re.fullmatch(r"Error parsing --(\S+?): .*?((?:'[^']*'(?:, )?)+|\[\])\]?", complaint)
+    found = re.fullmatch(r"Error parsing --(\S+?): .*?((?:(?:'[^']*'|\"[^\"]*\")(?:, )?)+|\[\])\]?", complaint)
     if not found:
         return complaint
     option, values = found.groups()

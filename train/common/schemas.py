@@ -28,6 +28,7 @@ PILOT_FILE = "pilot.json"
 SHA256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Part = Literal["train", "validation"]
 Step = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy takes
+Count = Annotated[int, Field(ge=1, lt=2**63)]
 SizeAndSum = Annotated[tuple[NonNegativeInt, SHA256], Field(strict=False)]  # in JSON a list
 Stamped = Annotated[tuple[NonNegativeInt, int, SHA256], Field(strict=False)]  # size, time of change in ns, sum
 
@@ -193,9 +194,9 @@ class PilotFile(Schema):
     """pilot.json, written by train.choose_beta."""
 
     beta: float | None
-    steps: PositiveInt
-    tokens_per_step: PositiveInt
-    parameters: PositiveInt
+    steps: Count
+    tokens_per_step: Count
+    parameters: Count
 
 
 class SumsFile(Guarded):

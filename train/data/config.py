@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.common.errors import ConfigError, first_line, require, shown
+from train.common.errors import first_line, require, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +35,15 @@ class Data:
     def check(self) -> None:
         """Raise :class:`ConfigError` on a value out of range."""
         require(self.data != "", 'data is empty; give a file, a folder, "stdlib" or "hub:NAME".')
-        try:
-            Path(self.data).exists()
-        except OSError as error:
-            raise ConfigError(f"data is {shown(self.data)}, which can't be read: {first_line(error)}.") from None
         require(self.sequence_length >= 2, f"sequence_length is {self.sequence_length}; it must be at least 2.")
-        require(
-            self.data_cache.is_dir() or not self.data_cache.exists(),
-            f"data_cache is {self.data_cache}, which is no folder; give one.",
-        )
+        try:
+            is_file = self.data_cache.exists() and not self.data_cache.is_dir()
+            Path(self.data).exists()
+        except OSError as error:  # of the rest, the rank that needs it says so
+            too_long = error.errno == errno.ENAMETOOLONG
+            require(not too_long, f"data is {shown(self.data)}, which can't be read: {first_line(error)}.")
+            is_file = False
+        require(not is_file, f"data_cache is {self.data_cache}, which is no folder; give one.")
         require(
             0.0 < self.validation_fraction < 1.0,
             f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.",

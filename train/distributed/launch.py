@@ -72,6 +72,8 @@ def prepare_environment() -> None:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(free_port()),
         )
+    if "LOCAL_SIZE" in env:  # of the deepspeed launcher
+        env.setdefault("LOCAL_WORLD_SIZE", env["LOCAL_SIZE"])
     # DeepSpeed reads the number of "devices" of a CPU host from LOCAL_SIZE; other launchers set LOCAL_WORLD_SIZE.
     local = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env["WORLD_SIZE"]
     env.setdefault("LOCAL_SIZE", local)
@@ -144,7 +146,12 @@ def join(timeout: float) -> Ranks:
             rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             # With the longer time, the Watchdog reports first.
             dist.init_process_group(
-                backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout + 60)
+                backend,
+                store=store,
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=timeout + 60),
+                device_id=torch.device("cuda", index) if accelerator.device_name() == "cuda" else None,
             )
         deepspeed.init_distributed(
             backend,
@@ -167,8 +174,9 @@ def join(timeout: float) -> Ranks:
 def loopback_store(timeout: float) -> TCPStore | None:
     """Return the store at which the ranks of a single host meet, listening on its loopback interface.
 
-    torch's own listens on all interfaces, whatever MASTER_ADDR is. It is left to torch where the ranks meet at another
-    address, where torchrun's agent has made it already, and where they have met.
+    torch's own listens on all interfaces, whatever MASTER_ADDR is. It is left to torch where ranks may be on other
+    hosts, which may know the first by another name than localhost; where torchrun's agent has made it already; and
+    where they have met.
 
     Args:
         timeout: seconds for the ranks to meet.
@@ -181,9 +189,9 @@ def loopback_store(timeout: float) -> TCPStore | None:
     host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
     if host not in ("127.0.0.1", "localhost") or env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
-    if dist.is_initialized():
+    if dist.is_initialized() or int(env["WORLD_SIZE"]) > int(env.get("LOCAL_WORLD_SIZE") or 1):
         return None
-    first, listener = env["RANK"] == "0", None
+    first, listener = int(env["RANK"]) == 0, None
     if first:
         try:
             listener = socket.create_server((host, port), backlog=2048).detach()  # the store closes it

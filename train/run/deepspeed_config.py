@@ -77,7 +77,7 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     try:
         check_left_over(params)
     except ValueError as error:
-        raise ConfigError(f"ds_config {path} has optimizer.params in which {error}") from None
+        raise ConfigError(f"ds_config {path}: optimizer.params.{error}") from None
     unknown = set(params) - set(own) - PATHS - LEFT_OVER.keys()
     require(
         not unknown,
@@ -233,6 +233,8 @@ def _autos(node: Any, name: str = "") -> Any:
         yield name
     elif isinstance(node, dict):
         for key, value in node.items():
+            if key.startswith("_"):
+                continue  # a comment
             yield from _autos(value, f"{name}.{key}".lstrip("."))
 
 
@@ -286,7 +288,7 @@ class _AccessRecorder(dict[str, Any]):
         that begins with "_" is a comment.
         """
         for key, value in super().items():
-            if key.startswith("_"):
+            if key.startswith("_") or key == "aio":  # of offload to disks, which there is none of here
                 continue
             if key not in self.asked:
                 return key, self.asked
@@ -328,7 +330,8 @@ def _parsed(config: dict[str, Any], path: Path) -> _AccessRecorder:
         DeepSpeedConfig(recorder)
     except ValidationError as error:
         first = error.errors()[0]
-        where = _place(config, [str(each) for each in first["loc"]])
+        within = [str(each) for each in first["loc"]]
+        where = _place(config, within, first["input"]) or ".".join(within) or "a section"
         require(
             first["type"] != "extra_forbidden",
             f"ds_config {path} has {where!r}, which DeepSpeed does not know; remove it.",
@@ -346,13 +349,14 @@ def _meant(name: str, known: Iterable[str]) -> str:
     return next((f"; did you mean {each!r}?" for each in difflib.get_close_matches(name, known, 1)), "; remove it.")
 
 
-def _place(config: dict[str, Any], within: list[str]) -> str:
-    """Return the dotted name of a value whose names within its section are known, which DeepSpeed does not tell."""
-    sections = {"": config, **{key: value for key, value in config.items() if isinstance(value, dict)}}
-    for section, content in sections.items():
-        value: Any = content
-        for name in within:
-            value = value.get(name, _AccessRecorder) if isinstance(value, dict) else _AccessRecorder
-        if value is not _AccessRecorder:
-            return ".".join([section, *within] if section else within)
-    return ".".join(within) or "a section"
+def _place(section: dict[str, Any], within: list[str], wrong: Any) -> str | None:
+    """Return the dotted name of a value in a section, or in one in it, whose own names DeepSpeed alone tells."""
+    value: Any = section
+    for name in within:
+        value = value.get(name) if isinstance(value, dict) else None
+    if value is not None and json.dumps(value) == json.dumps(wrong):
+        return ".".join(within)
+    for name, content in section.items():
+        if isinstance(content, dict) and (found := _place(content, within, wrong)):
+            return f"{name}.{found}"
+    return None

@@ -46,6 +46,7 @@ UNSUPPORTED = {
     "hybrid_engine": "it only trains, and generates nothing",
     "pipeline": "the model is not cut into stages",
     "tensor_parallel": "every rank holds whole tensors, or ZeRO's partitions",
+    "torch_autocast": "--precision says in what it trains",
     "weight_quantization": "it quantizes nothing",
     "zero_optimization.offload_optimizer.super_offload": "it replaces the optimizer by DeepSpeed's own",
     "zero_optimization.zenflow": "it replaces the optimizer by DeepSpeed's own",
@@ -54,6 +55,7 @@ UNSUPPORTED = {
 OFF_UNLESS = {
     **dict.fromkeys(("autotuning", "data_efficiency", "expert_parallel", "hybrid_engine"), ("enabled",)),
     **dict.fromkeys(("comet", "tensorboard", "wandb"), ("enabled",)),
+    "torch_autocast": ("enabled",),
     "compile": ("enabled", "deepcompile", "backend"),
     "tensor_parallel": ("autotp_size", "tp.tp_size"),
 }
@@ -70,7 +72,8 @@ def _whole(value: Any) -> Any:
 Count = Annotated[PositiveInt, BeforeValidator(_whole)]
 DType = Literal["fp32", "float32", "float", "fp16", "float16", "half", "bf16", "bfloat16"]
 """The names that DeepSpeed has."""
-Short = Annotated[Literal["fp32", "fp16", "bf16"], BeforeValidator(lambda text: str(text).lower())]
+LOWER = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
+Short = Annotated[Literal["fp32", "fp16", "bf16"], LOWER]
 
 
 class _Section(BaseModel):
@@ -103,6 +106,15 @@ class _Zero(_Section):
     offload_param: _Offload | None = None
 
 
+class _FlopsProfiler(_Section):
+    enabled: bool = False
+    detailed: bool = True
+    profile_step: Count = 1
+    top_modules: Count = 1
+    module_depth: int = -1
+    output_file: str | None = None
+
+
 class _Checkpoint(_Section):
     tag_validation: Annotated[str, Field(pattern="^(?i:ignore|warn|fail)$")] = "Warn"
 
@@ -112,10 +124,9 @@ class _DsConfig(_Section):
     comet: _Section = _Section()
     comms_logger: _Section = _Section()
     csv_monitor: _Section = _Section()
-    flops_profiler: _Section = _Section()
+    flops_profiler: _FlopsProfiler = _FlopsProfiler()
     tensorboard: _Section = _Section()
     timers: _Section = _Section()
-    torch_autocast: _Section = _Section()
     wandb: _Section = _Section()
     checkpoint: _Checkpoint = _Checkpoint()
     communication_data_type: Short | None = None
@@ -133,7 +144,7 @@ class _DsConfig(_Section):
     gradient_allreduce_op: Literal["mean"] = "mean"
     managed_gradient_accumulation: Literal[True] = True
     vocabulary_size: Count | None = None
-    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
+    log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], LOWER] | None = None
     steps_per_print: Count | None = None
     gradient_predivide_factor: Annotated[FiniteFloat, Field(gt=0)] = 1.0
     optimizer: _Optimizer = _Optimizer()
@@ -151,6 +162,8 @@ WHAT = {
     "communication_data_type": DTYPES,
     "data_types.grad_accum_dtype": DTYPES,
     "data_types.param_dtype": DTYPES,
+    "flops_profiler.profile_step": "it must be a whole number, at least 1",
+    "flops_profiler.top_modules": "it must be a whole number, at least 1",
     "gradient_allreduce_op": 'the gradient is the mean over the batch on any number of ranks: it must be "mean"',
     "log_level": 'it must be "debug", "info", "warning", "error" or "critical"',
     "managed_gradient_accumulation": "micro-batches are accumulated by DeepSpeed: it must be true",
@@ -189,7 +202,8 @@ def check(config: dict[str, Any], path: Path, gpus: bool, here: bool) -> None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
-        what = f"it must be {'true or false' if first['type'] == 'bool_type' else 'an object'}"
+        kinds = {"bool_type": "true or false", "int_type": "a whole number", "string_type": "text"}
+        what = f"it must be {kinds.get(first['type'], 'an object')}"
         value, what = json.dumps(first["input"], default=str), WHAT.get(name, what)
         raise ConfigError(f"ds_config {path} has {name} = {value}; {what}.") from None
     _check_param_dtype(config, path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from train.common.errors import ConfigError, first_line, require
+from train.common.errors import ConfigError, RankError, first_line, require
 from train.data import token_files
 from train.distributed.ranks import Ranks
 from train.run import deepspeed_config, model, run_dir
@@ -88,13 +89,13 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
             config=ds_config,
             lr_scheduler=lr_scheduler(run.schedule, run.optimizer.lr),
         )
-    except Exception as error:
-        # How DeepSpeed refuses a configuration, which is the same on all ranks. Other errors are of one rank, or bugs.
-        if type(error) not in (AssertionError, ValueError, NotImplementedError, Exception) or not str(error):
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        # How DeepSpeed refuses a configuration, or we refuse it there; from other code it is a bug.
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
+        if not {"deepspeed", "balanced_adam"} & set(raised_in) or not str(error):
             raise
-        raise ConfigError(
-            f"ds_config {run.parallelism.ds_config} is refused by DeepSpeed: {first_line(error)}"
-        ) from error
+        sentence = f"ds_config {run.parallelism.ds_config} is refused by DeepSpeed: {first_line(error)}"
+        raise (ConfigError if ranks.is_main else RankError)(sentence) from error  # it may be of one rank alone
     if ranks.is_main:
         print(f"BalancedAdam: {describe(engine.optimizer)}", file=sys.stderr, flush=True)
     return Trainer(run, ranks, train, validation, engine, tokens.name, deepspeed_config.layout(ds_config, ranks.world))
