@@ -70,6 +70,8 @@ def check_switches(defaults: dict[str, Any]) -> None:
         allowed = (True, False, None) if field == "fused" else (True, False)
         if not any(defaults[field] is value for value in allowed):
             raise ValueError(f"{field} is {shown(defaults[field])}; it must be one of {', '.join(map(str, allowed))}.")
+    if defaults["capturable"]:
+        check_capturable(defaults)
     if defaults["capturable"] and defaults["fused"] is False:
         raise ValueError("capturable is True and fused is False; only the kernels can be captured in a CUDA graph.")
 
@@ -92,6 +94,7 @@ def check_group(group: dict[str, Any], allow_unbalanced: bool, least_lr: float =
     group["betas"] = as_pair(group["betas"], allow_unbalanced)
     check_maximize(group)
     check_left_over(group)
+    check_variant(group)
     check_format(group)
     if group["state"] in ("packed16", "packed8") and group["eps"] < 1e-9:
         warn_once(
@@ -118,6 +121,7 @@ def check_before_step(group: dict[str, Any], allow_unbalanced: bool, capturable:
         if not (capturable and isinstance(value, Tensor)):
             as_setting(field, value, " at this step", least=LEAST_LR if field == "lr" else 0.0)
     check_maximize(group)
+    check_variant(group)
     group["betas"] = as_pair(group.get("betas", ()), allow_unbalanced=True)
     if group["betas"][0] != group["betas"][1] and not allow_unbalanced:
         raise ValueError(
@@ -138,7 +142,7 @@ def check_loaded_group(group: dict[str, Any], own: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the field, the value and what would be right.
     """
-    settings = {name: group.get(name, own[name]) for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
+    settings = {name: group.get(name, own[name]) for name in (*NUMBERS, "betas", "maximize", "variant")}
     try:
         check_group({**settings, "state": "fp32"}, allow_unbalanced=True, least_lr=LEAST_LR)
         check_left_over({name: group[name] for name in ("bias_correction", "differentiable") if name in group})
@@ -155,6 +159,26 @@ def check_maximize(group: dict[str, Any]) -> None:
     """
     if not isinstance(group.get("maximize"), bool):
         raise ValueError(f"maximize is {shown(group.get('maximize'))}; it must be True or False.")
+
+
+def check_capturable(group: dict[str, Any]) -> None:
+    """Check a group whose steps a CUDA graph is to capture.
+
+    Raises:
+        ValueError: if it is of a variant, whose learning rate is worked out on the CPU.
+    """
+    if group["variant"] != "adam":
+        raise ValueError(f"capturable is True and variant is {group['variant']!r}; in a CUDA graph it must be 'adam'.")
+
+
+def check_variant(group: dict[str, Any]) -> None:
+    """Check which variant of AdamW it is.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if group.get("variant") not in rule.VARIANTS:
+        raise ValueError(f"variant is {shown(group.get('variant'))}; it must be one of {', '.join(rule.VARIANTS)}.")
 
 
 def check_format(group: dict[str, Any]) -> None:

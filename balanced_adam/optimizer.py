@@ -21,6 +21,7 @@ from balanced_adam.arguments import (
     Betas,
     as_pair,
     check_before_step,
+    check_capturable,
     check_group,
     check_left_over,
     check_param,
@@ -44,7 +45,7 @@ class BalancedAdam(torch.optim.Optimizer):
 
     Args:
         params: parameters, named parameters or parameter groups. A group may set its own ``lr``, ``betas``, ``eps``,
-            ``weight_decay``, ``state``, ``maximize``.
+            ``weight_decay``, ``state``, ``maximize``, ``variant``.
         lr: learning rate, a number or a tensor of one (it is read at every step, so that schedulers may change it).
         betas: one number, or a pair of equal numbers, each in [0, 1).
         eps: added to the root of the bias-corrected second moment; may be 0.
@@ -52,6 +53,7 @@ class BalancedAdam(torch.optim.Optimizer):
         state: how both moments of an element are stored: "fp32" (8 bytes), "packed32", "packed16" or "packed8" (4, 2,
             1), which need equal betas (:mod:`balanced_adam.packed`). A group may set its own.
         maximize: ascend along the gradient.
+        variant: "adam", "adamd" or "adamprox" (:func:`balanced_adam.rule.reparametrized`).
         allow_unbalanced: accept pairs of unequal betas, in any group. This is how plain AdamW is run through the same
             code, as the baseline of a comparison. No checkpoint holds it, so that none can bring it along.
         fused: take the step in one pass over memory, through the kernels of :mod:`balanced_adam.kernels`. None does so
@@ -71,9 +73,7 @@ class BalancedAdam(torch.optim.Optimizer):
     The names are those of ``torch.optim.AdamW``, whose state loads here, and back. In place of the moments a packed
     state has ``packed`` (the parameter's shape; int32, the bits of bfloat16, or uint8). Any format loads into any
     other: the optimizer keeps its own, and converts at the next step. :func:`balanced_adam.unpacked` makes a state dict
-    for others.
-
-    As torch's own optimizers, it is not thread-safe: two threads must not step one optimizer at once.
+    for others. As torch's own optimizers, it is not thread-safe: two threads must not step one optimizer at once.
 
     Raises:
         ValueError: on a value out of range or of a wrong type, on unequal betas without ``allow_unbalanced``, on
@@ -93,6 +93,7 @@ class BalancedAdam(torch.optim.Optimizer):
         *,
         state: str = "fp32",
         maximize: bool = False,
+        variant: str = "adam",
         allow_unbalanced: bool = False,
         fused: bool | None = None,
         capturable: bool = False,
@@ -103,9 +104,14 @@ class BalancedAdam(torch.optim.Optimizer):
         from balanced_adam.zero import import_hook  # which knows this class
 
         import_hook.register_if_imported()
-        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"state": state, "maximize": maximize, "allow_unbalanced": allow_unbalanced}
-        defaults |= {"fused": fused, "capturable": capturable, "fused_zero": fused_zero}
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state": state}
+        defaults |= {"maximize": maximize, "variant": variant}
+        defaults |= {
+            "allow_unbalanced": allow_unbalanced,
+            "fused": fused,
+            "capturable": capturable,
+            "fused_zero": fused_zero,
+        }
         check_group(defaults, allow_unbalanced)  # even where each group brings its own values
         check_switches(defaults)
         self._forget()
@@ -124,8 +130,8 @@ class BalancedAdam(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a state dict."""
         super().__setstate__(state)
-        for settings in (self.defaults, *self.param_groups):
-            settings.setdefault("state", "fp32")  # of a time when there was no other
+        for settings in (self.defaults, *self.param_groups):  # of a time when there were no others
+            settings |= {"state": "fp32", "variant": self.defaults.get("variant", "adam")} | settings
         self._forget()
         for group in self.param_groups:
             self._remember(group)
@@ -249,9 +255,8 @@ class BalancedAdam(torch.optim.Optimizer):
             shards, grad_factor, lp_param_out, store_scaled_grad: see :class:`balanced_adam.fused_grad.FusedGrad`.
 
         Returns:
-            Whether it was taken. It is not where plain torch steps this parameter, a dtype or device doesn't suit, or
-            hooks or ``capturable`` need ``param.grad``. What was taken is for one step, counts in place of
-            ``param.grad``, and is dropped when a state is loaded.
+            Whether it was taken: not where plain torch steps this parameter, a dtype or device doesn't suit, or hooks
+            or ``capturable`` need ``param.grad``. It is for one step; loading a state drops it.
         """
         fused_grad = FusedGrad(shards, grad_factor, lp_param_out, store_scaled_grad)
         if not (fused_grad.fits(param) and self._fuses(param)):
@@ -301,12 +306,12 @@ class BalancedAdam(torch.optim.Optimizer):
         settings |= {"betas": group["betas"], "maximize": group["maximize"]}
         scalars: bytes | kernels.Recipe
         if self.defaults["capturable"]:
+            check_capturable(group)  # a checkpoint may have brought another
             scalars = parameter_step.recipe(param, state, group["lr"], settings, self._counted.get(param))
             self._counted[param] = group["betas"]
         else:
             step, corrected = parameter_step.count(state, group["betas"])
-            work.moved[param] = LastStep(corrected, group["betas"], group["eps"])
-            lr = float(group["lr"])
+            lr, work.moved[param] = parameter_step.reparametrize(group, settings, corrected)
             if not fused:
                 assert grad is not None
                 plain = parameter_step.PlainStep(weights, grad, moments, step, corrected, lr, settings)
@@ -320,17 +325,15 @@ class BalancedAdam(torch.optim.Optimizer):
     def update_size(self) -> UpdateSize:
         """The size of the last step of every parameter that has moved since the last call of this.
 
-        Call it after each step to have the size of that step; it is worked out from the moments, and costs nothing
-        where it isn't called. (DeepSpeed calls :meth:`step` once for each group or sub-group, so that one call of
-        ``step`` need not be a whole step.) Under ZeRO it covers the partition of this rank. ``numel`` is 0 if nothing
-        has moved, and with ``capturable=True``, where no step is noted.
+        Call it after each step; it is worked out from the moments, and costs nothing where it isn't called. Under ZeRO
+        it covers the partition of this rank. ``numel`` is 0 if nothing has moved, and with ``capturable=True``, where
+        no step is noted.
         """
         moved, self._moved = self._moved, {}
         return update_size(moved, self.state, self._fuses)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; a group's ``state`` is the format that its moments are in, also where the next step will change
-        it."""
+        """As torch's; a group's ``state`` is the format that its moments are in now."""
         for group in self.param_groups:
             self._complete(group)
         saved = super().state_dict()

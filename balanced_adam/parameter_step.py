@@ -79,6 +79,21 @@ def count(state: states.State, betas: rule.Betas) -> tuple[int, int]:
     return steps + 1, corrected
 
 
+def reparametrize(group: Settings, settings: Settings, corrected: int) -> tuple[float, LastStep]:
+    """The learning rate with which AdamW takes the step of the group's variant, and what its size depends on.
+
+    Args:
+        group: of the optimizer.
+        settings: of the step; the decay becomes the variant's.
+        corrected: the number of the step for bias correction.
+    """
+    asked = float(group["lr"])
+    lr, settings["weight_decay"] = rule.reparametrized(
+        group["variant"], asked, settings["weight_decay"], corrected, group["betas"][0]
+    )
+    return lr, LastStep(corrected, group["betas"], group["eps"], lr / asked if asked else 1.0)
+
+
 def recipe(
     param: Tensor, state: states.State, lr: float | Tensor, settings: Settings, counted: rule.Betas | None
 ) -> kernels.Recipe:

@@ -74,6 +74,35 @@ def bias_correction(step: int, betas: Betas, eps: float) -> BiasCorrection:
     return BiasCorrection(math.sqrt(c2) / c1, eps * math.sqrt(c2))
 
 
+VARIANTS = ("adam", "adamd", "adamprox")
+"""What :func:`reparametrized` knows."""
+
+
+def reparametrized(variant: str, lr: float, weight_decay: float, step: int, beta1: float) -> tuple[float, float]:
+    r"""The learning rate and the decay with which AdamW takes a variant's step.
+
+    * AdamD (arXiv 2110.10828) leaves :math:`m_t` uncorrected, so that its first steps are small: :math:`\eta c_1` in
+      place of :math:`\eta`, and :math:`\lambda / c_1` in place of :math:`\lambda`, so that decay is what it was.
+    * AdamProx (arXiv 2202.00089) decays by the proximal step :math:`\theta \leftarrow (\theta - \eta u) / (1 + \eta
+      \lambda)`: :math:`\eta / (1 + \eta\lambda)` in place of :math:`\eta`.
+
+    Both are exact: :math:`1 - \eta'\lambda = 1 / (1 + \eta\lambda)` where :math:`\eta' = \eta / (1 + \eta\lambda)`.
+
+    Args:
+        variant: one of VARIANTS.
+        lr: learning rate.
+        weight_decay: decoupled decay.
+        step: the number of the step for bias correction, from 1.
+        beta1: decay rate of m, in [0, 1).
+    """
+    if variant == "adamd":
+        corrected = 1.0 - power(beta1, step)
+        return lr * corrected, weight_decay / corrected
+    if variant == "adamprox":
+        return lr / (1.0 + lr * weight_decay), weight_decay
+    return lr, weight_decay
+
+
 def moments_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that moments and arithmetic have for parameters of ``dtype``: double for double, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -36,6 +36,8 @@ class LastStep(NamedTuple):
     """The number of the step for bias correction."""
     betas: rule.Betas
     eps: float
+    factor: float = 1.0
+    """By which a variant's lr is another (:func:`balanced_adam.rule.reparametrized`)."""
 
 
 def update_size(
@@ -52,16 +54,16 @@ def update_size(
     in_kernel: dict[torch.dtype, list[tuple[kernels.Update, float]]] = {}
     count = 0
     for param, last in moved.items():
-        correction = rule.bias_correction(*last)
+        correction = rule.bias_correction(last.step, last.betas, last.eps)
         weights = dtensor.local(param)
         moments = {name: dtensor.local(tensor) for name, tensor in states.moment_tensors(state[param]).items()}
         count += weights.numel()
         if param.device.type == "cpu" and fuses(param):
             scalars = kernels.scalars(last.step, 0.0, last.betas, last.eps, 0.0, False)
             update = kernels.Update.of(weights, weights, moments, scalars)
-            in_kernel.setdefault(update.first.dtype, []).append((update, correction.scale))
+            in_kernel.setdefault(update.first.dtype, []).append((update, correction.scale * last.factor))
         else:
-            sums.add_in_torch(moments, correction)
+            sums.add_in_torch(moments, correction, last.factor)
     for updates in in_kernel.values():
         sums.add_in_kernel(updates)
     if not count:
@@ -88,14 +90,15 @@ class _Sums(NamedTuple):
     greatest: list[Tensor]
     squares: list[Tensor]
 
-    def add_in_torch(self, moments: dict[str, Tensor], correction: rule.BiasCorrection) -> None:
+    def add_in_torch(self, moments: dict[str, Tensor], correction: rule.BiasCorrection, factor: float) -> None:
+        scale = correction.scale * factor
         for values in zip(*map(_parts, moments.values()), strict=True):
             m, v = states.moments(dict(zip(moments, values, strict=True)))
             size = rule.direction(m, v, correction).abs_()
             if states.PACKED in moments:
                 size = size.clamp_(max=1.0 / correction.scale)
-            self.greatest.append(size.amax().double() * correction.scale)
-            self.squares.append(torch.dot(size, size).double() * correction.scale**2)
+            self.greatest.append(size.amax().double() * scale)
+            self.squares.append(torch.dot(size, size).double() * scale**2)
 
     def add_in_kernel(self, updates: list[tuple[kernels.Update, float]]) -> None:
         scale = torch.tensor([scale for _, scale in updates], dtype=torch.float64, device="cpu")

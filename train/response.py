@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         pairs: dict[str, tuple[float, float]] = {}
         for arm in map(Arm.parse, response.betas):
             require(
-                isinstance(arm.betas, tuple) and arm.state == "fp32",
+                isinstance(arm.betas, tuple) and (arm.state, arm.optimizer) == ("fp32", "adam"),
                 f"betas has {str(arm)!r}; give one number, or beta1,beta2.",
             )
             pairs[str(arm)] = (float(arm.betas[0]), float(arm.betas[-1]))

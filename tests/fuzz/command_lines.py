@@ -35,6 +35,7 @@ RUN: Options = {
     ),
     "--eps": (["0", "1e-8"], [*NO_NUMBER, "-1", "nan", "inf"]),
     "--weight-decay": (["0", "0.1"], [*NO_NUMBER, "-1", "inf"]),
+    "--optimizer": (["adam", "adamd", "adamprox"], ["adamw", "", "AdamD"]),
     "--state": (["fp32", "packed16"], ["packed12", "", "FP32", "16"]),
     "--clip": (["0", "1.5"], [*NO_NUMBER, "-1", "nan"]),
     "--steps": (["2", "100"], [*NO_COUNT, "0"]),
@@ -63,8 +64,29 @@ RUN: Options = {
 }
 COMPARE: Options = {
     "--arms": (
-        ["0.95 0.9,0.999", "0.95:packed16", "refresh:5 0.9"],
-        ["1", "x", "0.9,x", "0.9,", "0.95:packed12", "0.95 .95", "0.9,0.95:packed8", ":fp32", "nan", "-0.1", "a:b:c"],
+        [
+            "0.95 0.9,0.999",
+            "0.95:packed16",
+            "refresh:5 0.9",
+            "0.9 adamd:0.9 adamprox:0.9,0.99",
+            "adamd:refresh:5:packed8",
+        ],
+        [
+            "1",
+            "x",
+            "0.9,x",
+            "0.9,",
+            "0.95:packed12",
+            "0.95 .95",
+            "0.9,0.95:packed8",
+            ":fp32",
+            "nan",
+            "-0.1",
+            "a:b:c",
+            "adamw:0.9",
+            "adamd",
+            "adam:0.9 0.9",
+        ],
     ),
     "--grid": (["0.9 0.99"], ["1", "x", "-1", "nan", "0.9 0.9"]),
     "--seeds": (["0 1", "7"], [*NO_COUNT, "1 1", str(2**63)]),
@@ -79,7 +101,10 @@ COMPARE: Options = {
     "--max-runs": ([], ["x", "0", "-1", "1.5"]),
     "--max-hours": ([], ["x", "0", "-1", "nan", "inf"]),
     "--out": ([], ["", "/dev/null", "/dev/null/x", "x" * 300, "a\0b", "README.md"]),
-    "--": (["--clip 0.5"], ["--clip -1", "--betas 0.9", "--stepz 3", "--warmup 9999", "--out x", "--seed 3"]),
+    "--": (
+        ["--clip 0.5"],
+        ["--clip -1", "--betas 0.9", "--optimizer adamd", "--stepz 3", "--warmup 9999", "--out x", "--seed 3"],
+    ),
 }
 PILOT: Options = {
     "--steps": ([], [*NO_COUNT, "0", "2"]),

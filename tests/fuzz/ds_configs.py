@@ -70,6 +70,7 @@ ANY_STAGE: dict[str, Values] = {
     "optimizer.params.betas": (["auto", 0.95, [0.95, 0.95]], [0.9, [0.9, 0.999], "0.95", [0.95], True, {"a": 1}]),
     "optimizer.params.eps": (["auto", 1e-8], [1e-6, "1e-8", None]),
     "optimizer.params.weight_decay": (["auto", 0.1], [0, "0.1", True]),
+    "optimizer.params.variant": (["auto", "adam"], ["adamd", "nadam", 1]),
     "optimizer.params.state": (["auto", "fp32"], ["packed16", 32, True]),
     "optimizer.params.fused": ([True, False, None], ["true", 1, 0, []]),
     "optimizer.params.fused_zero": ([True, False], ["false", 0, None]),

@@ -33,6 +33,7 @@ IN_GROUPS: dict[str, tuple[list[Any], list[Any]]] = {
     "betas": ([0.9, (0.9, 0.9), [0.5, 0.5], 0, (np.float64(0.75),) * 2, torch.tensor(0.5)], NO_BETAS),
     "state": (["fp32", "packed32"], ["packed", "FP32", 16, None, True, ["fp32"], b"fp32"]),
     "maximize": ([True, False], ["false", 0, 1, None, []]),
+    "variant": (["adam", "adamprox"], ["adamw", "AdamD", 1, None, ["adam"]]),
     "amsgrad": ([False], [True, 1, "no", None]),
     "differentiable": ([False], [True, 1]),
     "bias_correction": ([True], [False, 0]),
@@ -50,7 +51,7 @@ OF_ALL: dict[str, tuple[list[Any], list[Any]]] = {
     "beta1": ([], [0.9]),
 }
 """Of what is the whole optimizer's."""
-CHECKED_AT_STEPS = ("lr", "eps", "weight_decay", "betas", "state", "maximize")
+CHECKED_AT_STEPS = ("lr", "eps", "weight_decay", "betas", "state", "maximize", "variant")
 PARAMS: dict[str, Callable[[], Any]] = {
     "no list": lambda: nn.Parameter(torch.ones(2)),
     "text": lambda: ["w"],
@@ -92,7 +93,7 @@ def advance(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps:
 
 
 def adamw(saved: dict[str, Any], weights: list[Any], step: int) -> list[Any]:
-    """The weights after one more step from a state dict, in float64 (arXiv 1711.05101, algorithm 2)."""
+    """The weights after one more step from a state dict, in float64 (arXiv 1711.05101, algorithm 2; 2202.00089)."""
     group = saved["param_groups"][0]
     lr, eps, decay = (float(group[name]) for name in ("lr", "eps", "weight_decay"))
     betas = group["betas"]
@@ -106,7 +107,9 @@ def adamw(saved: dict[str, Any], weights: list[Any], step: int) -> list[Any]:
             v = beta2 * _array(state, "exp_avg_sq") + (1 - beta2) * g * g
             t = float(state.get("step", 0)) + 1
             update = m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps)
-            stepped.append(weight * (1 - lr * decay) - lr * update)
+            proximal = group.get("variant") == "adamprox"
+            new = (weight - lr * update) / (1 + lr * decay) if proximal else weight * (1 - lr * decay) - lr * update
+            stepped.append(new)
     return stepped
 
 

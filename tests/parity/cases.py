@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from balanced_adam.packed import FORMATS
+from balanced_adam.rule import VARIANTS
 from balanced_adam.state import MOMENTS, moments
 from balanced_adam.zero import partitions
 from tests.parity.compare import differences
@@ -46,11 +47,13 @@ class Case(NamedTuple):
     state: str = "fp32"
     moving: bool = False
     """Whether betas change from step to step."""
+    variant: str = "adam"
 
     def __str__(self) -> str:
         accum = f"-accum_{self.grad_accum}" if self.grad_accum else ""
         options = "-offload" * self.offload + "-clip" * bool(self.clip)
         options += f"-{self.state}" * (self.state != "fp32") + "-moving" * self.moving
+        options += f"-{self.variant}" * (self.variant != "adam")
         return f"stage{self.stage}-{self.dtype}{accum}{options}-{self.path}"
 
     def config(self, world: int) -> dict[str, Any]:
@@ -70,7 +73,7 @@ class Case(NamedTuple):
             "optimizer": {
                 "type": "BalancedAdam",
                 "params": {
-                    **{"lr": 0.5, "eps": EPS, "allow_unbalanced": True, "state": self.state},
+                    **{"lr": 0.5, "eps": EPS, "allow_unbalanced": True, "state": self.state, "variant": self.variant},
                     **PATHS[self.path],
                 },
             },
@@ -155,6 +158,13 @@ def matrix(world: int) -> Iterator[Case]:
             for state in ("fp32", "packed16"):
                 yield Case(stage, "bf16", path=path, state=state, moving=True)
             yield Case(stage, "fp32", path="torch", moving=True)
+    if 1 < world < 4:
+        for variant in VARIANTS[1:]:
+            for stage in range(4):
+                path = "one_pass" if stage else "fused"
+                yield Case(stage, "bf16", clip=1.0, path=path, variant=variant)
+                yield Case(stage, "bf16", path=path, variant=variant, state="packed16", moving=world == 2)
+            yield Case(2, "fp32", offload=True, path="torch", variant=variant)
 
 
 def start(case: Case, **more: Any) -> Any:
@@ -275,7 +285,7 @@ def _compared(world: int, cases: list[Case]) -> dict[Case, dict[str, float]]:
     return {
         case: differences(
             [rank[case] for rank in ranks],
-            train(STEPS, case.absent(), case.control_clip(world), device(world), case.state, case.moving),
+            train(STEPS, case.absent(), case.control_clip(world), device(world), case.state, case.moving, case.variant),
         )
         for case in cases
     }

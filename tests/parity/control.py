@@ -63,11 +63,13 @@ def train(
     device: str = "cpu",
     stored: str = "fp32",
     moving: bool = False,
+    variant: str = "adam",
     later: tuple[tuple[int, str], ...] = (),
 ) -> State:
     """Weights and moments after ``steps`` steps, worked out on the ranks' kind of device and returned on the CPU.
 
     Moments are stored as ``stored``, and from each step in ``later`` on (counted from 0) in the format named there.
+    ``variant`` is AdamW's, by its own paper's formula.
     """
     weights = first_weights()
     state: State = {
@@ -98,6 +100,12 @@ def train(
                 # As many steps at the beta of now as make the product of all, or one more.
                 settings["step"] = math.ceil(sum(map(math.log, betas)) / math.log(betas[-1]) - 1e-9)
                 settings["betas"] = (betas[-1], betas[-1])
+            lr, decay = settings["lr"], settings["weight_decay"]
+            if variant == "adamd":  # the first moment is not corrected (arXiv 2110.10828)
+                corrected = 1.0 - rule.power(settings["betas"][0], settings["step"])
+                settings |= {"lr": lr * corrected, "weight_decay": decay / corrected}
+            elif variant == "adamprox":  # the weights are divided by 1 + lr x decay after the step (arXiv 2202.00089)
+                settings["lr"] = lr / (1.0 + lr * decay)
             for name in filter(TRAINED.__contains__, group.names):
                 old = [state[key][name] for key in TENSORS]
                 new = rule.update(old[0], clipped[name].to(device), *old[1:], **settings, bounded=stored != "fp32")

@@ -16,7 +16,7 @@ from train.common.errors import ConfigError, require
 from train.common.files import REPOSITORY
 from train.data.config import Data
 
-ARM = ("lr", "betas", "state", "allow_unbalanced")
+ARM = ("optimizer", "lr", "betas", "state", "allow_unbalanced")
 """The optimizer options in which the arms of a comparison may differ."""
 
 
@@ -34,6 +34,9 @@ class Model:
 class Optimizer:
     """The parameters of BalancedAdam, and gradient clipping."""
 
+    optimizer: Literal["adam", "adamd", "adamprox"] = "adam"
+    """The variant of AdamW: adamd leaves the first moment uncorrected, so that first steps are small (2110.10828).
+    adamprox decays weights by a proximal step (2202.00089), which at usual learning rates is AdamW to a few digits."""
     lr: float = 1e-3
     """Peak learning rate; above 0."""
     betas: float | tuple[float, float] | str = 0.95
@@ -225,6 +228,7 @@ class Run:
         from balanced_adam import BalancedAdam
 
         params = {name: value for name, value in dataclasses.asdict(self.optimizer).items() if name != "clip"}
+        params["variant"] = params.pop("optimizer")
         try:
             if beta := self.moving_beta():
                 params["betas"] = beta(0)
@@ -267,6 +271,8 @@ class Run:
         kept = {key: options[key] for key in ("seed", "model", "data", "optimizer", "schedule")}
         if self.optimizer.state == "fp32":  # so that runs older than this option can be resumed
             del options["optimizer"]["state"]
+        if self.optimizer.optimizer == "adam":
+            del options["optimizer"]["optimizer"]
         parallelism = options["parallelism"]
         kept["parallelism"] = {key: parallelism[key] for key in ("batch", "precision")}
         return kept

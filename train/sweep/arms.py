@@ -1,12 +1,14 @@
-"""The arms of a comparison: betas, or a rule that chooses them, and the storage format of the optimizer's state."""
+"""The arms of a comparison: the optimizer, betas or a rule that chooses them, and the storage format of the state."""
 
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 from train.common.errors import ConfigError, require
 from train.run.config import Optimizer
+
+OPTIMIZERS: tuple[str, ...] = get_args(get_type_hints(Optimizer)["optimizer"])
 
 
 class Arm(NamedTuple):
@@ -16,6 +18,8 @@ class Arm(NamedTuple):
     """beta1 and beta2, or one number if they are equal, or the rule that chooses it."""
     state: str
     """Storage format of the optimizer's state, such as "fp32"."""
+    optimizer: str = "adam"
+    """As --optimizer of train.pretrain."""
 
     @property
     def words(self) -> list[str]:
@@ -23,18 +27,19 @@ class Arm(NamedTuple):
         return [self.betas] if isinstance(self.betas, str) else list(map(repr, self.betas))
 
     def __str__(self) -> str:
-        return ",".join(self.words) + (f":{self.state}" if self.state != "fp32" else "")
+        name = f"{self.optimizer}:" if self.optimizer != "adam" else ""
+        return name + ",".join(self.words) + (f":{self.state}" if self.state != "fp32" else "")
 
     @staticmethod
     def of(optimizer: Optimizer) -> Arm:
         """Return the arm of a run with these optimizer options."""
         betas = (optimizer.betas,) if isinstance(optimizer.betas, float) else optimizer.betas
-        return Arm.shortened(betas, optimizer.state)
+        return Arm.shortened(betas, optimizer.state, optimizer.optimizer)
 
     @staticmethod
-    def shortened(betas: tuple[float, ...] | str, state: str) -> Arm:
+    def shortened(betas: tuple[float, ...] | str, state: str, optimizer: str) -> Arm:
         """Return the arm, with one number if both betas are equal."""
-        return Arm(betas[:1] if isinstance(betas, tuple) and betas[0] == betas[-1] else betas, state)
+        return Arm(betas[:1] if isinstance(betas, tuple) and betas[0] == betas[-1] else betas, state, optimizer)
 
     @staticmethod
     def parse(text: str) -> Arm:
@@ -46,14 +51,16 @@ class Arm(NamedTuple):
         from balanced_adam import beta_schedule
         from balanced_adam.state import FORMATS
 
-        setting, _, state = text.rpartition(":")
+        name, _, rest = text.partition(":")
+        optimizer, rest = (name, rest) if name in OPTIMIZERS else ("adam", text)
+        setting, _, state = rest.rpartition(":")
         if state not in FORMATS:
-            setting, state = text, "fp32"
+            setting, state = rest, "fp32"
         if beta_schedule.is_rule(setting):
             with suppress(ValueError):  # a bad number is rejected with the run's settings
                 name, _, number = setting.rpartition(":")
                 setting = f"{name}:{repr(float(number)).removesuffix('.0')}"
-            return Arm(setting, state)
+            return Arm(setting, state, optimizer)
         try:
             betas = tuple(float(part) for part in setting.split(","))
             if len(betas) not in (1, 2) or not all(0.0 <= beta < 1.0 for beta in betas):
@@ -61,9 +68,10 @@ class Arm(NamedTuple):
         except ValueError:
             raise ConfigError(
                 f"arms has {text!r}; an arm is one beta or beta1,beta2, each in [0, 1), or a rule such as "
-                f"refresh:1000, optionally followed by a colon and one of {', '.join(FORMATS)}."
+                f"refresh:1000, optionally followed by a colon and one of {', '.join(FORMATS)}, and after one of "
+                f"{', '.join(OPTIMIZERS)} and a colon."
             ) from None
-        arm = Arm.shortened(betas, state)
+        arm = Arm.shortened(betas, state, optimizer)
         require(
             state == "fp32" or len(arm.betas) == 1,
             f"arms has {text!r}; packed moments need equal betas (docs/packed-state.md).",

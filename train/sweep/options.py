@@ -18,6 +18,7 @@ class Comparison:
     arms: tuple[str, ...] = ("0.95", "0.9,0.95", "0.9,0.999")
     """Beta settings to compare: one number, beta1,beta2, or a rule as for --betas of train.pretrain.
     An optional state format follows after a colon, as in 0.95:packed16 or refresh:1000:packed16.
+    An optional optimizer, as for --optimizer of train.pretrain, stands before a colon, as in adamd:0.95.
     The first arm is the baseline."""
     grid: tuple[float, ...] = ()
     """Instead of arms: compare every pair of these betas, the tied ones first."""

@@ -26,6 +26,7 @@ from train.sweep.options import Comparison
 COMPARED = {
     "--out",
     "--betas",
+    "--optimizer",
     "--state",
     "--allow-unbalanced",
     "--lr",
@@ -97,6 +98,7 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
         arguments += ["--warmup", str(steps // 10), "--save-every", often, "--validate-every", often]
         arguments += ["--allow-unbalanced"] if len(arm.words) == 2 else []
         arguments += [] if arm.state == "fp32" else ["--state", arm.state]
+        arguments += [] if arm.optimizer == "adam" else ["--optimizer", arm.optimizer]
         arguments += comparison.rest
         name = f"beta-{re.sub(r'[^0-9A-Za-z_.]+', '-', label)}_lr-{lr!r}_seed-{seed}"
         run = {"name": name, "arm": label, "lr": lr, "seed": seed, "arguments": arguments}
