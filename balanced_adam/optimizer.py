@@ -105,13 +105,8 @@ class BalancedAdam(torch.optim.Optimizer):
 
         import_hook.register_if_imported()
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state": state}
-        defaults |= {"maximize": maximize, "variant": variant}
-        defaults |= {
-            "allow_unbalanced": allow_unbalanced,
-            "fused": fused,
-            "capturable": capturable,
-            "fused_zero": fused_zero,
-        }
+        defaults |= {"maximize": maximize, "variant": variant, "allow_unbalanced": allow_unbalanced}
+        defaults |= {"fused": fused, "capturable": capturable, "fused_zero": fused_zero}
         check_group(defaults, allow_unbalanced)  # even where each group brings its own values
         check_switches(defaults)
         self._forget()
@@ -131,7 +126,8 @@ class BalancedAdam(torch.optim.Optimizer):
         """Restore from a pickle or a state dict."""
         super().__setstate__(state)
         for settings in (self.defaults, *self.param_groups):  # of a time when there were no others
-            settings |= {"state": "fp32", "variant": self.defaults.get("variant", "adam")} | settings
+            settings.setdefault("state", "fp32")
+            settings.setdefault("variant", self.defaults.get("variant", "adam"))
         self._forget()
         for group in self.param_groups:
             self._remember(group)
@@ -211,8 +207,10 @@ class BalancedAdam(torch.optim.Optimizer):
             ValueError: if somebody, or a checkpoint, has made a group's betas unequal without permission, or a tensor
                 does not fit its parameter (any more); no parameter has changed, but the step may have been counted.
         """
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         work = parameter_step.Work([], [], {}, [])
         try:
             for group in self.param_groups:

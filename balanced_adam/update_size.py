@@ -1,4 +1,7 @@
-"""How far the last step moved the weights, from the moments that it left."""
+"""How far the last step moved the weights, from the moments that it left.
+
+DeepSpeed calls the optimizer's ``step`` once for each group or sub-group, so that one call need not be a whole step.
+"""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from torch import nn
 from balanced_adam import BalancedAdam
 from tests.fuzz.edits import WEIRD, places
 from tests.fuzz.outcome import Outcome, attempt
+from tests.optimizer.steps import parameters, set_gradients, train
 
 NO_NUMBERS: list[Any] = [True, "0.5", "auto", None, [0.5], 1j, {}, Decimal("0.5"), np.True_, torch.ones(2), object()]
 NO_SETTINGS: list[Any] = [*NO_NUMBERS, -1.0, math.nan, math.inf, -math.inf, 10**400, torch.tensor(math.nan)]
@@ -75,23 +76,6 @@ def _with_sparse_gradient() -> torch.Tensor:
     return table.weight
 
 
-def parameters() -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 2), (), (4,))]
-
-
-def gradients(step: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(100 + step)
-    return [torch.randn(p.shape, generator=generator) for p in parameters()]
-
-
-def advance(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: range) -> None:
-    for step in steps:
-        for param, gradient in zip(params, gradients(step), strict=True):
-            param.grad = gradient
-        optimizer.step()
-
-
 def adamw(saved: dict[str, Any], weights: list[Any], step: int) -> list[Any]:
     """The weights after one more step from a state dict, in float64 (arXiv 1711.05101, algorithm 2; 2202.00089)."""
     group = saved["param_groups"][0]
@@ -100,7 +84,7 @@ def adamw(saved: dict[str, Any], weights: list[Any], step: int) -> list[Any]:
     beta1, beta2 = map(float, betas if isinstance(betas, list | tuple) else (betas, betas))
     stepped = []
     with np.errstate(all="ignore"):
-        for number, (weight, gradient) in enumerate(zip(weights, gradients(step), strict=True)):
+        for number, (weight, gradient) in enumerate(zip(weights, set_gradients(parameters(), step), strict=True)):
             state = saved["state"].get(number, {})
             g = gradient.double().numpy() * (-1 if group["maximize"] else 1)
             m = beta1 * _array(state, "exp_avg") + (1 - beta1) * g
@@ -155,13 +139,13 @@ def of_settings(draw: random.Random) -> Outcome:
         of_group = settings if place == "group" else {}
         optimizer = BalancedAdam([{"params": params, **of_group}], **of_optimizer)
         if place == "between steps":
-            advance(optimizer, params, range(STEPS))
+            train(optimizer, params, range(STEPS))
             optimizer.param_groups[0].update(settings)
         before = [p.detach().double().numpy().copy() for p in params]
         number = STEPS if place == "between steps" else 0
         saved = copy.deepcopy(optimizer.state_dict()) if not field else {}
         try:
-            advance(optimizer, params, range(number, number + 1))
+            train(optimizer, params, range(number, number + 1))
         except ValueError:
             assert all(np.array_equal(p.detach().numpy(), b) for p, b in zip(params, before, strict=True)), "it moved"
             raise
@@ -189,14 +173,14 @@ def of_state(draw: random.Random) -> Outcome:
     """A state dict in which one value is another."""
     params = parameters()
     optimizer = BalancedAdam(params, lr=2**-7, betas=0.75, state=draw.choice(["fp32", "fp32", "packed16"]))
-    advance(optimizer, params, range(STEPS))
+    train(optimizer, params, range(STEPS))
     saved = copy.deepcopy(optimizer.state_dict())
     place = draw.choice([place for place in places(saved) if place])
     node: Any = saved
     for key in place[:-1]:
         node = node[key]
-    tensors: list[Any] = [torch.ones(2), torch.ones(3, 2), -torch.ones(3, 2), torch.full((3, 2), math.nan)]
-    tensors += [torch.ones(3, 2, dtype=torch.int64), torch.ones(3, 2).bfloat16(), torch.tensor(2.0)]
+    tensors: list[Any] = [torch.ones(2), torch.ones(3, 5), -torch.ones(3, 5), torch.full((3, 5), math.nan)]
+    tensors += [torch.ones(3, 2, dtype=torch.int64), torch.ones(3, 5).bfloat16(), torch.tensor(2.0)]
     value = draw.choice([*WEIRD, *tensors])
     if draw.random() < 0.15 and isinstance(node, dict):
         del node[place[-1]]
@@ -222,7 +206,7 @@ def of_state(draw: random.Random) -> Outcome:
         fp32 = all("exp_avg" in state for state in saved["state"].values())
         history = {"log_beta_excess", "decay"}  # a made-up history of betas: tests/optimizer has the right ones
         expected = adamw(loaded, weights, STEPS) if fp32 and not history & set(map(str, place)) else None
-        advance(optimizer, params, range(STEPS, STEPS + 1))
+        train(optimizer, params, range(STEPS, STEPS + 1))
         if expected:
             assert_close(params, expected, str(place))
 

@@ -181,3 +181,13 @@ def test_a_ds_config_of_another_precision_than_the_flag_is_refused(make: Make, t
     file.write_text(content)
     with pytest.raises(ConfigError, match=r"has bf16.enabled = .*, but precision is bf16; make them agree"):
         resumable_run.pretrain(make("--ds-config", str(file), "--precision", "bf16"))
+
+
+def test_what_deepspeed_refuses_only_when_it_starts_is_a_sentence_too(make: Make, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(
+        '{"zero_optimization": {"stage": 3}, "bf16": {"enabled": true, "bf16_master_weights_and_grads": true}}'
+    )
+    with pytest.raises(ConfigError, match=rf"ds_config {file} is refused by DeepSpeed: .*[Mm]aster") as refused:
+        resumable_run.pretrain(make("--ds-config", str(file)))
+    assert "\n" not in str(refused.value)

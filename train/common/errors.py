@@ -46,7 +46,7 @@ def first_line(error: BaseException) -> str:
 
 
 def shown(text: str) -> str:
-    """Return a text in quotes, shortened in the middle where it is long."""
+    """Return a text in quotes, shortened in the middle where it is long. (That of balanced_adam imports torch.)"""
     short = reprlib.Repr()
     short.maxstring = 80
     return short.repr(text)

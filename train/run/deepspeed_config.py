@@ -21,11 +21,10 @@ PATHS = {"fused", "fused_zero"}  # optimizer parameters that choose how the step
 def layout(ds_config: dict[str, Any], world: int) -> dict[str, Any]:
     """Return the properties that must be equal for DeepSpeed to load a checkpoint without conversion."""
     accumulation = ds_config.get("data_types", {}).get("grad_accum_dtype")
-    dtype = next((name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")), "fp32")
     return {
         "world": world,
         "stage": ds_config["zero_optimization"]["stage"],
-        "dtype": dtype,
+        "dtype": ds_schema.dtype(ds_config),
         "accumulation": accumulation,
     }
 

@@ -38,7 +38,6 @@ UNSUPPORTED = {
     "checkpoint.use_node_local_storage": "all ranks read and write one folder",
     "checkpoint.writer": "checkpoints are synced to disk before a run goes on",
     "compile": "DeepSpeed compiles only a model that its program asks it to",
-    "zero_optimization.legacy_stage1": "DeepSpeed has removed it",
     "data_types.buffer_dtype": "--precision says in what it trains",
     "data_efficiency": "the order of the text is the run's own",
     "datastates_ckpt": "checkpoints are synced to disk before a run goes on",
@@ -48,14 +47,14 @@ UNSUPPORTED = {
     "tensor_parallel": "every rank holds whole tensors, or ZeRO's partitions",
     "torch_autocast": "--precision says in what it trains",
     "weight_quantization": "it quantizes nothing",
+    "zero_optimization.legacy_stage1": "DeepSpeed has removed it",
     "zero_optimization.offload_optimizer.super_offload": "it replaces the optimizer by DeepSpeed's own",
     "zero_optimization.zenflow": "it replaces the optimizer by DeepSpeed's own",
 }
 """Features, and why train.pretrain has none of them."""
 OFF_UNLESS = {
     **dict.fromkeys(("autotuning", "data_efficiency", "expert_parallel", "hybrid_engine"), ("enabled",)),
-    **dict.fromkeys(("comet", "tensorboard", "wandb"), ("enabled",)),
-    "torch_autocast": ("enabled",),
+    **dict.fromkeys(("comet", "tensorboard", "torch_autocast", "wandb"), ("enabled",)),
     "compile": ("enabled", "deepcompile", "backend"),
     "tensor_parallel": ("autotp_size", "tp.tp_size"),
 }
@@ -176,6 +175,11 @@ WHAT = {
 """What would be right."""
 
 
+def dtype(config: dict[str, Any]) -> str:
+    """Return in what a ds_config computes: "bf16", "fp16" or "fp32"."""
+    return next((name for name in ("bf16", "fp16") if _at(config, f"{name}.enabled")), "fp32")
+
+
 def check(config: dict[str, Any], path: Path, gpus: bool, here: bool) -> None:
     """Check a ds_config in which no "auto" is left.
 
@@ -228,7 +232,7 @@ def _check_param_dtype(config: dict[str, Any], path: Path) -> None:
     Raises:
         ConfigError: if it is another.
     """
-    mode = next((name for name in ("bf16", "fp16") if _at(config, f"{name}.enabled")), "fp32")
+    mode = dtype(config)
     names = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
     given = _at(config, "data_types.param_dtype")
     require(

@@ -91,8 +91,9 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         )
     except (AssertionError, ValueError, NotImplementedError) as error:
         # How DeepSpeed refuses a configuration, or we refuse it there; from other code it is a bug.
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
-        if not {"deepspeed", "balanced_adam"} & set(raised_in) or not str(error):
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        package = frame.f_globals["__name__"].partition(".")[0]
+        if package not in ("deepspeed", "balanced_adam") or not str(error):
             raise
         sentence = f"ds_config {run.parallelism.ds_config} is refused by DeepSpeed: {first_line(error)}"
         raise (ConfigError if ranks.is_main else RankError)(sentence) from error  # it may be of one rank alone
