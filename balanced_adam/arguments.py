@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -41,23 +41,50 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What a parameter may be."""
 
 
-def check_left_over(settings: dict[str, Any], own: Iterable[str] | None = None) -> None:
+MEANING: dict[str, Any] = {"p": 2.0, "amsgrad": False, "mean_of_squares": False}
+"""Settings that say what a group's second moment is (:mod:`balanced_adam.relatives`), and Adam's values of them."""
+
+
+def check_left_over(settings: dict[str, Any], name: str = "BalancedAdam", own: Collection[str] = ()) -> None:
     """Check arguments of another Adam. They are accepted where they change nothing.
 
     Args:
         settings: by name.
-        own: names of our own arguments, where all others are to be those of another Adam.
+        name: of the optimizer.
+        own: names of its own arguments, where all others are to be those of another Adam.
 
     Raises:
         TypeError: on one that neither has.
         ValueError: naming the field, the value and what would be right.
     """
-    if own is not None and (unknown := min(settings.keys() - LEFT_OVER.keys(), default=None)):
+    if own and (unknown := min(settings.keys() - LEFT_OVER.keys(), default=None)):
         close = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(unknown, own, 1))
-        raise TypeError(f"BalancedAdam has no argument {unknown!r}{close or '.'}")
+        raise TypeError(f"{name} has no argument {unknown!r}{close or '.'}")
     for field, (allowed, why) in LEFT_OVER.items():
         if field in settings and allowed is not ANY and settings[field] is not allowed:
-            raise ValueError(f"{field} is {shown(settings[field])}, and BalancedAdam takes {allowed} alone: {why}.")
+            raise ValueError(f"{field} is {shown(settings[field])}, and {name} takes {allowed} alone: {why}.")
+
+
+def check_meaning(group: dict[str, Any], own: dict[str, Any], where: str = "") -> None:
+    """See that a group's second moment is what the optimizer takes it for.
+
+    Args:
+        group: perhaps of another optimizer.
+        own: what the optimizer has of MEANING where it isn't Adam's.
+        where: the beginning of the sentence.
+
+    Raises:
+        ValueError: if it isn't.
+    """
+    for name, of_adam in MEANING.items():
+        theirs, ours = group.get(name, of_adam), own.get(name, of_adam)
+        if name == "p" and not isinstance(theirs, int | float):
+            theirs = of_adam  # a key of the user's own
+        if theirs != ours:
+            raise ValueError(
+                f"{where}{name} is {shown(theirs)}, and this optimizer takes {ours} alone: it has another second "
+                "moment (balanced_adam.relatives has optimizers with others)."
+            )
 
 
 def check_switches(defaults: dict[str, Any]) -> None:
@@ -93,7 +120,7 @@ def check_group(group: dict[str, Any], allow_unbalanced: bool, least_lr: float =
             group[field] = value
     group["betas"] = as_pair(group["betas"], allow_unbalanced)
     check_maximize(group)
-    check_left_over(group)
+    check_left_over({name: value for name, value in group.items() if name not in MEANING})
     check_variant(group)
     check_format(group)
     if group["state"] in ("packed16", "packed8") and group["eps"] < 1e-9:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,3 +51,19 @@ def join_neighbours(shards: Sequence[Tensor]) -> list[Tensor]:
                 continue
         joined.append(shard)
     return joined
+
+
+class FormerNames:
+    """The former names of two methods of BalancedAdam, for one release."""
+
+    def hand_over(
+        self: Any, param: Tensor, pieces: Any, factor: Any = None, copy: Any = None, keep: bool = False
+    ) -> bool:
+        """Former name of ``set_fused_grad``."""
+        warnings.warn("hand_over is now set_fused_grad", DeprecationWarning, stacklevel=2)
+        return bool(self.set_fused_grad(param, pieces, factor, copy, keep))
+
+    def take_back(self: Any, param: Tensor) -> None:
+        """The former name of ``clear_fused_grad``."""
+        warnings.warn("take_back is now clear_fused_grad", DeprecationWarning, stacklevel=2)
+        self.clear_fused_grad(param)

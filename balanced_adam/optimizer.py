@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -24,16 +24,17 @@ from balanced_adam.arguments import (
     check_capturable,
     check_group,
     check_left_over,
+    check_meaning,
     check_param,
     check_switches,
 )
-from balanced_adam.fused_grad import FusedGrad
+from balanced_adam.fused_grad import FormerNames, FusedGrad
 from balanced_adam.update_size import LastStep, UpdateSize, update_size
 from balanced_adam.values import shown
 from balanced_adam.warn import is_rank_0, warn_once
 
 
-class BalancedAdam(torch.optim.Optimizer):
+class BalancedAdam(FormerNames, torch.optim.Optimizer):
     r"""AdamW whose two moving averages share one decay rate, :math:`\beta_1 = \beta_2 = \beta`.
 
     The rule is that of :mod:`balanced_adam.rule`, with the symbols g = gradient, m = ``exp_avg``, v = ``exp_avg_sq``,
@@ -83,6 +84,9 @@ class BalancedAdam(torch.optim.Optimizer):
             constructor and from :meth:`step`, on a parameter that no kernel takes.
     """
 
+    OWN: ClassVar[dict[str, Any]] = {}
+    """Settings that a subclass has beside these, and their defaults; they belong to groups."""
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
@@ -100,13 +104,14 @@ class BalancedAdam(torch.optim.Optimizer):
         fused_zero: bool = True,
         **left_over: Any,
     ) -> None:
-        check_left_over(left_over, inspect.signature(BalancedAdam).parameters)
+        own = {name: left_over.pop(name, value) for name, value in self.OWN.items()}
+        check_left_over(left_over, type(self).__name__, (*inspect.signature(BalancedAdam).parameters, *own))
         from balanced_adam.zero import import_hook  # which knows this class
 
         import_hook.register_if_imported()
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state": state}
         defaults |= {"maximize": maximize, "variant": variant, "allow_unbalanced": allow_unbalanced}
-        defaults |= {"fused": fused, "capturable": capturable, "fused_zero": fused_zero}
+        defaults |= {"fused": fused, "capturable": capturable, "fused_zero": fused_zero, **own}
         check_group(defaults, allow_unbalanced)  # even where each group brings its own values
         check_switches(defaults)
         self._forget()
@@ -115,12 +120,10 @@ class BalancedAdam(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Set what belongs to steps under way, and is in no state dict."""
         self._counted: dict[Tensor, rule.Betas] = {}  # capturable: whose step count is their own, and their betas
-        self.fused_grads: dict[Tensor, FusedGrad] = {}
-        """What :meth:`set_fused_grad` took for the next step."""
+        self.fused_grads: dict[Tensor, FusedGrad] = {}  # what set_fused_grad took for the next step
         self._moved: dict[Tensor, LastStep] = {}  # for update_size
         self._cut = 0  # elements that packing has cut off
-        # id of a group: what its loaded averages were made with
-        self._made_with: dict[int, bias_correction.History | None] = {}
+        self._made_with: dict[int, bias_correction.History | None] = {}  # what a group's (id) loaded averages were
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a state dict."""
@@ -178,6 +181,7 @@ class BalancedAdam(torch.optim.Optimizer):
             group.pop(field)  # torch copies all defaults
         try:
             check_group(group, self.defaults["allow_unbalanced"])
+            self._check_own(group)
             for param in group["params"]:
                 check_param(param, group["state"])
                 self._fuses(param)
@@ -215,6 +219,7 @@ class BalancedAdam(torch.optim.Optimizer):
         try:
             for group in self.param_groups:
                 check_before_step(group, self.defaults["allow_unbalanced"], self.defaults["capturable"])
+                self._check_own(group)
             for group in self.param_groups:
                 for param in group["params"]:
                     if param in self.fused_grads or param.grad is not None:
@@ -269,16 +274,6 @@ class BalancedAdam(torch.optim.Optimizer):
         """Forget what :meth:`set_fused_grad` took for ``param``, if it is still there."""
         self.fused_grads.pop(param, None)
 
-    def hand_over(self, param: Tensor, pieces: Any, factor: Any = None, copy: Any = None, keep: bool = False) -> bool:
-        """Former name of :meth:`set_fused_grad`."""
-        warnings.warn("hand_over is now set_fused_grad", DeprecationWarning, stacklevel=2)
-        return self.set_fused_grad(param, pieces, factor, copy, keep)
-
-    def take_back(self, param: Tensor) -> None:
-        """The former name of :meth:`clear_fused_grad`."""
-        warnings.warn("take_back is now clear_fused_grad", DeprecationWarning, stacklevel=2)
-        self.clear_fused_grad(param)
-
     def _fuses(self, param: Tensor) -> bool:
         """Whether a kernel steps this parameter.
 
@@ -287,6 +282,14 @@ class BalancedAdam(torch.optim.Optimizer):
         """
         fused, capturable = self.defaults["fused"], self.defaults["capturable"]
         return fused is not False and parameter_step.fuses(dtensor.local(param), bool(fused), capturable)
+
+    def _check_own(self, group: dict[str, Any]) -> None:
+        """Check settings that this class alone has, or must not have."""
+        check_meaning(group, {name: group[name] if name == "p" else value for name, value in self.OWN.items()})
+
+    def _rule(self, param: Tensor, group: dict[str, Any], step: int) -> parameter_step.Update:
+        """The rule by which plain torch takes step number ``step`` of a parameter."""
+        return rule.update
 
     def _prepare_step(self, param: Tensor, group: dict[str, Any], work: parameter_step.Work) -> None:
         """Count the step of a parameter, and add what a kernel shall do, or plain torch."""
@@ -312,7 +315,8 @@ class BalancedAdam(torch.optim.Optimizer):
             lr, work.moved[param] = parameter_step.reparametrize(group, settings, corrected)
             if not fused:
                 assert grad is not None
-                plain = parameter_step.PlainStep(weights, grad, moments, step, corrected, lr, settings)
+                update = self._rule(param, group, step)
+                plain = parameter_step.PlainStep(weights, grad, moments, step, corrected, lr, settings, update)
                 work.plain_steps.append(plain)
                 return
             scalars = kernels.scalars(step, lr, **settings, corrected=corrected)
@@ -387,9 +391,7 @@ class BalancedAdam(torch.optim.Optimizer):
             self._made_with = before
             raise
         for group, settings in zip(self.param_groups, own, strict=True):
-            for name in self.defaults.keys() & settings.keys():
-                group.setdefault(name, settings[name])  # what another Adam, or an older one, does not have
-            group["state"] = settings["state"]
+            state_dicts.fill_in(group, settings, self.defaults)
             if id(group) not in self._made_with:
                 self._remember(group)
                 self._complete(group)

@@ -33,6 +33,7 @@ bits come the same words, in every sharding, on every device and after a restart
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -188,14 +189,15 @@ def update(
     weight_decay: float,
     maximize: bool = False,
     corrected: int | None = None,
+    rule: Callable[..., tuple[Tensor, ...]] = rule.update,
 ) -> tuple[Tensor, Tensor]:
     """One step of balanced Adam with packed moments: the new weights and words; changes none of its arguments.
 
-    As :func:`balanced_adam.rule.update`, for equal betas. What rounding has added to an average can't make a step
-    longer than lr. Bias correction is that of step number ``corrected``, if it is another
+    As ``rule``, :func:`balanced_adam.rule.update` or another like it, for equal betas. What rounding has added to an
+    average can't make a step longer than lr. Bias correction is that of step number ``corrected``, if it is another
     (:mod:`balanced_adam.bias_correction`).
     """
-    new, exp_avg, exp_avg_sq = rule.update(
+    new, exp_avg, exp_avg_sq = rule(
         param,
         grad,
         *unpack(words),

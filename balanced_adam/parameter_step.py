@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from balanced_adam.warn import warn_once
 
 Settings = dict[str, Any]
 """``betas``, ``eps``, ``weight_decay`` and ``maximize`` of a step."""
+Update = Callable[..., tuple[Tensor, ...]]
+"""A rule as :func:`balanced_adam.rule.update`: weights, gradient and moments -> the new weights and moments."""
 
 
 def fuses(param: Tensor, fused: bool, capturable: bool) -> bool:
@@ -144,6 +147,7 @@ class PlainStep(NamedTuple):
     """The number of the step for bias correction."""
     lr: float
     settings: Settings
+    update: Update
 
     def check(self) -> None:
         """See that the tensors fit together.
@@ -162,12 +166,12 @@ class PlainStep(NamedTuple):
         """Take it by the rule, in place: DeepSpeed keeps views of the weights and of the state."""
         old = [self.weights, *self.moments.values()]
         new: tuple[Tensor, ...]
+        settings = {**self.settings, "lr": self.lr}
         if states.PACKED in self.moments:
-            new = packed.update(
-                self.weights, self.grad, *old[1:], step=self.step, corrected=self.corrected, lr=self.lr, **self.settings
-            )
+            settings |= {"step": self.step, "corrected": self.corrected, "rule": self.update}
+            new = packed.update(self.weights, self.grad, *old[1:], **settings)
         else:
-            new = rule.update(self.weights, self.grad, *old[1:], step=self.corrected, lr=self.lr, **self.settings)
+            new = self.update(self.weights, self.grad, *old[1:], **settings, step=self.corrected)
         for tensor, value in zip(old, new, strict=True):
             tensor.copy_(value)
 

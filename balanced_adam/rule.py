@@ -151,22 +151,29 @@ def update(
         The new weights (in ``param``'s dtype) and the new moments (in the moments' dtype).
     """
     beta1, beta2 = betas
-    grad = grad.to(exp_avg.dtype)
-    if maximize:
-        grad = -grad
+    grad = -grad.to(exp_avg.dtype) if maximize else grad.to(exp_avg.dtype)
     exp_avg = exp_avg * beta1 + grad * (1.0 - beta1)
     exp_avg_sq = exp_avg_sq * beta2 + (grad * grad) * (1.0 - beta2)
     if not bounded:
-        exp_avg, exp_avg_sq = _flush(exp_avg), _flush(exp_avg_sq)
-        if beta1 == beta2:
-            exp_avg = exp_avg.masked_fill_(exp_avg_sq == 0.0, 0.0)
+        exp_avg, exp_avg_sq = flushed(exp_avg, exp_avg_sq, tied=beta1 == beta2)
     correction = bias_correction(step, betas, eps)
     move = direction(exp_avg, exp_avg_sq, correction)
     if bounded:
         move = move.clamp(-1.0 / correction.scale, 1.0 / correction.scale)
-    move = move * (lr * correction.scale)
-    new = param.to(exp_avg.dtype) * (1.0 - lr * weight_decay) - move
-    return new.to(param.dtype), exp_avg, exp_avg_sq
+    return moved(param, move, lr * correction.scale, 1.0 - lr * weight_decay), exp_avg, exp_avg_sq
+
+
+def moved(param: Tensor, move: Tensor, rate: float, kept: float | Tensor) -> Tensor:
+    """The new weights, in ``param``'s dtype: kept x param - rate x move."""
+    return (param.to(move.dtype) * kept - move * rate).to(param.dtype)
+
+
+def flushed(exp_avg: Tensor, exp_avg_sq: Tensor, tied: bool) -> tuple[Tensor, Tensor]:
+    """The moments, changed in place, with denormals replaced by zero; if they are ``tied``, m is zero where v is."""
+    exp_avg, exp_avg_sq = _flush(exp_avg), _flush(exp_avg_sq)
+    if tied:
+        exp_avg = exp_avg.masked_fill_(exp_avg_sq == 0.0, 0.0)
+    return exp_avg, exp_avg_sq
 
 
 def root(moment: Tensor) -> Tensor:

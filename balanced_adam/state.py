@@ -15,6 +15,8 @@ from balanced_adam.values import as_float, shown
 FORMATS = ("fp32", *packed.FORMATS)
 """What ``BalancedAdam(state=...)`` may be."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MAXIMUM = "max_exp_avg_sq"
+"""The greatest second moment so far, which AMSGrad has beside them."""
 PACKED = "packed"
 TENSORS = (*MOMENTS, PACKED)
 
@@ -28,6 +30,11 @@ CAST = (
 def moment_tensors(state: State) -> dict[str, Tensor]:
     """The tensors that hold the moments, by name: two moments, or the words."""
     return {name: state[name] for name in TENSORS if name in state}
+
+
+def maximum(state: State) -> dict[str, Tensor]:
+    """AMSGrad's maximum by its name, if there is one; torch's Adam may have left one that nobody uses."""
+    return {name: state[name] for name in (MAXIMUM,) if isinstance(state.get(name), Tensor)}
 
 
 def moments(state: State) -> tuple[Tensor, Tensor]:
@@ -175,6 +182,11 @@ def check_counts(state: State, betas: tuple[float, float]) -> None:
         excess = as_float(state.get(bias_correction.EXCESS, 0.0))
     except (TypeError, ValueError, OverflowError, RuntimeError):
         excess = math.nan
+    if not isinstance(state.get(bias_correction.LOG_PRODUCT, 0.0), int | float):
+        raise ValueError(
+            f"{bias_correction.LOG_PRODUCT} is {shown(state[bias_correction.LOG_PRODUCT])} in the loaded state, not a "
+            "number: a flattened state dict of torch.distributed.checkpoint can't hold it."
+        )
     logarithm = bias_correction.from_excess(excess, betas, int(step))
     if not (
         math.isfinite(excess)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from balanced_adam import bias_correction, dtensor, rule
 from balanced_adam import state as states
-from balanced_adam.arguments import as_pair, check_loaded_group
+from balanced_adam.arguments import as_pair, check_loaded_group, check_meaning
 from balanced_adam.values import shown
 
 State = states.State
@@ -97,7 +97,10 @@ def check_state_dict(seen: dict[str, Any], groups: Groups) -> dict[Tensor, State
     _check_ids(ids, seen["state"])
     params = chain.from_iterable(group["params"] for group in groups)
     loaded = {param: seen["state"].get(number, {}) for number, param in zip(ids, params, strict=False)}
-    for group in seen["param_groups"]:
+    for group, own in zip(seen["param_groups"], groups, strict=True):
+        for state in (seen["state"].get(i, {}) for i in group["params"]) if own.get("amsgrad") else ():
+            if "exp_avg" in state and not states.maximum(state):
+                raise ValueError(f"the loaded state has no {states.MAXIMUM}, which AMSGrad goes on with.")
         betas = as_pair(group["betas"], allow_unbalanced=True)
         states.check_loaded(group.get("state", "fp32"), [seen["state"].get(i, {}) for i in group["params"]], betas)
     for param, state in loaded.items():
@@ -109,8 +112,7 @@ def _check_is_adamw(group: dict[str, Any], own: dict[str, Any]) -> None:
     if "betas" not in group:
         raise ValueError("the loaded state has groups without betas; it is not that of an Adam.")
     check_loaded_group(group, own)
-    if group.get("amsgrad"):
-        raise ValueError("the loaded state has amsgrad=True, which BalancedAdam does not have; train it on with AdamW.")
+    check_meaning(group, own, "in the loaded state, ")
     if group.get("decoupled_weight_decay") is False and group.get("weight_decay", 0.0) != 0.0:
         raise ValueError(
             f"the loaded state is that of an Adam with weight_decay = {group['weight_decay']} added to the gradient, "
@@ -140,7 +142,7 @@ def _check_ids(ids: list[Any], state: Mapping[Any, Any]) -> None:
 
 
 def _check_fits(param: Tensor, state: State) -> None:
-    for name, tensor in states.moment_tensors(state).items():
+    for name, tensor in {**states.moment_tensors(state), **states.maximum(state)}.items():
         if tensor.shape != param.shape:
             raise ValueError(f"the loaded {name} has shape {tuple(tensor.shape)}, its parameter {tuple(param.shape)}.")
         if reason := dtensor.refuses(param, tensor):
@@ -150,12 +152,26 @@ def _check_fits(param: Tensor, state: State) -> None:
 def keep_precision(param: Tensor, loaded: State, own: State) -> None:
     """Put the moments of a loaded state into ``own``, in place, where torch's loading has cast them to the parameter's
     dtype."""
-    for name, tensor in states.moment_tensors(loaded).items():
+    for name, tensor in {**states.moment_tensors(loaded), **states.maximum(loaded)}.items():
         is_packed = name == states.PACKED
         dtype = tensor.dtype if is_packed else rule.moments_dtype(param.dtype)
         if own[name].dtype != dtype or (is_packed and own[name] is tensor):
             own[name] = tensor.to(device=param.device, dtype=dtype, copy=True)
         own[name] = dtensor.distributed_as(param, own[name])
+
+
+def fill_in(group: dict[str, Any], own: dict[str, Any], names: Iterable[str]) -> None:
+    """Give a loaded group, in place, its own format, and those of these settings that another Adam's, or an older one,
+    lacks.
+
+    Raises:
+        ValueError: if it says that its second moments are another quantity.
+    """
+    check_meaning(group, own, "in the loaded state, ")
+    for name in names:
+        if name in own:
+            group.setdefault(name, own[name])
+    group["state"] = own["state"]
 
 
 def keep_betas(group: dict[str, Any], own: Any, may_be_unequal: bool) -> str | None:

@@ -5,6 +5,7 @@ The module train.analysis.scale_response explains what is measured.
 
 from __future__ import annotations
 
+import re
 import sys
 
 from train.common.command_line import exit_code, parse
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         prepare_environment()
 
-        from train.analysis.scale_response import STABLE, write
+        from train.analysis.scale_response import STABLE, Averages, Mean, write
         from train.probe.recordings import of_language, of_vision
 
         require(
@@ -37,11 +38,19 @@ def main(arguments: list[str] | None = None) -> int:
             response.out.is_dir() or not response.out.exists(),
             f"out is {response.out}, which is a file; give a folder.",
         )
-        pairs: dict[str, tuple[float, float]] = {}
-        for arm in map(Arm.parse, response.betas):
+        pairs: dict[str, Averages] = {}
+        for text in response.betas:
+            if mean := re.fullmatch(r"mean:(\d+)", text):
+                require(
+                    0 < int(mean[1]) <= response.window,
+                    f"betas has {text!r}, and window is {response.window}; a mean is of 1 to that many steps.",
+                )
+                pairs[text] = (Mean(int(mean[1])),) * 2
+                continue
+            arm = Arm.parse(text)
             require(
                 isinstance(arm.betas, tuple) and (arm.state, arm.optimizer) == ("fp32", "adam"),
-                f"betas has {str(arm)!r}; give one number, or beta1,beta2.",
+                f"betas has {text!r}; give one number, or beta1,beta2, or mean:STEPS.",
             )
             pairs[str(arm)] = (float(arm.betas[0]), float(arm.betas[-1]))
         recordings = of_language(response) if response.task == "language" else of_vision(response)

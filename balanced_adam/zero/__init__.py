@@ -3,6 +3,6 @@ pass."""
 
 from balanced_adam.zero.decision import describe
 from balanced_adam.zero.packed_state import unpacking
-from balanced_adam.zero.registration import NAME, TESTED_DEEPSPEED, register
+from balanced_adam.zero.registration import TESTED_DEEPSPEED, register
 
-__all__ = ["NAME", "TESTED_DEEPSPEED", "describe", "register", "unpacking"]
+__all__ = ["TESTED_DEEPSPEED", "describe", "register", "unpacking"]

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from balanced_adam import kernels
+from balanced_adam.relatives import Relative
 from balanced_adam.zero import partitions
 from balanced_adam.zero.check import DIFFERS, SAME, Check
 from balanced_adam.zero.one_pass import OnePass
 
-TURNED_OFF = "fused or fused_zero is false"
+TURNED_OFF, NO_KERNEL = "fused or fused_zero is false", "there is no kernel for this optimizer"
 LOOKS_ON_GPU = 100
 """Steps in which a GPU's norm is read for the first that is clipped, which waits for the GPU."""
 NOBODY = 2**31 - 1
@@ -173,7 +174,7 @@ class Decision:
         self.obstacle = reasons[0] if reasons else "another rank has a reason, which it has reported"
         rank = torch.distributed.get_rank()
         first = partitions.agree(self.zero, rank if reasons else NOBODY)
-        if first == rank and self.obstacle != TURNED_OFF:
+        if first == rank and self.obstacle not in (TURNED_OFF, NO_KERNEL):
             _log(f"ZeRO's step is not taken in one pass: {self.obstacle}")
 
 
@@ -196,7 +197,11 @@ def describe(zero: Any) -> str:
     optimizer = getattr(zero, "optimizer", zero)
     params = [*partitions.masters(zero)] or [p for group in optimizer.param_groups for p in group["params"]]
     device = params[0].device
-    fused = optimizer.defaults["fused"] is not False and kernels.why_not(device) is None
+    fused = (
+        not isinstance(optimizer, Relative)
+        and optimizer.defaults["fused"] is not False
+        and kernels.why_not(device) is None
+    )
     path = f"{device.type.upper()} {'fused' if fused else 'in plain torch'}"
     if stage := partitions.stage(zero):
         taken = decision(zero)
@@ -215,6 +220,8 @@ def _log(message: str) -> None:
 def _obstacle(zero: Any) -> str | None:
     from balanced_adam.optimizer import BalancedAdam
 
+    if isinstance(zero.optimizer, Relative):
+        return NO_KERNEL
     if type(zero.optimizer) is not BalancedAdam:
         return f"the optimizer is a {type(zero.optimizer).__name__}, whose step() may be another"
     settings = zero.optimizer.defaults

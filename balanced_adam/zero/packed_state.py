@@ -108,8 +108,22 @@ def patch_fragments() -> None:
 def keep_formats(original: Callable[..., None], self: Any, *args: Any) -> None:
     """Loading a universal checkpoint sets everything in a group as it was saved; the format of the state is this run's
     own."""
-    with self.optimizer.keeping_own():
+    groups = self.optimizer.param_groups
+    if hasattr(self, "balanced_adam_keeps"):  # within another call of this
         original(self, *args)
+        return
+    self.balanced_adam_keeps = True
+    own: list[dict[str, Any]] = []
+    try:
+        with self.optimizer.keeping_own():
+            own += [{name: group.pop(name) for name in self.optimizer.OWN} for group in groups]
+            original(self, *args)  # what is loaded must say for itself what it is
+    except BaseException:
+        for group, settings in zip(groups, own, strict=False):
+            group.update(settings)
+        raise
+    finally:
+        del self.balanced_adam_keeps
     for loaded in self.optimizer.state.values():
         loaded.pop(bias_correction.LOG_PRODUCT, None)  # of before; such a checkpoint has none
         if "exp_avg" in loaded:

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 
 from balanced_adam.optimizer import BalancedAdam
+from balanced_adam.relatives import RELATIVES
+from balanced_adam.warn import warn_once
 from balanced_adam.zero import packed_state, patches, wrappers
 from balanced_adam.zero.patches import deepspeed_version
 
-NAME = "BalancedAdam"
-NAMES = (NAME, NAME.lower())
-"""Both, since DeepSpeed takes its own optimizers' names in lower case, too."""
+OPTIMIZERS: tuple[type[BalancedAdam], ...] = (BalancedAdam, *RELATIVES)
+NAMES = {name: each for each in OPTIMIZERS for name in (each.__name__, each.__name__.lower())}
+"""In lower case, too, since DeepSpeed takes its own optimizers' names so."""
 TESTED_DEEPSPEED = "0.19.8"
 _refusals: list[str] = []  # why this process' DeepSpeed can't take a BalancedAdam, if it can't
 _gone: list[str] = []  # the methods and functions that packed state needs and this process' DeepSpeed doesn't have
@@ -67,8 +69,8 @@ def _patch() -> None:
     gone = [f"{cls.__name__}.{name}" for cls, name, _ in packed if not hasattr(cls, name)]
     if missing := packed_state.missing_function():
         gone.append(missing)
-    if not DeepSpeedEngine._is_supported_optimizer(None, NAME):
-        raise AttributeError(f"a name in torch.optim no longer resolves ({NAME!r})")
+    if unknown := [name for name in NAMES if not DeepSpeedEngine._is_supported_optimizer(None, name)]:
+        raise AttributeError(f"a name in torch.optim no longer resolves ({unknown[0]!r})")
     packed_state.check_loaders()
     patches.check_engine()
     if not missing:
@@ -79,8 +81,9 @@ def _patch() -> None:
     _gone[:] = gone
     if gone:
         _refuse_in_engine()
-    if BalancedAdam not in ZERO_SUPPORTED_OPTIMIZERS:
-        ZERO_SUPPORTED_OPTIMIZERS.append(BalancedAdam)
+    for optimizer in OPTIMIZERS:
+        if optimizer not in ZERO_SUPPORTED_OPTIMIZERS:
+            ZERO_SUPPORTED_OPTIMIZERS.append(optimizer)
 
 
 def register_or_refuse() -> None:
@@ -117,8 +120,8 @@ def _refuse_in_engine() -> None:
     if hasattr(configure, "balanced_adam_patched"):
         return
     if not callable(configure):  # then at least its name must not be found
-        for name in NAMES:
-            if getattr(torch.optim, name, None) is BalancedAdam:
+        for name, optimizer in NAMES.items():
+            if getattr(torch.optim, name, None) is optimizer:
                 delattr(torch.optim, name)
         return
 
@@ -130,7 +133,7 @@ def _refuse_in_engine() -> None:
             return optimizer
 
         name = self.optimizer_name() if client_optimizer is None else None
-        if name in NAMES and getattr(torch.optim, name, None) is BalancedAdam and (reason := refusal()):
+        if name in NAMES and getattr(torch.optim, name, None) is NAMES[name] and (reason := refusal()):
             raise RuntimeError(reason)
         if callable(refused(client_optimizer)):
             build = client_optimizer
@@ -156,14 +159,19 @@ def _lack(optimizer: BalancedAdam) -> str | None:
 def set_name() -> None:
     """Make ``torch.optim.BalancedAdam`` our class, which is how DeepSpeed finds optimizers that are not its own.
 
+    And so its relatives, unless a name of theirs is taken, of which it warns.
+
     Raises:
-        RuntimeError: if another class has that name.
+        RuntimeError: if another class is called BalancedAdam.
     """
-    for name in NAMES:
-        if getattr(torch.optim, name, BalancedAdam) is not BalancedAdam:
-            raise RuntimeError(f"torch.optim.{name} is another class already; only one can have the name.")
-    for name in NAMES:
-        setattr(torch.optim, name, BalancedAdam)
+    taken = [name for name, optimizer in NAMES.items() if getattr(torch.optim, name, optimizer) is not optimizer]
+    for name in taken:
+        sentence = f"torch.optim.{name} is another class already; only one can have the name."
+        if NAMES[name] is BalancedAdam:
+            raise RuntimeError(sentence)
+        warn_once(f"{sentence} In a ds_config it is that one.")
+    for name in NAMES.keys() - set(taken):
+        setattr(torch.optim, name, NAMES[name])
 
 
 def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:

@@ -36,7 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balanced_adam.zero import partitions
+from balanced_adam.relatives import AdamP
+from balanced_adam.zero import fragments, partitions
 from balanced_adam.zero.check import Check, probe
 from balanced_adam.zero.decision import Decision, decision
 from balanced_adam.zero.one_pass import OnePass
@@ -64,6 +65,8 @@ def overrides() -> list[Override]:
 
 @torch.no_grad()  # DeepSpeed 0.18.9 forgets it at stages 1 and 2, and fails on several CPU ranks
 def _step(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(self.optimizer, AdamP) and not self.optimizer.layouts:
+        self.optimizer.layouts = fragments.layouts(self)
     taken = decision(self)
     taken.begin()
     flatten = vars(self).get("flatten")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from balanced_adam import BalancedAdam
+from balanced_adam import AdamP, BalancedAdam, LpAdam
 from tests.fuzz.edits import WEIRD, places
 from tests.fuzz.outcome import Outcome, attempt
 from tests.optimizer.steps import parameters, set_gradients, train
@@ -44,7 +44,6 @@ IN_GROUPS: dict[str, tuple[list[Any], list[Any]]] = {
 """Right and wrong values of what a group may have."""
 OF_ALL: dict[str, tuple[list[Any], list[Any]]] = {
     "allow_unbalanced": ([True, False], [*NO_SWITCHES, None]),
-    "fused": ([True, False, None], NO_SWITCHES),
     "fused_zero": ([True, False], [*NO_SWITCHES, None]),
     "capturable": ([False], [*NO_SWITCHES, None]),
     "momentum": ([], [0.9]),
@@ -52,6 +51,12 @@ OF_ALL: dict[str, tuple[list[Any], list[Any]]] = {
     "beta1": ([], [0.9]),
 }
 """Of what is the whole optimizer's."""
+KINDS: dict[type[BalancedAdam], dict[str, tuple[list[Any], list[Any]]]] = {
+    BalancedAdam: {"p": ([2], [3, 1.0]), "fused": ([True, False, None], NO_SWITCHES)},
+    LpAdam: {"p": ([1, 1.5, 2.0, 3, np.float64(6)], [*NO_SETTINGS, 0, 4, 2.5])},
+    AdamP: {"delta": ([0, 0.1, 5], NO_SETTINGS), "wd_ratio": ([0, 0.5, 1], [*NO_SETTINGS, 1.5])},
+}
+"""Optimizers, and what their groups have beside the others'; LpAdam and AdamP have no kernels."""
 CHECKED_AT_STEPS = ("lr", "eps", "weight_decay", "betas", "state", "maximize", "variant")
 PARAMS: dict[str, Callable[[], Any]] = {
     "no list": lambda: nn.Parameter(torch.ones(2)),
@@ -77,20 +82,21 @@ def _with_sparse_gradient() -> torch.Tensor:
 
 
 def adamw(saved: dict[str, Any], weights: list[Any], step: int) -> list[Any]:
-    """The weights after one more step from a state dict, in float64 (arXiv 1711.05101, algorithm 2; 2202.00089)."""
+    """The weights after one more step from a state dict, in float64 (arXiv 1711.05101, algorithm 2; 2202.00089;
+    2106.05449)."""
     group = saved["param_groups"][0]
     lr, eps, decay = (float(group[name]) for name in ("lr", "eps", "weight_decay"))
     betas = group["betas"]
     beta1, beta2 = map(float, betas if isinstance(betas, list | tuple) else (betas, betas))
-    stepped = []
+    p, stepped = float(group.get("p", 2.0)), []
     with np.errstate(all="ignore"):
         for number, (weight, gradient) in enumerate(zip(weights, set_gradients(parameters(), step), strict=True)):
             state = saved["state"].get(number, {})
             g = gradient.double().numpy() * (-1 if group["maximize"] else 1)
             m = beta1 * _array(state, "exp_avg") + (1 - beta1) * g
-            v = beta2 * _array(state, "exp_avg_sq") + (1 - beta2) * g * g
+            v = beta2 * _array(state, "exp_avg_sq") ** (p / 2) + (1 - beta2) * np.abs(g) ** p
             t = float(state.get("step", 0)) + 1
-            update = m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps)
+            update = m / (1 - beta1**t) / ((v / (1 - beta2**t)) ** (1 / p) + eps)
             proximal = group.get("variant") == "adamprox"
             new = (weight - lr * update) / (1 + lr * decay) if proximal else weight * (1 - lr * decay) - lr * update
             stepped.append(new)
@@ -118,11 +124,18 @@ def outcome(seed: int) -> Outcome:
 def of_settings(draw: random.Random) -> Outcome:
     """Some right settings and perhaps a wrong one: of the optimizer, of a group, or of a group between steps."""
     place = draw.choice(["optimizer", "group", "between steps"])
+    kinds: list[type[BalancedAdam]] = [BalancedAdam, *KINDS]
+    kind = draw.choice(kinds)
+    own = {name: values for name, values in KINDS[kind].items() if name != "fused" or place == "optimizer"}
     table = {
-        "optimizer": {**IN_GROUPS, **OF_ALL},
-        "group": IN_GROUPS,
-        "between steps": {name: IN_GROUPS[name] for name in CHECKED_AT_STEPS},
+        "optimizer": {**IN_GROUPS, **OF_ALL, **own},
+        "group": {**IN_GROUPS, **own},
+        "between steps": {name: IN_GROUPS[name] for name in CHECKED_AT_STEPS} | own,
     }[place]
+    if place != "group" and kind is BalancedAdam:
+        table.pop("p")  # a setting of no group of it
+    if place == "between steps" and kind is LpAdam:
+        table["p"] = ([], [*table["p"][1], 1, 6.0])  # it was 3
     names = draw.sample(sorted(name for name, (right, _) in table.items() if right), 3)
     settings = {name: draw.choice(table[name][0]) for name in names}
     field = draw.choice(sorted(name for name, (_, wrong) in table.items() if wrong)) if draw.random() < 0.7 else ""
@@ -137,7 +150,7 @@ def of_settings(draw: random.Random) -> Outcome:
         params = parameters()
         of_optimizer = settings if place == "optimizer" else {}
         of_group = settings if place == "group" else {}
-        optimizer = BalancedAdam([{"params": params, **of_group}], **of_optimizer)
+        optimizer = kind([{"params": params, **of_group}], **of_optimizer)
         if place == "between steps":
             train(optimizer, params, range(STEPS))
             optimizer.param_groups[0].update(settings)
@@ -150,11 +163,15 @@ def of_settings(draw: random.Random) -> Outcome:
             assert all(np.array_equal(p.detach().numpy(), b) for p, b in zip(params, before, strict=True)), "it moved"
             raise
         if not field and optimizer.param_groups[0]["state"] == "fp32":
+            if kind is AdamP and optimizer.param_groups[0]["delta"] > 0:
+                return  # it may project: tests/optimizer
             if place == "between steps" and "betas" in settings:
                 return  # changed betas are corrected by the product of all of them: tests/optimizer
             assert_close(params, adamw(saved, before, number), str(settings))
 
-    return attempt(f"{place}: {settings!r}", do, (ValueError, TypeError, RuntimeError), bool(field), field)
+    return attempt(
+        f"{kind.__name__}, {place}: {settings!r}", do, (ValueError, TypeError, RuntimeError), bool(field), field
+    )
 
 
 def of_parameters(draw: random.Random) -> Outcome:

@@ -184,9 +184,9 @@ def test_a_vision_model_is_measured(task: str, tmp_path: Path) -> None:
     ("options", "sentence"),
     [
         ("--at 5", "at is 5 and window is 150; window must be above 10, and every step of at must be at least window."),
-        ("--betas refresh:10", "betas has 'refresh:10'; give one number, or beta1,beta2."),
+        ("--betas refresh:10", "betas has 'refresh:10'; give one number, or beta1,beta2, or mean:STEPS."),
         ("--betas 2", "arms has '2'"),
-        ("--betas 0.9:packed8", "betas has '0.9:packed8'; give one number, or beta1,beta2."),
+        ("--betas 0.9:packed8", "betas has '0.9:packed8'; give one number, or beta1,beta2, or mean:STEPS."),
         ("--task vit -- --lr 1", "task is 'vit', which takes no options of a run."),
         ("-- --out x", "--out is given after --; train.response decides it."),
         ("--elements 0", "elements is 0; it must be at least 1."),

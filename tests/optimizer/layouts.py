@@ -68,13 +68,13 @@ def like(param: Tensor, value: Tensor | None) -> Tensor | None:
     return distribute_tensor(value.to(param.device), param.device_mesh, param.placements)
 
 
-def optimizer_of(model: Weights, state: str, **more: Any) -> BalancedAdam:
+def optimizer_of(model: Weights, state: str, kind: type[BalancedAdam] = BalancedAdam, **more: Any) -> BalancedAdam:
     """Two groups, as users have them."""
     named = dict(model.named_parameters())
     matrices = [p for p in named.values() if p.dim() > 1]
     others = [p for p in named.values() if p.dim() < 2]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    return BalancedAdam(groups, lr=0.1, betas=0.9, weight_decay=0.1, state=state, **more)
+    return kind(groups, lr=0.1, betas=0.9, weight_decay=0.1, state=state, **more)
 
 
 def take(model: Weights, optimizer: BalancedAdam, steps: range, clip: float | None = None) -> list[Any]:

@@ -40,7 +40,7 @@ def test_a_foreign_state_is_refused(change: str) -> None:
     else:
         state["param_groups"].append(dict(state["param_groups"][0], params=[]))
     message = {
-        "amsgrad": "amsgrad=True",
+        "amsgrad": "amsgrad is True, and this optimizer takes False alone",
         "coupled": r"weight_decay = 0\.1 added to the gradient",
         "shape": r"exp_avg has shape \(4,\), its parameter \(3, 5\)",
         "groups": "groups",

@@ -49,7 +49,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         for wrong in (True, "0.5", "1e-4", np.True_, 1j, Decimal("0.5"), [0.5, "0.5"], torch.tensor([0.5, 0.5]))
         if field != "lr" or not isinstance(wrong, torch.Tensor)
     ),
-    ({"amsgrad": True}, "amsgrad is True, and BalancedAdam takes (True|False) alone: it keeps no maximum of v"),
+    ({"amsgrad": True}, "amsgrad is True, and (BalancedAdam|this optimizer) takes False alone: it"),
     ({"differentiable": True}, "differentiable is True, and BalancedAdam takes (True|False) alone"),
     ({"bias_correction": False}, "bias_correction is False, and BalancedAdam takes (True|False) alone"),
     (

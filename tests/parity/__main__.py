@@ -6,11 +6,13 @@ from math import isnan
 
 import pandas as pd
 
+from balanced_adam.rule import VARIANTS
 from tests.parity.cases import PHANTOM, Case, matrix, of_the_wrong, outcomes
 from tests.parity.compare import differences
 from tests.parity.control import TENSORS
 from tests.parity.model import WORLDS
 from tests.parity.real import FP32, greatest, plain_run, traces
+from tests.parity.relatives import RELATIVES
 from tests.parity.test_resume import MORE, SETTINGS_OF_GROUP_0, resumed, uncut
 
 
@@ -38,9 +40,29 @@ def exact() -> list[dict[str, str]]:
         | {key: f"{outcomes(world)[case][key]:.0f}" for key in TENSORS}
         for world in WORLDS
         for case in matrix(world)
+        if case.variant == "adam"
     ]
     ways = [dict(row) for row in dict.fromkeys(tuple(row.items()) for row in rows)]  # however the step was taken
     return merged(merged(ways, "world"), "clipping")
+
+
+def relatives() -> list[dict[str, str]]:
+    """What is not plain BalancedAdam: variants of AdamW, and its relatives."""
+    rows = []
+    for variant in (*VARIANTS[1:], *RELATIVES):
+        cells = [(case, world) for world in WORLDS for case in matrix(world) if case.variant == variant]
+        found = [outcomes(world)[case] for case, world in cells]
+        rows.append(
+            {
+                "optimizer": f"{variant} ({RELATIVES[variant][0]})" if variant in RELATIVES else variant,
+                "cells": str(len(cells)),
+                "of them packed16": str(sum(case.state != "fp32" for case, _ in cells)),
+                "stages": ", ".join(map(str, sorted({case.stage for case, _ in cells}))),
+                "ranks": ", ".join(map(str, sorted({world for _, world in cells}))),
+            }
+            | {key: f"{max(each[key] for each in found):.0f}" for key in TENSORS}
+        )
+    return rows
 
 
 def real() -> list[dict[str, str]]:
@@ -62,6 +84,8 @@ def unpatched() -> list[dict[str, str]]:
 if __name__ == "__main__":
     print("Exact gradients, greatest difference in ulp:\n")
     print(markdown(exact()))
+    print("\nOther optimizers, greatest difference in ulp over all of their cells:\n")
+    print(markdown(relatives()))
     print("\nA small Llama, greatest difference in ulp of the greatest value:\n")
     print(markdown(real()))
     print("\nWithout the patches, as any optimizer under plain DeepSpeed, in ulp:\n")

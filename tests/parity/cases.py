@@ -16,7 +16,8 @@ from balanced_adam.zero import partitions
 from tests.parity.compare import differences
 from tests.parity.control import TENSORS, Clip, MissingGrad, State, train
 from tests.parity.model import EPS, GROUPS, MICRO, TRAINED, AwkwardModel, moving_beta, share
-from tests.parity.mutants import MUTANTS, wrong
+from tests.parity.mutants import MUTANTS, OF_RELATIVES, wrong
+from tests.parity.relatives import RELATIVES
 from tests.ranks import device, spawn
 from tests.session import shared
 
@@ -48,12 +49,14 @@ class Case(NamedTuple):
     moving: bool = False
     """Whether betas change from step to step."""
     variant: str = "adam"
+    """Of AdamW, or one of tests/parity/relatives.py."""
+    round_robin: bool = False
 
     def __str__(self) -> str:
         accum = f"-accum_{self.grad_accum}" if self.grad_accum else ""
         options = "-offload" * self.offload + "-clip" * bool(self.clip)
         options += f"-{self.state}" * (self.state != "fp32") + "-moving" * self.moving
-        options += f"-{self.variant}" * (self.variant != "adam")
+        options += f"-{self.variant}" * (self.variant != "adam") + "-round_robin" * self.round_robin
         return f"stage{self.stage}-{self.dtype}{accum}{options}-{self.path}"
 
     def config(self, world: int) -> dict[str, Any]:
@@ -64,18 +67,18 @@ class Case(NamedTuple):
             "sub_group_size": SUB_GROUP_SIZE // world,  # DeepSpeed counts the elements of one rank's partitions
             "stage3_param_persistence_threshold": 4,  # some parameters are kept whole, the others gathered
         }
+        if self.round_robin:
+            zero["round_robin_gradients"] = True
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
+        kind, own = RELATIVES.get(self.variant, ("BalancedAdam", {"variant": self.variant, **PATHS[self.path]}))
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": MICRO,
             # Each group has its own lr and betas.
             "optimizer": {
-                "type": "BalancedAdam",
-                "params": {
-                    **{"lr": 0.5, "eps": EPS, "allow_unbalanced": True, "state": self.state, "variant": self.variant},
-                    **PATHS[self.path],
-                },
+                "type": kind,
+                "params": {"lr": 0.5, "eps": EPS, "allow_unbalanced": True, "state": self.state, **own},
             },
             "gradient_clipping": self.clip,  # DeepSpeed's default is 1 (runtime/constants.py)
             "zero_optimization": zero,
@@ -165,6 +168,22 @@ def matrix(world: int) -> Iterator[Case]:
                 yield Case(stage, "bf16", clip=1.0, path=path, variant=variant)
                 yield Case(stage, "bf16", path=path, variant=variant, state="packed16", moving=world == 2)
             yield Case(2, "fp32", offload=True, path="torch", variant=variant)
+    yield from _relatives(world)
+
+
+def _relatives(world: int) -> Iterator[Case]:
+    """The relatives, which have one path. What is alike in each element is tried once a stage."""
+    for stage in range(4):
+        for variant in ("adamp", "l1", "l3"):
+            for offload in (False, True) if stage >= 2 else (False,):
+                yield Case(stage, "fp32", offload, clip=1.0, path="torch", variant=variant)
+                for grad_accum in (None, "fp32") if stage else (None,):
+                    yield Case(stage, "bf16", offload, grad_accum, path="torch", variant=variant)
+            if world != 4:
+                yield Case(stage, "bf16", clip=1.0, path="torch", variant=variant, state="packed16")
+        if world == 3:
+            for variant in ("l1.5", "l6", "amsgrad", "adamnc"):
+                yield Case(stage, "bf16", clip=1.0, path="torch", variant=variant)
 
 
 def start(case: Case, **more: Any) -> Any:
@@ -296,6 +315,9 @@ def mutant_cases() -> Iterator[Case]:
     for mutant in MUTANTS:
         for stage in range(4):
             yield Case(stage, "bf16", mutant=mutant)
+    for mutant in OF_RELATIVES:
+        for stage in (1, 2, 3):
+            yield Case(stage, "bf16", path="torch", mutant=mutant, variant=mutant.partition("-")[0])
 
 
 PHANTOM = Case(0, "bf16", path="fused", mutant="phantom_step")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from enum import Enum
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from balanced_adam import packed, rule
+from tests.parity import relatives
 from tests.parity.model import EPS, GROUPS, MICRO, SHAPES, TRAINED, batch, first_weights, moving_beta
 
 TENSORS = ("weights", "exp_avg", "exp_avg_sq")
@@ -65,12 +66,15 @@ def train(
     moving: bool = False,
     variant: str = "adam",
     later: tuple[tuple[int, str], ...] = (),
+    relative: relatives.Control | None = None,
 ) -> State:
     """Weights and moments after ``steps`` steps, worked out on the ranks' kind of device and returned on the CPU.
 
     Moments are stored as ``stored``, and from each step in ``later`` on (counted from 0) in the format named there.
-    ``variant`` is AdamW's, by its own paper's formula.
+    ``variant`` is AdamW's, by its own paper's formula, or one of tests/parity/relatives.py.
     """
+    if variant in relatives.RELATIVES:
+        relative = relative or relatives.Control(variant)
     weights = first_weights()
     state: State = {
         "weights": {name: weights[name].to(device) for name in TRAINED},
@@ -108,9 +112,14 @@ def train(
                 settings["lr"] = lr / (1.0 + lr * decay)
             for name in filter(TRAINED.__contains__, group.names):
                 old = [state[key][name] for key in TENSORS]
-                new = rule.update(old[0], clipped[name].to(device), *old[1:], **settings, bounded=stored != "fp32")
+                each: dict[str, Any] = {**settings, "bounded": stored != "fp32"}
+                given_now = clipped[name].to(device)
+                if relative:
+                    new = relative.update(name, step + 1, old[0], given_now, *old[1:], **each)
+                else:
+                    new = rule.update(old[0], given_now, *old[1:], **each)
                 if stored != "fp32":
-                    numbers = packed.dither(old[0], clipped[name].to(device), step + 1)
+                    numbers = packed.dither(old[0], given_now, step + 1)
                     new = (new[0], *packed.unpack(packed.pack(packed.FORMATS[stored], *new[1:], numbers)))
                 for key, value in zip(TENSORS, new, strict=True):
                     state[key][name] = value

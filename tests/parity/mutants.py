@@ -12,8 +12,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from balanced_adam import BalancedAdam
+from balanced_adam import BalancedAdam, power_mean
+from balanced_adam.tensor_rows import Layout, Piece
+from balanced_adam.zero import fragments
+from balanced_adam.zero.fragments import layouts
 from tests.parity.model import GROUPS
 
 Wrong = Callable[[BalancedAdam, dict[str, Any], torch.nn.Parameter], None]
@@ -125,6 +129,41 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
 }
 
 
+@contextmanager
+def replaced(owner: Any, name: str, other: Any) -> Iterator[None]:
+    """Another function in place of one of the package's, while the context lasts."""
+    right = getattr(owner, name)
+    setattr(owner, name, other)
+    try:
+        yield
+    finally:
+        setattr(owner, name, right)
+
+
+def rows_of_the_shard(zero: Any) -> dict[Tensor, Layout]:
+    """Each rank takes its stretch of a tensor for a tensor of its own."""
+    found = {}
+    for flat, layout in layouts(zero).items():
+        pieces = []
+        for piece in layout.pieces:
+            rows = max(1, -(-piece.length * piece.rows // piece.numel))
+            pieces.append(Piece(rows, rows * piece.numel // piece.rows, 0, piece.offset, piece.length))
+        found[flat] = Layout(pieces)
+    return found
+
+
+def with_torch_pow(mean: Tensor, grad: Tensor, beta: float, p: float) -> Tensor:
+    return (mean.pow(p / 2) * beta + grad.abs().pow(p) * (1.0 - beta)).pow(2 / p)
+
+
+OF_RELATIVES: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "adamp-without_collective": lambda: replaced(Layout, "_all_reduce", lambda *_: None),
+    "adamp-rows_of_the_shard": lambda: replaced(fragments, "layouts", rows_of_the_shard),
+    "l3-torch_pow": lambda: replaced(power_mean, "update", with_torch_pow),
+}
+"""Variant, and what is wrong with it. Sharding shows it, so there is nothing to see at stage 0."""
+
+
 def wrong(name: str | None) -> AbstractContextManager[None]:
     """The mutant or the missing patch of that name; nothing for None."""
-    return (MUTANTS | UNPATCHED)[name]() if name else nullcontext()
+    return (MUTANTS | UNPATCHED | OF_RELATIVES)[name]() if name else nullcontext()

@@ -69,6 +69,15 @@ CHAINS["formats_change_fp32_packed16_packed8_fp32"] = [
     BF16._replace(state="packed8"),
     Case(2, "bf16"),
 ]
+for name, variant, state in (
+    ("adamp", "adamp", "fp32"),
+    ("l3_packed16", "l3", "packed16"),
+    ("adamnc", "adamnc", "fp32"),
+):
+    CHAINS[f"{name}_stages_1_3_2_offload_1"] = [
+        case._replace(path="torch", variant=variant, state=state)
+        for case in (BF16, Case(3, "bf16"), Case(2, "bf16", offload=True), BF16)
+    ]
 CHAINS["packed32_stages_2_3_1_3"] = [
     case._replace(state="packed32") for case in (Case(2, "bf16"), Case(3, "bf16"), BF16, Case(3, "bf16"))
 ]
@@ -97,7 +106,7 @@ def go_on(leg: Leg) -> dict[str, tuple[State, State]]:
         layout = deepspeed_config.layout(case.config(world), world)
         found = find_checkpoint(ranks, folder)
         if found:
-            found = convert_layout(ranks, found, layout)
+            found = convert_layout(ranks, found, layout, "adam")
         engine = start(case, checkpoint={"load_universal": bool(found and found.universal)})
         if found:
             assert restore_checkpoint(engine, ranks, found) == CUTS[leg.number]
@@ -134,5 +143,5 @@ def test_each_leg_begins_where_the_last_one_ended_and_goes_on_as_one_process_wou
     first, *others = CHAINS[chain]
     formats = [first.state, *(case.state for case in others)]
     later = tuple((CUTS[k], formats[k]) for k in range(1, 4) if formats[k] != formats[k - 1])
-    control = train(CUTS[number + 1], first.absent(), stored=first.state, later=later)
+    control = train(CUTS[number + 1], first.absent(), stored=first.state, variant=first.variant, later=later)
     assert differences([end for _, end in ranks], control) == EXACT

@@ -34,6 +34,8 @@ ZERO = [
     Case(3, "fp32"),
     Case(3, "bf16"),
     Case(3, "bf16", offload=True),
+    *(Case(stage, "bf16", path="torch", variant=variant) for stage in (1, 2, 3) for variant in ("adamp", "l3")),
+    Case(3, "fp32", path="torch", variant="adamnc"),
 ]
 PACKED = [  # which DeepSpeed's own converter doesn't know; test_elastic.py has the harness's
     Case(0, "fp32", path="fused", state="packed8"),
@@ -42,6 +44,9 @@ PACKED = [  # which DeepSpeed's own converter doesn't know; test_elastic.py has 
     Case(2, "bf16", offload=True, state="packed8"),
     Case(3, "bf16", state="packed16"),
     Case(3, "fp32", offload=True, state="packed32"),
+    Case(2, "bf16", path="torch", variant="l3", state="packed16"),
+    Case(3, "bf16", path="torch", variant="adamp", state="packed16"),
+    *(Case(stage, "bf16", path="torch", variant="amsgrad") for stage in range(4)),
 ]
 RIGID = [Case(0, "fp32"), Case(0, "bf16"), *ZERO, *PACKED]
 SWITCHES = [
@@ -145,6 +150,33 @@ def move(_: str) -> dict[Case, State]:
     return results
 
 
+FOREIGN = [
+    (Case(stage, "bf16", path="torch", variant=saved), Case(stage, "bf16", path="torch", variant=variant))
+    for stage in (1, 3)
+    for saved, variant in (("adam", "l3"), ("l3", "adam"), ("l3", "l1"), ("amsgrad", "amsgrad"))
+]
+"""Universal checkpoints whose second moment is another than that of who loads it."""
+
+
+def refuse(folder: str) -> list[str]:
+    """Job: what is said where one of these is loaded, and a step is taken."""
+    said = []
+    for saved, case in FOREIGN:
+        engine = start(case, checkpoint={"load_universal": True})
+        try:
+            engine.load_checkpoint(f"{folder}/{saved._replace(path=PATH[saved.variant])}", tag="universal")
+            advance(engine, CUT, CUT + 1)
+        except ValueError as error:
+            said.append(str(error))
+        else:
+            said.append("")
+        engine.destroy()
+    return said
+
+
+PATH = {"adam": "one_pass", "l3": "torch", "amsgrad": "torch"}
+
+
 def place() -> Path:
     """Where the checkpoints are, each in the folder of its case."""
     return session.folder() / "checkpoints-of-resume"
@@ -172,7 +204,7 @@ def switched() -> list[list[State]]:
 def convert() -> None:
     """DeepSpeed's own converter makes a universal checkpoint of each."""
     uncut()
-    for number, case in enumerate(convertible(ZERO)):
+    for number, case in enumerate(convertible([*ZERO, *(saved for saved, _ in FOREIGN if saved.variant == "amsgrad")])):
         to_universal(place() / str(case), fresh=number == 0)  # one as users start it
 
 
@@ -207,7 +239,8 @@ def check(world: int, universal: bool, case: Case) -> None:
 def test_the_uncut_run_is_the_control(case: Case) -> None:
     for when, steps in enumerate((CUT, END)):
         states = [rank[case][when] for rank in uncut()]
-        assert differences(states, train(steps, case.absent(), device=device(SAVED_BY), stored=case.state)) == EXACT
+        control = train(steps, case.absent(), device=device(SAVED_BY), stored=case.state, variant=case.variant)
+        assert differences(states, control) == EXACT
 
 
 @pytest.mark.parametrize("case", RIGID, ids=str)
@@ -246,3 +279,15 @@ def test_without_the_mend_a_universal_checkpoint_at_stage_3_mixes_up_the_groups(
     assert differences([loaded], right[0]) == EXACT
     spoilt = {key for key, ulp in differences([end], right[1]).items() if ulp}
     assert spoilt == {"weights", "exp_avg_sq", "model"}  # lr, weight_decay and beta2 differ, beta1 doesn't
+
+
+def test_a_universal_checkpoint_with_another_second_moment_is_refused() -> None:
+    if reason := why_not_universal(Case(3, "bf16")):
+        pytest.skip(reason)
+    convert()
+    for (saved, case), said in zip(FOREIGN, spawn(refuse, SAVED_BY, str(place()))[0], strict=True):
+        if saved.variant == "amsgrad":
+            assert "no max_exp_avg_sq, which DeepSpeed's universal checkpoints leave out" in said
+        else:
+            power = {"adam": "2.0", "l1": "1", "l3": "3.0"}
+            assert f"in the loaded state, p is {power[saved.variant]}, and this optimizer takes" in said, (saved, case)

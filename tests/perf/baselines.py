@@ -23,6 +23,7 @@ from torch import Tensor
 
 from balanced_adam import UpdateSize, packed, rule
 from tests.perf import formats
+from tests.perf.ratio_state import RatioState
 from train import pretrain
 from train.analysis.report_page import write_report
 from train.common.command_line import parse
@@ -101,6 +102,57 @@ class AnotherFormat(Rounded):
         return packed.pack(self.format, m, v, self.numbers(param, grad, self.steps))
 
 
+class TRAdam(Rounded):
+    """arXiv 2609.35392: FP8 and 4 bits (tests/perf/ratio_state.py)."""
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__(groups)
+        self.beta = float(groups[0]["betas"][0])
+
+    def read(self, stored: Any) -> tuple[Tensor, Tensor]:
+        return stored.moments(self.beta)
+
+    def write(self, m: Tensor, v: Tensor, param: Tensor, grad: Tensor) -> Any:
+        return RatioState.of(m, v, self.beta)
+
+
+class RestartedMean:
+    """Both moments are plain means of the gradients since a restart (docs/theory.md).
+
+    There are two such pairs, each restarted every T steps, T/2 apart; the older one moves the weights. So the means
+    reach back over T/2 to T steps; T is such that the average of their mean ages is that of the betas.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self.param_groups, self.steps = groups, 0
+        beta = float(groups[0]["betas"][0])
+        self.period = max(2, 2 * round(4 / 3 * beta / (1.0 - beta)))
+        self.state: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        half = self.period // 2
+        ages = [1 + (self.steps - start) % self.period for start in (0, half)]  # gradients in each, with this one
+        if self.steps < half:
+            ages[1] = 0
+        self.steps += 1
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:  # dropped, since it wasn't finite
+                    continue
+                zeros = torch.zeros_like(param)
+                pairs = self.state.get(param, [(zeros, zeros)] * 2)
+                self.state[param] = [
+                    tuple(old + (new - old) / age for old, new in zip(pair, (param.grad, param.grad**2), strict=True))
+                    if age
+                    else pair
+                    for pair, age in zip(pairs, ages, strict=True)
+                ]
+                m, v = self.state[param][ages.index(max(ages))]
+                param.mul_(1.0 - group["lr"] * group["weight_decay"])
+                param.sub_(group["lr"] * m / (v.clamp(min=0.0).sqrt() + group["eps"]))
+
+
 def bitsandbytes(groups: Groups) -> Rival:
     """AdamW8bit: int8 by a table, an absolute maximum for each 256 elements; tensors below 4096 elements in fp32."""
     import bitsandbytes
@@ -127,6 +179,8 @@ BASELINES: dict[str, Callable[[Groups], Rival]] = {
     "bitsandbytes8": bitsandbytes,
     "torchao8": torchao,
     "torchao4": torchao4,
+    "tr-adam": TRAdam,
+    "restarted": RestartedMean,
     **{name: partial(AnotherFormat, fmt=fmt, numbers=numbers) for name, fmt, numbers in formats.TRAINED},
 }
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from balanced_adam import packed, rule
 from balanced_adam.packed import FORMATS, Format
 from tests.perf.measure import machine
+from tests.perf.ratio_state import RatioState
 from tests.ranks import spawn
 from train.analysis.plots import markdown_table
 from train.common.command_line import parse
@@ -105,31 +106,36 @@ def candidates() -> list[tuple[str, Format, Numbers | None]]:
     ]  # fmt: skip
 
 
-def follow(
-    found: Recording, beta: float, fmt: Format | None, numbers: Numbers | None = None, eps: float = EPS
-) -> Tensor:
-    """The updates (step / lr) of all elements in all steps but the first SKIPPED; without a format, of fp32 moments."""
+Store = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""Moments, weights before the step, gradient, number of the step -> the moments that the next step reads."""
+
+
+def packed_in(fmt: Format, numbers: Numbers | None) -> Store:
+    """Stored in a packed format."""
+
+    def store(m: Tensor, v: Tensor, before: Tensor, grad: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        return packed.unpack(packed.pack(fmt, m, v, None if numbers is None else numbers(before, grad, step)), fmt)
+
+    return store
+
+
+def tr_adam(beta: float) -> Store:
+    """Stored as TR-Adam does."""
+    return lambda m, v, before, grad, step: RatioState.of(m, v, beta).moments(beta)
+
+
+def follow(found: Recording, beta: float, store: Store | None, eps: float = EPS) -> Tensor:
+    """The updates (step / lr) of all elements in all steps but the first SKIPPED; unless stored, of fp32 moments."""
     weights, m = found.weights.clone(), torch.zeros_like(found.weights)
     v, moves = m.clone(), []
+    settings: dict[str, Any] = {"lr": LR, "betas": (beta, beta), "eps": eps, "weight_decay": 0.0}
     for step, grad in enumerate(found.gradients, 1):
         before = weights
-        weights, m, v = rule.update(
-            weights,
-            grad,
-            m,
-            v,
-            step=step,
-            lr=LR,
-            betas=(beta, beta),
-            eps=eps,
-            weight_decay=0.0,
-            bounded=fmt is not None,
-        )
+        weights, m, v = rule.update(weights, grad, m, v, step=step, bounded=store is not None, **settings)
         if step > SKIPPED:
             moves.append((before.double() - weights.double()) / LR)
-        if fmt is not None:
-            dither = None if numbers is None else numbers(before, grad, step)
-            m, v = packed.unpack(packed.pack(fmt, m, v, dither), fmt)
+        if store is not None:
+            m, v = store(m, v, before, grad, step)
     return torch.stack(moves)
 
 
@@ -198,14 +204,50 @@ def cosine(ours: Tensor, right: Tensor) -> float:
     return float((ours * right).sum() / (ours.norm() * right.norm()))
 
 
+def stores(beta: float) -> dict[str, Store]:
+    """The formats that are offered, and TR-Adam's."""
+    return {name: packed_in(fmt, packed.dither) for name, fmt in FORMATS.items()} | {"TR-Adam": tr_adam(beta)}
+
+
+def where_m_changes_sign(found: Recording) -> list[dict[str, str]]:
+    """Table: the error in steps in which m has another sign than before, and in the others; and how long steps are."""
+    rows = []
+    for beta in (0.9, 0.95):
+        right = follow(found, beta, None)
+        changed = torch.zeros_like(right, dtype=torch.bool)
+        changed[1:] = right[1:].sign() != right[:-1].sign()
+        after = torch.zeros_like(changed)
+        after[1:] = changed[:-1] & ~changed[1:]
+        steady = found._replace(gradients=torch.ones_like(found.gradients))
+        for name, store in stores(beta).items():
+            ours = follow(found, beta, store)
+            rows.append(
+                {
+                    "format": name,
+                    "β": f"{beta}",
+                    "error": f"{error(ours, right):.3f}",
+                    "steps in which m changes its sign": f"{changed.double().mean():.1%}",
+                    **{
+                        name: f"{((ours - right)[where].square().mean() / (right**2).mean()).sqrt():.3f}"
+                        for name, where in (("error in them", changed), ("in the steps after", after))
+                    },
+                    "greatest step / lr": f"{ours.abs().max():.2f}",
+                    "of one gradient for ever": f"{follow(steady, beta, store)[-1].abs().max():.2f}",
+                }
+            )
+    return rows
+
+
 def splits(found: Recording) -> list[dict[str, str]]:
     """Table: every candidate at three betas."""
     rows = []
     exact = {beta: follow(found, beta, None) for beta in (0.9, 0.95, 0.99)}
-    for name, fmt, numbers in candidates():
+    named = [(name, dict.fromkeys(exact, packed_in(fmt, numbers))) for name, fmt, numbers in candidates()]
+    named.append(("TR-Adam: 8 + 4 bits", {beta: tr_adam(beta) for beta in exact}))
+    for name, by_beta in named:
         row = {"format": name}
         for beta, right in exact.items():
-            ours = follow(found, beta, fmt, numbers)
+            ours = follow(found, beta, by_beta[beta])
             row |= {f"error, {beta}": f"{error(ours, right):.3f}", f"cosine, {beta}": f"{cosine(ours, right):.3f}"}
         rows.append(row)
     return rows
@@ -218,9 +260,9 @@ def hardships(found: Recording) -> list[dict[str, str]]:
         changed = found._replace(gradients=hardship.gradients(found.gradients))
         right = follow(changed, hardship.beta, None, eps=hardship.eps)
         row = {"β = 0.95, eps = 1e-8, but": hardship.name}
-        for fmt in FORMATS.values():
-            ours = follow(changed, hardship.beta, fmt, packed.dither, hardship.eps)
-            row[f"{fmt.name}: error"] = f"{error(ours, right):.3f}"
+        for name, store in stores(hardship.beta).items():
+            ours = follow(changed, hardship.beta, store, hardship.eps)
+            row[f"{name}: error"] = f"{error(ours, right):.3f}"
             row["size" + " " * (len(row) // 2)] = f"{float((ours * right).sum() / (right * right).sum()):.2f}"
         rows.append(row)
     return rows
@@ -232,7 +274,7 @@ def nearest(found: Recording) -> list[dict[str, str]]:
     rows = []
     for fmt in FORMATS.values():
         for beta in (0.9, 0.95):
-            ours = follow(found, beta, fmt, packed.dither)
+            ours = follow(found, beta, packed_in(fmt, packed.dither))
             alike = {other: cosine(ours, update) for other, update in others.items()}
             best = max(alike, key=lambda other: alike[other])
             size = float(ours.norm() / others[beta].norm())
@@ -253,7 +295,8 @@ def sensitivity(found: Recording) -> list[dict[str, str]]:
     changed = found._replace(gradients=torch.nextafter(found.gradients, torch.tensor(torch.inf)))
     rows = []
     for fmt in (None, *FORMATS.values()):
-        ours, other = (follow(each, 0.95, fmt, packed.dither).sum(dim=0) for each in (found, changed))
+        store = packed_in(fmt, packed.dither) if fmt else None
+        ours, other = (follow(each, 0.95, store).sum(dim=0) for each in (found, changed))
         apart = float((ours - other).norm() / ours.norm())
         rows.append({"format": fmt.name if fmt else "fp32", "apart": f"{apart:.1e}"})
     return rows
@@ -267,4 +310,5 @@ def main() -> None:
     print(markdown_table(splits(found)) + "\n", flush=True)
     print(markdown_table(nearest(found)) + "\n", flush=True)
     print(markdown_table(hardships(found)) + "\n", flush=True)
-    print(markdown_table(sensitivity(found)) + "\n")
+    print(markdown_table(sensitivity(found)) + "\n", flush=True)
+    print(markdown_table(where_m_changes_sign(found)) + "\n")

@@ -46,13 +46,28 @@ class Recording(NamedTuple):
     """The columns of each tensor, by its name."""
 
 
-def weights(beta: float, steps: int) -> Tensor:
+class Mean(NamedTuple):
+    """A plain mean over the last so many steps, in place of an average with a beta (docs/theory.md)."""
+
+    steps: int
+
+
+Averages = tuple[float | Mean, float | Mean]
+"""Of the first and of the second moment: beta1 and beta2, or means."""
+
+
+def weights(average: float | Mean, steps: int) -> Tensor:
     """Return the weight of each step's gradient in an average with bias correction: (steps,), float64, in order."""
-    weight = torch.tensor(beta, dtype=torch.float64) ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    ages = torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    weight = (
+        (ages < average.steps).double()
+        if isinstance(average, Mean)
+        else torch.tensor(average, dtype=torch.float64) ** ages
+    )
     return weight / weight.sum()
 
 
-def update_of(gradients: Tensor, betas: tuple[float, float], scales: Tensor) -> Tensor:
+def update_of(gradients: Tensor, betas: Averages, scales: Tensor) -> Tensor:
     """Return the update, step / lr without eps, after these gradients: (elements,), float64.
 
     The moments start at zero, with bias correction. The update is 0 where all gradients are 0.
@@ -80,7 +95,7 @@ def changed(steps: int, kind: str, value: float) -> Tensor:
     return scales
 
 
-def of_steady(betas: tuple[float, float], scales: Tensor) -> float:
+def of_steady(betas: Averages, scales: Tensor) -> float:
     """Return the size of the update for a gradient that is constant but for these scales, (steps,).
 
     For many steps and a drifting scale this is :func:`balanced_adam.gradient_scale.update_under_drift`.
@@ -89,7 +104,7 @@ def of_steady(betas: tuple[float, float], scales: Tensor) -> float:
     return float(first @ scales / (second @ scales**2).sqrt())
 
 
-def of_noise(betas: tuple[float, float], scales: Tensor) -> float:
+def of_noise(betas: Averages, scales: Tensor) -> float:
     """Return the root of E[m^2] / E[v] for a gradient that is independent noise of mean 0 with these scales, (steps,).
 
     For many steps and a drifting scale this is :func:`balanced_adam.gradient_scale.update_of_noise_under_drift`.
@@ -98,7 +113,7 @@ def of_noise(betas: tuple[float, float], scales: Tensor) -> float:
     return float((first**2 @ scales**2 / (second @ scales**2)).sqrt())
 
 
-def measure(recording: Recording, betas: tuple[float, float]) -> pd.DataFrame:
+def measure(recording: Recording, betas: Averages) -> pd.DataFrame:
     """Return one row for each layer and for "all" layers, each kind of change and each value of it.
 
     ``size`` is the norm of the changed update over that of the unchanged one, and ``cosine`` the cosine of the angle
@@ -165,7 +180,7 @@ class Lag(NamedTuple):
     """Squared correlation of S L and S R: what L would explain with the best factor."""
 
 
-def magnitude_lag(recording: Recording, betas: tuple[float, float]) -> Lag:
+def magnitude_lag(recording: Recording, betas: Averages) -> Lag:
     """Decompose the update at the last step of the recording."""
     gradients = recording.gradients.double()
     last = gradients[-STABLE:]
@@ -183,18 +198,18 @@ def magnitude_lag(recording: Recording, betas: tuple[float, float]) -> Lag:
     return Lag(share, float((lag**2).mean().sqrt()), float((rest**2).mean().sqrt()), explained, together)
 
 
-def near_eps(recording: Recording, beta2: float) -> float:
+def near_eps(recording: Recording, average: float | Mean) -> float:
     """Return the share of the elements in which eps = 1e-8, the optimizer's default, is more than 1 % of √v̂.
 
     There the theory, which has no eps, does not describe the update. The gradients are those before clipping; in a run
     that clips, v is smaller and the share larger.
     """
     gradients = recording.gradients.double()
-    v = weights(beta2, len(gradients)) @ gradients**2
+    v = weights(average, len(gradients)) @ gradients**2
     return float((v.sqrt() < 100.0 * 1e-8).double().mean())
 
 
-def write(out: Path, pairs: dict[str, tuple[float, float]], recordings: Iterator[tuple[int, Recording]]) -> None:
+def write(out: Path, pairs: dict[str, Averages], recordings: Iterator[tuple[int, Recording]]) -> None:
     """Write response.md, response.csv, and a figure for each kind of change at the last step.
 
     Args:

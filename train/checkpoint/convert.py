@@ -24,18 +24,21 @@ from train.checkpoint.manifest import (
 from train.common.errors import ConfigError, require
 from train.common.progress import Progress
 from train.distributed.ranks import Ranks
+from train.run.optimizers import UNIVERSAL
 
 
-def convert_layout(ranks: Ranks, checkpoint: CheckpointInfo, wanted: dict[str, Any]) -> CheckpointInfo:
+def convert_layout(ranks: Ranks, checkpoint: CheckpointInfo, wanted: dict[str, Any], optimizer: str) -> CheckpointInfo:
     """Return ``checkpoint`` if it has the layout that is wanted, else the same state in DeepSpeed's universal format.
 
-    One rank converts it, once, while the others wait.
+    One rank converts it, once, while the others wait. ``optimizer`` is the run's, as of ``--optimizer``.
 
     Raises:
         ConfigError: on every rank, if the layouts can't be converted, the disk is too full or DeepSpeed's conversion
             fails. ``checkpoint`` stays untouched.
     """
-    made = checkpoint.layout
+    made = {**checkpoint.layout}
+    if made["round_robin"] is None:  # a checkpoint that is older than this
+        made["round_robin"] = wanted["round_robin"]
     if made["stage"] == wanted["stage"] == 0:
         made = {**made, "world": wanted["world"]}  # at stage 0 every rank has the complete state
     if made == wanted:
@@ -44,6 +47,16 @@ def convert_layout(ranks: Ranks, checkpoint: CheckpointInfo, wanted: dict[str, A
         made["dtype"] == wanted["dtype"],
         f"checkpoint {checkpoint.path} was made in {made['dtype']}, and this run computes in {wanted['dtype']}; "
         f"resume in {made['dtype']}.",
+    )
+    require(
+        not (made["round_robin"] or wanted["round_robin"]),
+        f"checkpoint {checkpoint.path} was made with {_described(made)}, and this run has {_described(wanted)}; with "
+        "round_robin_gradients DeepSpeed mixes up parameters when it converts: resume as it was.",
+    )
+    require(
+        optimizer in UNIVERSAL,
+        f"checkpoint {checkpoint.path} was made with {_described(made)}, and this run has {_described(wanted)}; "
+        f"DeepSpeed converts two moments and no more, so that {optimizer} has to resume as it was.",
     )
     require(
         0 not in (made["stage"], wanted["stage"]),
@@ -60,6 +73,10 @@ def convert_layout(ranks: Ranks, checkpoint: CheckpointInfo, wanted: dict[str, A
     if not load.verified(ranks, target):
         raise ConfigError(f"{target} has been damaged; remove it, to have it made anew from {checkpoint.path.name}.")
     return checkpoint._replace(path=target, universal=True)
+
+
+def _described(layout: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in layout.items())
 
 
 def _convert(checkpoint: CheckpointInfo, target: Path) -> None:

@@ -61,7 +61,8 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
             return
         checkpoint = find_checkpoint(ranks, run.out / "checkpoints", run.identity())
         if checkpoint:
-            checkpoint = convert_layout(ranks, checkpoint, deepspeed_config.layout(ds_config, ranks.world))
+            layout = deepspeed_config.layout(ds_config, ranks.world)
+            checkpoint = convert_layout(ranks, checkpoint, layout, run.optimizer.optimizer)
             ds_config.setdefault("checkpoint", {})["load_universal"] = checkpoint.universal
         trainer = initialize(run, ranks, ds_config)
         with ranks.collective_errors():

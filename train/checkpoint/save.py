@@ -19,7 +19,7 @@ from train.checkpoint.manifest import (
 )
 from train.common.errors import ConfigError, RankError, first_line, require
 from train.distributed.ranks import Ranks
-from train.run.model import CHECKPOINT_BYTES
+from train.run.optimizers import checkpoint_bytes
 
 
 class _Recorder:
@@ -78,7 +78,8 @@ def save_checkpoint(
         if ranks.is_main:
             for left in folder.glob(".step-*"):  # of an interrupted run
                 remove(left)
-            make_room(folder, CHECKPOINT_BYTES * parameters)
+            name = origin.run["optimizer"].get("optimizer", "adam") if origin else "adam"
+            make_room(folder, checkpoint_bytes(name) * parameters)
     writer = _Recorder(engine.checkpoint_engine, ranks)
     engine.checkpoint_engine = writer
     try:

@@ -102,6 +102,8 @@ class Layout(Schema):
     stage: Annotated[int, Field(ge=0, le=3)]
     dtype: Literal["fp32", "bf16", "fp16"]
     accumulation: str | None
+    round_robin: bool | None = None
+    """None in checkpoints of older versions."""
 
 
 class CheckpointFile(Guarded):
@@ -160,6 +162,7 @@ class MetricsLine(Schema):
     grad_norm: float | None = None
     update_max: float | None = None
     update_rms: float | None = None
+    projected: float | None = None
     tokens_per_second: float | None = None
     step_seconds: float | None = None
     skipped_steps: int | None = None

@@ -39,7 +39,7 @@ class Response:
     task: Literal["language", "vit", "resnet"] = "language"
     """The run: language (as train.pretrain), or a small vision transformer or ResNet on the digits of scikit-learn."""
     betas: tuple[str, ...] = ("0.95", "0.9,0.95", "0.9,0.999", "0.9,0.81")
-    """Pairs of betas to evaluate, each one number or beta1,beta2.
+    """Pairs of betas to evaluate, each one number or beta1,beta2. Or mean:STEPS, plain means over the last steps.
     They do not affect the run, whose betas are set by the options after "--"."""
     at: tuple[int, ...] = (200,)
     """Steps after which the response is measured; at least window."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from train.common.errors import ConfigError, require
 from train.common.files import REPOSITORY
 from train.data.config import Data
+from train.run import optimizers
 
 ARM = ("optimizer", "lr", "betas", "state", "allow_unbalanced")
 """The optimizer options in which the arms of a comparison may differ."""
@@ -32,11 +33,11 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """The parameters of BalancedAdam, and gradient clipping."""
+    """The optimizer with its parameters, and gradient clipping."""
 
-    optimizer: Literal["adam", "adamd", "adamprox"] = "adam"
-    """The variant of AdamW: adamd leaves the first moment uncorrected, so that first steps are small (2110.10828).
-    adamprox decays weights by a proximal step (2202.00089), which at usual learning rates is AdamW to a few digits."""
+    optimizer: str = "adam"
+    """adam is BalancedAdam. adamd, adamprox, adamp, l1, l1.5, l3, l6, amsgrad and adamnc: docs/relatives.md.
+    Or torch:NAME, a class of torch.optim that takes betas, or deepspeed:NAME, one that DeepSpeed knows by name."""
     lr: float = 1e-3
     """Peak learning rate; above 0."""
     betas: float | tuple[float, float] | str = 0.95
@@ -57,6 +58,7 @@ class Optimizer:
 
     def check(self) -> None:
         """Raise :class:`ConfigError` on a value out of range. :meth:`Run.parameters` checks the rest."""
+        optimizers.check_name(self.optimizer)
         require(self.lr > 0.0, f"lr is {self.lr}; it must be above 0.")
         require(self.clip >= 0.0, f"clip is {self.clip}; it must be at least 0.")
 
@@ -221,22 +223,23 @@ class Run:
         """Return ``optimizer.params`` of the ds_config, with betas as a list of two numbers.
 
         Raises:
-            ConfigError: if BalancedAdam rejects them, or betas is a rule that yields no valid beta for this run.
+            ConfigError: if the optimizer rejects them, or betas is a rule that yields no valid beta for this run.
         """
-        import torch
-
-        from balanced_adam import BalancedAdam
-
-        params = {name: value for name, value in dataclasses.asdict(self.optimizer).items() if name != "clip"}
-        params["variant"] = params.pop("optimizer")
+        options = self.optimizer
+        params = {name: getattr(options, name) for name in ("lr", "betas", "eps", "weight_decay", "state")}
         try:
             if beta := self.moving_beta():
                 params["betas"] = beta(0)
-            if isinstance(params["betas"], float):
-                params["betas"] = (params["betas"],) * 2
-            BalancedAdam([torch.zeros(1)], **params)
         except ValueError as error:
-            raise ConfigError(str(error).replace("allow_unbalanced=True", "--allow-unbalanced")) from None
+            raise ConfigError(str(error)) from None
+        if isinstance(params["betas"], float):
+            params["betas"] = (params["betas"],) * 2
+        require(
+            not (optimizers.is_foreign(options.optimizer) and str(options.betas).startswith("from:")),
+            f"betas is {options.betas!r} and optimizer is {options.optimizer!r}, whose bias correction takes betas for "
+            "constant; give numbers.",
+        )
+        params = optimizers.settings_of(options.optimizer, params, options.allow_unbalanced)
         return {**params, "betas": list(params["betas"])}
 
     def moving_beta(self) -> Callable[[float], float] | None:

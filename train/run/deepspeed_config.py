@@ -11,21 +11,23 @@ from typing import Any, cast
 
 from balanced_adam.arguments import LEFT_OVER, check_left_over
 from train.common.errors import ConfigError, first_line, require
-from train.run import ds_schema
+from train.run import ds_schema, optimizers
 from train.run.config import Run
 
-OPTIMIZER = "BalancedAdam"
+BALANCED = "BalancedAdam"
 PATHS = {"fused", "fused_zero"}  # optimizer parameters that choose how the step is computed, not its result
 
 
 def layout(ds_config: dict[str, Any], world: int) -> dict[str, Any]:
     """Return the properties that must be equal for DeepSpeed to load a checkpoint without conversion."""
     accumulation = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    zero = ds_config["zero_optimization"]
     return {
         "world": world,
-        "stage": ds_config["zero_optimization"]["stage"],
+        "stage": zero["stage"],
         "dtype": ds_schema.dtype(ds_config),
         "accumulation": accumulation,
+        "round_robin": zero["stage"] in (1, 2) and bool(zero.get("round_robin_gradients")),
     }
 
 
@@ -70,18 +72,31 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     )
     params = _section(optimizer, "params", path, "optimizer.")
     micro = run.parallelism.micro_batch_on(world)
-    _check_optimizer(config, optimizer, run.schedule.schedule, path)
+    _check_optimizer(config, optimizer, run, path)
     _set_monitors(config, run)
     own = run.parameters()
     try:
         check_left_over(params)
     except ValueError as error:
         raise ConfigError(f"ds_config {path}: optimizer.params.{error}") from None
+    name = run.optimizer.optimizer
+    useless = PATHS & set(params) if optimizers.is_foreign(name) or params.get("fused") else set[str]()
+    require(
+        optimizers.has_kernels(name) or not useless,
+        f"ds_config {path} has optimizer.params.{min(useless, default='')}, and {name} has no kernels; remove it.",
+    )
+    if params.get("eps") == "auto" and "eps" not in own:  # which not every optimizer takes
+        del params["eps"]
     unknown = set(params) - set(own) - PATHS - LEFT_OVER.keys()
+    first = min(unknown, default="")
+    require(
+        first not in optimizers.left_at_defaults(name),
+        f"ds_config {path} has optimizer.params.{first}, and --optimizer {name} has its default; remove it.",
+    )
     require(
         not unknown,
-        f"ds_config {path} has optimizer.params.{min(unknown, default='')}, which {OPTIMIZER} does not have"
-        f"{_meant(min(unknown, default=''), own.keys() | PATHS)}",
+        f"ds_config {path} has optimizer.params.{first}, which {optimizer['type']} does not have"
+        f"{_meant(first, own.keys() | PATHS)}",
     )
     accumulation = run.parallelism.batch // (micro * world)
     _fill(config, "train_batch_size", run.parallelism.batch, "batch", path)
@@ -92,6 +107,12 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
         _fill(params, key, value, key, path, "optimizer.params.")
     in_fp16 = _resolve_precision(bf16, fp16, run.parallelism.precision, gpus, path)
     _check_zero(config, zero, in_fp16, path)
+    dtype = ds_schema.dtype(config)
+    require(
+        not optimizers.is_foreign(name) or dtype == "fp32" or zero.get("stage", 0) != 0,
+        f"optimizer is {name!r}, and ds_config {path} is stage 0 in {dtype}, where DeepSpeed takes a step of it before "
+        "the first gradient; use stage 1, 2 or 3.",
+    )
     if left := next(_autos(config), None):
         known = _parsed({key: value for key, value in config.items() if not any(_autos(value))}, path).asked
         key = left.split(".")[0]
@@ -111,22 +132,31 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
     return config
 
 
-def _check_optimizer(config: dict[str, Any], optimizer: dict[str, Any], schedule: str, path: Path) -> None:
-    """Set the optimizer's type if it is missing.
+def _check_optimizer(config: dict[str, Any], optimizer: dict[str, Any], run: Run, path: Path) -> None:
+    """Set the optimizer's type to that of the run. The file may name BalancedAdam, as those in ds_configs/ do.
 
     Raises:
         ConfigError: if the file names another optimizer, or has a scheduler.
     """
-    name = optimizer.setdefault("type", OPTIMIZER)
+    name = run.optimizer.optimizer
+    foreign = optimizers.is_foreign(name)
+    wanted = name.partition(":")[2] if foreign else optimizers.OWN[name][0]
+    given = optimizer.get("type", BALANCED)
     require(
-        isinstance(name, str) and name.lower() == OPTIMIZER.lower(),
-        f"ds_config {path} has optimizer.type = {json.dumps(name)}; it must be {json.dumps(OPTIMIZER)} "
-        "(which is AdamW with --allow-unbalanced).",
+        isinstance(given, str) and given.lower() in (wanted.lower(), BALANCED.lower()),
+        f"ds_config {path} has optimizer.type = {json.dumps(given)}; it must be {json.dumps(wanted)} "
+        "(which is AdamW with --allow-unbalanced); --optimizer takes others."
+        if wanted == BALANCED
+        else f"ds_config {path} has optimizer.type = {json.dumps(given)}, and --optimizer is {name}; make them agree.",
     )
+    optimizer["type"] = wanted
     require(
         "scheduler" not in config,
-        f"ds_config {path} has a scheduler, which conflicts with --schedule {schedule}; remove it there.",
+        f"ds_config {path} has a scheduler, which conflicts with --schedule {run.schedule.schedule}; remove it there.",
     )
+    if foreign:
+        config.setdefault("zero_allow_untested_optimizer", True)
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
 def _set_monitors(config: dict[str, Any], run: Run) -> None:

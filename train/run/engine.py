@@ -13,7 +13,7 @@ import torch
 from train.common.errors import ConfigError, RankError, first_line, require
 from train.data import token_files
 from train.distributed.ranks import Ranks
-from train.run import deepspeed_config, model, run_dir
+from train.run import deepspeed_config, model, optimizers, run_dir
 from train.run.config import Run, Schedule
 from train.run.trainer import Trainer
 
@@ -87,6 +87,7 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
             model=network,
             model_parameters=[group for group in groups if group["params"]],
             config=ds_config,
+            optimizer=optimizers.build(run.optimizer.optimizer, ds_config["optimizer"]["params"]),
             lr_scheduler=lr_scheduler(run.schedule, run.optimizer.lr),
         )
     except (AssertionError, ValueError, NotImplementedError) as error:
@@ -98,5 +99,7 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         sentence = f"ds_config {run.parallelism.ds_config} is refused by DeepSpeed: {first_line(error)}"
         raise (ConfigError if ranks.is_main else RankError)(sentence) from error  # it may be of one rank alone
     if ranks.is_main:
-        print(f"BalancedAdam: {describe(engine.optimizer)}", file=sys.stderr, flush=True)
+        name = ds_config["optimizer"]["type"]
+        how = "by its own step" if optimizers.is_foreign(run.optimizer.optimizer) else describe(engine.optimizer)
+        print(f"{name}: {how}", file=sys.stderr, flush=True)
     return Trainer(run, ranks, train, validation, engine, tokens.name, deepspeed_config.layout(ds_config, ranks.world))

@@ -18,7 +18,7 @@ from train.common.errors import first_line
 from train.distributed.ranks import Ranks
 from train.distributed.watchdog import is_lost
 from train.run.config import Run
-from train.run.model import CHECKPOINT_BYTES
+from train.run.optimizers import checkpoint_bytes
 
 SEEN_WITHIN = 10.0  # seconds within which one host has to see another's file
 SKEW = 5.0  # greatest clock difference in seconds: file times and logs are compared across hosts
@@ -108,7 +108,7 @@ def check_disk(run: Run, parameters: int) -> str:
         What is wrong; empty if nothing is.
     """
     there = sum(f.stat().st_size for f in (run.out / "checkpoints").rglob("*") if f.is_file())
-    needed = (run.checkpoints.keep + 1) * CHECKPOINT_BYTES * parameters - there
+    needed = (run.checkpoints.keep + 1) * checkpoint_bytes(run.optimizer.optimizer) * parameters - there
     with suppress(OSError):
         free = shutil.disk_usage(run.out).free
         if free < needed:

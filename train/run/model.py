@@ -14,8 +14,6 @@ from train.run.config import Model
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-CHECKPOINT_BYTES = 16
-"""Bytes of a checkpoint per parameter: float32 master weight, two moments and the model's own weight."""
 # Llama shapes: width, layers, heads, feed-forward width, positions, tied embeddings.
 PRESETS = {
     "tiny": (128, 2, 4, 352, 1024, True),  # 0.45 M parameters with the byte tokenizer

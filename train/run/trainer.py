@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from balanced_adam import UpdateSize
 from train.common.progress import Progress
 from train.data.blocks import Blocks, batch_indices
 from train.distributed.preemption import STOP_FILE, StopRequest
 from train.distributed.ranks import Ranks
-from train.run import model
+from train.run import model, optimizers
 from train.run.config import Run
 from train.run.metrics import Metrics
 
@@ -100,11 +101,13 @@ class Trainer:
         if norm is None:
             reported = engine.get_global_grad_norm()
             norm = None if reported is None else float(reported)
-        size = engine.basic_optimizer.update_size()
+        foreign = optimizers.is_foreign(run.optimizer.optimizer)
+        size = UpdateSize(math.nan, math.nan, 1) if foreign else engine.basic_optimizer.update_size()
         (loss_sum, squares, count), (greatest, stopping) = self.ranks.sum_and_max(
             [float(total), size.sum_of_squares, size.numel], [size.greatest, float(bool(self.stop))]
         )
         self.stopping = stopping > 0.0
+        found, of = engine.basic_optimizer.projected() if hasattr(engine.basic_optimizer, "projected") else (0, 0)
         seconds = time.perf_counter() - began
         tokens_per_second = indices.size * self.train.length / seconds
         return {
@@ -114,6 +117,7 @@ class Trainer:
             "grad_norm": norm,
             "update_max": greatest,
             "update_rms": math.sqrt(squares / count) if count else 0.0,
+            **({"projected": found / of} if of else {}),
             "tokens_per_second": tokens_per_second,
             "step_seconds": seconds,
             "skipped_steps": engine.skipped_steps,

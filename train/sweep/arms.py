@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import NamedTuple, get_args, get_type_hints
+from typing import NamedTuple
 
 from train.common.errors import ConfigError, require
 from train.run.config import Optimizer
-
-OPTIMIZERS: tuple[str, ...] = get_args(get_type_hints(Optimizer)["optimizer"])
+from train.run.optimizers import FOREIGN, OWN
 
 
 class Arm(NamedTuple):
@@ -51,8 +50,12 @@ class Arm(NamedTuple):
         from balanced_adam import beta_schedule
         from balanced_adam.state import FORMATS
 
-        name, _, rest = text.partition(":")
-        optimizer, rest = (name, rest) if name in OPTIMIZERS else ("adam", text)
+        optimizer, _, rest = text.partition(":")
+        if optimizer in FOREIGN:
+            of_theirs, _, rest = rest.partition(":")
+            optimizer = f"{optimizer}:{of_theirs}"
+        elif optimizer not in OWN:
+            optimizer, rest = "adam", text
         setting, _, state = rest.rpartition(":")
         if state not in FORMATS:
             setting, state = rest, "fp32"
@@ -69,7 +72,7 @@ class Arm(NamedTuple):
             raise ConfigError(
                 f"arms has {text!r}; an arm is one beta or beta1,beta2, each in [0, 1), or a rule such as "
                 f"refresh:1000, optionally followed by a colon and one of {', '.join(FORMATS)}, and after one of "
-                f"{', '.join(OPTIMIZERS)} and a colon."
+                f"{', '.join(OWN)}, torch:NAME and deepspeed:NAME and a colon."
             ) from None
         arm = Arm.shortened(betas, state, optimizer)
         require(
