@@ -1,16 +1,20 @@
 """The corpus and the order of the data."""
 
 import json
+import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.harness.conftest import Make
-from train.data import token_files
+from train.checkpoint.resumable_run import pretrain
+from train.data import blocks, token_files
 from train.data.blocks import batch_indices
 from train.data.config import Data
 from train.data.corpus import find_corpus
+from train.run.metrics import read_metrics
 
 
 def test_an_epoch_visits_every_block_once_and_the_next_one_in_another_order() -> None:
@@ -27,6 +31,69 @@ def test_the_batch_is_a_function_of_seed_and_step_alone() -> None:
     assert forward[0] != batch_indices(0, 8, 100, 1).tolist()
     # twice the batch is the same sequence, so that a run's data doesn't depend on how it is cut
     assert batch_indices(3, 16, 100, 0).tolist() == forward[6] + forward[7]
+
+
+@pytest.mark.parametrize("count", [*range(1, 20), 63, 64, 65, 255, 256, 257, 1000, 4097, 2**16 + 1])
+def test_a_shuffle_that_is_nowhere_in_memory_is_a_permutation(count: int) -> None:
+    for seed in range(3):
+        order = batch_indices(0, 2 * count, count, seed, "feistel")
+        assert sorted(order[:count]) == sorted(order[count:]) == list(range(count))
+    if count > 60:
+        assert len({tuple(batch_indices(0, 8, count, seed, "feistel")) for seed in range(20)}) == 20
+
+
+def test_its_indices_are_spread_evenly_and_neighbours_have_nothing_to_do_with_each_other() -> None:
+    epochs = np.concatenate([batch_indices(epoch * 50, 1, 50, 0, "feistel") for epoch in range(5000)])
+    counts = np.bincount(epochs, minlength=50)
+    assert ((counts - 100) ** 2 / 100).sum() < 85  # chi-square of 49 degrees: one in a thousand is above
+    order = batch_indices(0, 100_000, 100_000, 3, "feistel")
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.01
+    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.01
+
+
+def test_a_billion_blocks_take_no_memory_and_the_batch_is_a_function_of_seed_and_step() -> None:
+    tracemalloc.start()
+    batches = [batch_indices(step, 256, 10**9, 0, "feistel") for step in (10**6, 3)]
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert all(batch.min() >= 0 and batch.max() < 10**9 and len(set(batch.tolist())) == 256 for batch in batches)
+    halves = [batch_indices(step, 128, 10**9, 0, "feistel") for step in (6, 7)]
+    assert batches[1].tolist() == np.concatenate(halves).tolist()
+
+
+def test_large_corpora_are_shuffled_so_and_a_run_keeps_the_order_that_it_began_with(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert blocks.order_of(2**24 - 1) == "permutation" and blocks.order_of(2**24) == "feistel"
+    earlier = make("--out", str(tmp_path / "earlier"), "--steps", "6", "--schedule", "wsd")
+    pretrain(earlier)
+    file = earlier.out / "run.json"
+    content = json.loads(file.read_text())
+    assert content.pop("order") == "permutation"  # which runs of before do not have
+    file.write_text(json.dumps(content))
+    uncut = losses_of(earlier.out)
+    monkeypatch.setattr(blocks, "FEISTEL_FROM", 2)
+    cut(earlier.out)
+    pretrain(earlier)
+    assert losses_of(earlier.out) == uncut
+    new = make("--out", str(tmp_path / "new"), "--steps", "6", "--schedule", "wsd")
+    pretrain(new)
+    assert json.loads((new.out / "run.json").read_text())["order"] == "feistel"
+    assert losses_of(new.out)[1:] != uncut[1:]
+    uncut = losses_of(new.out)
+    cut(new.out)
+    monkeypatch.undo()
+    pretrain(new)
+    assert losses_of(new.out) == uncut
+
+
+def losses_of(out: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(out) if "loss" in line]
+
+
+def cut(out: Path) -> None:
+    shutil.rmtree(max((out / "checkpoints").glob("step-*")))
+    (out / "result.json").unlink()
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "json.gz", "parquet"])

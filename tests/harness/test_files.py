@@ -28,7 +28,7 @@ from train.common.schemas import guard
 from train.distributed.launch import join
 from train.distributed.ranks import Ranks
 from train.run.config import Run
-from train.run.metrics import Metrics, _tell_once, read_metrics
+from train.run.metrics import Metrics, _tell_once, last_step, read_metrics
 
 JUNK: list[Any] = [None, True, -1, 0, 1.5, 2**63, "", "x", "\0", [], {}, [[]], {"a": None}, ["x"], [-1, "x"], "../x"]
 
@@ -330,6 +330,16 @@ def test_a_damaged_line_of_metrics_is_told_and_kept_and_the_run_goes_on(
     assert [line["step"] for line in read_metrics(run.out)] == [line["step"] for line in kept] + [7]
     aside = run.out / "metrics.damaged.jsonl"
     assert (aside.read_bytes() if aside.exists() else b"") == (DAMAGE[damage] + b"\n" if told else b"")
+
+
+@pytest.mark.parametrize("end", ["", '{"step": 4', "\0\0\n", '{"step": -1}\n', "x" * 100 + "\n"])
+def test_the_last_step_is_read_from_the_end_of_the_metrics(tmp_path: Path, end: str) -> None:
+    assert last_step(tmp_path) == 0
+    lines = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 5000))
+    (tmp_path / "metrics.jsonl").write_text(lines + end)
+    assert last_step(tmp_path) == 4999
+    (tmp_path / "metrics.jsonl").write_text(end)
+    assert last_step(tmp_path) == 0
 
 
 def test_a_run_with_damaged_metrics_resumes(run: Run) -> None:

@@ -133,6 +133,8 @@ class RunFile(Schema):
 
     identity: dict[str, Any]
     tokens: str
+    order: Literal["permutation", "feistel"] = "permutation"
+    """How the data is shuffled (train.data.blocks). Older runs don't say so."""
 
 
 class ResultFile(Schema):

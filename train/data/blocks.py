@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
+
+Order = Literal["permutation", "feistel"]
+"""How the blocks of an epoch are shuffled: by a permutation in memory, or by a function of the index."""
+FEISTEL_FROM = 2**24
+"""Blocks from which on a permutation would take long, and 8 bytes each on every rank."""
+ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,12 @@ class Blocks:
         return torch.from_numpy(blocks[indices].astype(np.int64))
 
 
-def batch_indices(step: int, batch: int, blocks: int, seed: int) -> np.ndarray:
+def order_of(blocks: int) -> Order:
+    """Return how a run that begins now shuffles so many blocks."""
+    return "feistel" if blocks >= FEISTEL_FROM else "permutation"
+
+
+def batch_indices(step: int, batch: int, blocks: int, seed: int, order: Order = "permutation") -> np.ndarray:
     """Return the indices of the blocks in the global batch of step ``step`` (counted from 0): shape [batch].
 
     Every epoch is a new permutation (random reshuffling), a function of (seed, epoch) alone. A batch may span two
@@ -39,8 +51,39 @@ def batch_indices(step: int, batch: int, blocks: int, seed: int) -> np.ndarray:
     result = np.empty(batch, dtype=np.int64)
     for epoch in np.unique(where // blocks):
         here = where // blocks == epoch
-        result[here] = _order(seed, int(epoch), blocks)[where[here] % blocks]
+        within = where[here] % blocks
+        if order == "feistel":
+            result[here] = _shuffled(within, blocks, seed, int(epoch))
+        else:
+            result[here] = _order(seed, int(epoch), blocks)[within]
     return result
+
+
+def _shuffled(indices: np.ndarray, blocks: int, seed: int, epoch: int) -> np.ndarray:
+    """Return where a permutation of ``blocks`` indices, which is nowhere in memory, takes these.
+
+    A Feistel network permutes the numbers of 2k bits, the fewest that hold all indices. A number beyond them is
+    permuted again, until it is one of them ("cycle walking", Black and Rogaway, 2002): four times at most on average.
+    """
+    bits = np.uint64(max(1, ((blocks - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(bits)) - 1)
+    keys = np.random.default_rng([seed, epoch]).integers(0, 2**64, ROUNDS, np.uint64)
+    result = indices.astype(np.uint64)
+    outside = np.ones(len(result), dtype=bool)
+    while outside.any():
+        left, right = result[outside] >> bits, result[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        result[outside] = (left << bits) | right
+        outside = result >= blocks
+    return result.astype(np.int64)
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """Return hashes of these uint64 (the finalizer of SplitMix64, Steele, Lea and Flood, 2014)."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
 
 
 @lru_cache(maxsize=2)

@@ -12,6 +12,7 @@ import torch
 
 from train.common.errors import ConfigError, RankError, first_line, require
 from train.data import token_files
+from train.data.blocks import order_of
 from train.distributed.ranks import Ranks
 from train.run import deepspeed_config, model, optimizers, run_dir
 from train.run.config import Run, Schedule
@@ -54,7 +55,7 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         tokenizer = token_files.load_tokenizer(run.data.tokenizer)
         config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
     with ranks.collective_errors():
-        begun_on = run_dir.begun_on(run.out)
+        begun_on, order = run_dir.begun_on(run.out), run_dir.order_of(run.out)
     prepared: list[Path] = []
     # One rank on each host prepares the tokens; the other ranks use them.
     job = (
@@ -102,4 +103,6 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         name = ds_config["optimizer"]["type"]
         how = "by its own step" if optimizers.is_foreign(run.optimizer.optimizer) else describe(engine.optimizer)
         print(f"{name}: {how}", file=sys.stderr, flush=True)
-    return Trainer(run, ranks, train, validation, engine, tokens.name, deepspeed_config.layout(ds_config, ranks.world))
+    layout = deepspeed_config.layout(ds_config, ranks.world)
+    order = order or order_of(len(train))
+    return Trainer(run, ranks, train, validation, engine, tokens.name, layout, order)

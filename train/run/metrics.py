@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from train.common.files import write_text
 from train.common.schemas import MetricsLine, parse_schema
 
 METRICS, DAMAGED_METRICS = "metrics.jsonl", "metrics.damaged.jsonl"
+TAIL = 2**14
+"""Bytes at the end of metrics.jsonl that hold its last lines."""
 
 
 class Metrics:
@@ -67,6 +70,20 @@ class Metrics:
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """Return the valid lines of the run's metrics.jsonl; none if there is no such file. Damaged lines are reported."""
     return _metrics(out / METRICS)[0]
+
+
+def last_step(out: Path) -> int:
+    """Return the step of the newest valid line of the run's metrics.jsonl, from the file's end; 0 if there is none."""
+    try:
+        with (out / METRICS).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return 0
+    for text in reversed(lines):
+        with suppress(ValueError):
+            return parse_schema(MetricsLine, text).step
+    return 0
 
 
 def _metrics(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:

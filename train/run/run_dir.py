@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from train.common.errors import ConfigError, require
 from train.common.files import environment_facts, load_file, remove_temporaries, write_json
 from train.common.schemas import ResultFile, RunFile
+from train.data.blocks import Order
 from train.run.config import Run
 
 OURS_EARLY = ("log.txt", "monitor", "attempts.jsonl", "STOP")
@@ -138,7 +139,7 @@ def note(out: Path, event: str, **values: Any) -> None:
         os.fsync(file.fileno())
 
 
-def describe(run: Run, tokens: str, ds_config: dict[str, Any]) -> None:
+def describe(run: Run, tokens: str, order: Order, ds_config: dict[str, Any]) -> None:
     """Write run.json and ds_config.json. If run.json exists, check that the run began on the same tokens.
 
     Raises:
@@ -152,7 +153,7 @@ def describe(run: Run, tokens: str, ds_config: dict[str, Any]) -> None:
             "restore it, or give another folder.",
         )
     else:
-        write_json(written, {"identity": run.identity(), "tokens": tokens, **environment_facts()})
+        write_json(written, {"identity": run.identity(), "tokens": tokens, "order": order, **environment_facts()})
     write_json(run.out / "ds_config.json", ds_config)
 
 
@@ -160,6 +161,12 @@ def begun_on(out: Path) -> str:
     """Return the name of the token folder that the run in ``out`` trains on; empty if no run has begun there."""
     written = out / "run.json"
     return load_file(RunFile, written).tokens if written.exists() else ""
+
+
+def order_of(out: Path) -> Order | None:
+    """Return how the run in ``out`` shuffles its data; None if no run has begun there."""
+    written = out / "run.json"
+    return load_file(RunFile, written).order if written.exists() else None
 
 
 def difference_from(theirs: dict[str, Any], mine: dict[str, Any]) -> str:

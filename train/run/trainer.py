@@ -15,7 +15,7 @@ import torch
 
 from balanced_adam import UpdateSize
 from train.common.progress import Progress
-from train.data.blocks import Blocks, batch_indices
+from train.data.blocks import Blocks, Order, batch_indices
 from train.distributed.preemption import STOP_FILE, StopRequest
 from train.distributed.ranks import Ranks
 from train.run import model, optimizers
@@ -50,6 +50,7 @@ class Trainer:
         engine: DeepSpeedEngine,
         tokens: str,
         layout: dict[str, Any],
+        order: Order,
     ) -> None:
         self.run, self.ranks, self.train, self.validation, self.engine = run, ranks, train, validation, engine
         self.tokens = tokens  # name of the token folder, a fingerprint of text and tokenizer
@@ -58,7 +59,7 @@ class Trainer:
         self.parameters = model.parameter_count(engine.module)
         self.step = 0  # optimizer steps taken
         self.beta = run.moving_beta()
-        self.layout = layout
+        self.layout, self.order = layout, order
         self.stop = StopRequest(run.out / STOP_FILE if ranks.is_main else None)
         self.stopping = False
         """Whether any rank has been asked to stop; the same on all ranks."""
@@ -79,7 +80,7 @@ class Trainer:
         torch.default_generator.manual_seed(seed)
         if self.ranks.device.type == "cuda":
             torch.cuda.manual_seed(seed)
-        indices = batch_indices(self.step, run.parallelism.batch, len(self.train), run.seed)
+        indices = batch_indices(self.step, run.parallelism.batch, len(self.train), run.seed, self.order)
         lr = engine.get_lr()[0]
         if self.beta:
             for group in engine.optimizer.param_groups:

@@ -17,7 +17,7 @@ from train.common.files import environment_facts, load_file, make_folder, write_
 from train.common.progress import Progress
 from train.common.schemas import PlanFile
 from train.run import run_dir
-from train.run.metrics import read_metrics
+from train.run.metrics import last_step
 from train.sweep.launch import launch_command, started
 from train.sweep.options import Comparison
 from train.sweep.plan import manifest, read_manifest, settings_of
@@ -88,7 +88,7 @@ def execute(plan: dict[str, Any], out: Path, budget: Budget | None = None, disca
                 with run_dir.sole_worker(out / run["name"]) as mine:
                     if mine and run_dir.result(out / run["name"]) is None:
                         begun_here += 1
-                        fresh = not read_metrics(out / run["name"])
+                        fresh = not last_step(out / run["name"])
                         _execute(plan, run, out, progress, (len(runs) - count) * steps)
                         took += [time.monotonic() - begun - spent] if fresh else []
                         if discard:
@@ -106,18 +106,17 @@ def _execute(plan: dict[str, Any], run: dict[str, Any], out: Path, progress: Pro
     """
     log = out / run["name"] / "log.txt"
     written = log.stat().st_size if log.exists() else 0  # by earlier attempts
-    steps = len(read_metrics(out / run["name"]))
+    before = last_step(out / run["name"])
     with started(launch_command(plan, run, out), log) as process:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
-            lines = read_metrics(out / run["name"])
-            progress.show(done + (lines[-1]["step"] if lines else 0), run["name"])
+            progress.show(done + last_step(out / run["name"]), run["name"])
     if run_dir.result(out / run["name"]) is None:
         lines_now = log.read_bytes()[written:].decode(errors="replace").splitlines()
         errors = [line for line in lines_now if line.startswith("error: ")]
         killed = process.returncode in KILLED or any(SAYS_KILLED in line for line in lines_now)
         # One that is killed before it gets any further, as for want of memory, would be killed again.
-        again = killed and len(read_metrics(out / run["name"])) > steps
+        again = killed and last_step(out / run["name"]) > before
         kind = RetryError if again or process.returncode == EXIT_RETRY else ConfigError
         why = errors[-1][7:] if errors else f"{'a rank was killed (SIGKILL), ' * killed}see {log}"
         raise kind(f"run {run['name']} failed: {why}")
