@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.harness.texts import MORE, TEXTS, jsonl, tokens_of
+from tests.harness.texts import MORE, TEXTS, jsonl, tokens_of, zstd
 from train.data import token_files
 from train.data.config import Data
 from train.data.corpus import TWICE, find_corpus
@@ -101,6 +101,13 @@ def compressed(place: Path) -> dict[str, int]:
     return {}
 
 
+def of_several_zstandard_frames(place: Path) -> dict[str, int]:
+    rows = [json.dumps({"text": text}).encode() + b"\n" for text in TEXTS]
+    (place / "a.jsonl.zst").write_bytes(zstd(b"".join(rows[:5])) + zstd(b"".join(rows[5:9])))
+    (place / "b.ZSTD").write_bytes(zstd(b"".join(rows[9:])))
+    return {}
+
+
 def compressed_text(place: Path) -> dict[str, int]:
     for i, text in enumerate(TEXTS):
         with gzip.open(place / f"{i:02}.txt.gz", "wt") as file:
@@ -170,6 +177,7 @@ RIGHT = [
     json_with_a_mark,
     compressed,
     compressed_text,
+    of_several_zstandard_frames,
     upper_case,
     a_linked_folder,
     the_same_twice,

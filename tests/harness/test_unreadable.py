@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tests.harness.texts import MORE, TEXTS, jsonl, tokens_of
+from tests.harness.texts import MORE, TEXTS, jsonl, tokens_of, zstd
 from train.common.errors import ConfigError
 from train.data.config import Data
 from train.data.corpus import Corpus
@@ -90,7 +90,10 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         "b.jsonl.gz can't be read",
     ),
     "no xz": (lambda p: (p / "b.jsonl.xz").write_bytes(b"PK"), "b.jsonl.xz can't be read"),
-    "zstd": (lambda p: (p / "b.jsonl.zst").write_bytes(b"("), "holds b.jsonl.zst, compressed in a way that is not"),
+    "no zstd": (lambda p: (p / "b.jsonl.zst").write_bytes(b"PK"), "b.jsonl.zst can't be read"),
+    "cut zstd": (lambda p: (p / "b.jsonl.zst").write_bytes(zstd(b'{"text": "x"}\n' * 99)[:-4]), "zst can't be read"),
+    "zstd and more": (lambda p: (p / "b.jsonl.zst").write_bytes(zstd(b'{"text": "x"}\n') + b"more"), "can't be read"),
+    "lz4": (lambda p: (p / "b.jsonl.lz4").write_bytes(b"("), "holds b.jsonl.lz4, compressed in a way that is not"),
     "link to nowhere": (lambda p: (p / "b.jsonl").symlink_to("/nowhere"), "holds b.jsonl, which is not a file"),
     "pipe": (lambda p: os.mkfifo(p / "b.jsonl"), "holds b.jsonl, which is not a file"),
 }

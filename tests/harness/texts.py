@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 
 from train.data import token_files
 from train.data.config import Data
@@ -35,3 +36,9 @@ def tokens_of(place: Path, cache: Path, **settings: Any) -> tuple[Path, list[str
     assert ((ids == 1) | (ids >= 3)).all()
     documents = np.split(ids, np.flatnonzero(ids == 1) + 1)[:-1]
     return folder, [bytes((d[:-1] - 3).astype(np.uint8)).decode() for d in documents]
+
+
+def zstd(content: bytes) -> bytes:
+    """One Zstandard frame."""
+    compressed: bytes = pyarrow.compress(content, "zstd", asbytes=True)
+    return compressed

@@ -16,7 +16,7 @@ class Data:
     data: str = "stdlib"
     """The text: "stdlib", a path, "hub:NAME" or "hub:NAME:CONFIGURATION". "stdlib" is Python's standard library.
     A path is a file or a folder of .txt/.md/.py, .jsonl/.json or .parquet files.
-    All but .parquet may be compressed (.gz, .bz2 or .xz).
+    All but .parquet may be compressed (.gz, .zst, .bz2 or .xz).
     "hub:" takes the train split of a Hugging Face hub dataset."""
     text_field: str = "text"
     """Name of the column that holds the text, in JSON, Parquet and hub data."""

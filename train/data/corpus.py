@@ -38,7 +38,7 @@ from train.data.readers import (
     shown,
 )
 
-UNREADABLE = {".zst", ".zstd", ".lz4", ".lzma", ".br", ".z", ".zip", ".7z"}
+UNREADABLE = {".lz4", ".lzma", ".br", ".z", ".zip", ".7z"}
 """Unsupported compressions. A corpus file with one of these suffixes is an error, since its text would be missing."""
 TWICE = "there twice, under another name"
 

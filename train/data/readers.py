@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import codecs
 import gzip
+import io
 import json
 import lzma
 import os
@@ -26,7 +27,21 @@ KINDS = {
     ".json": "json",
     ".parquet": "parquet",
 }
-COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".gzip": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def open_zstd(file: Path, _: str) -> IO[bytes]:
+    """Open a Zstandard file, of one frame or several; one that has been cut short raises OSError when it is read."""
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file.open("rb")), "zstd"))
+
+
+COMPRESSED: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys((".gz", ".gzip"), gzip.open),
+    **dict.fromkeys((".zst", ".zstd"), open_zstd),
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
 BATCH = 256  # rows of a Parquet file that are held in memory at once
 Row = tuple[int, "str | bool | None"]
 """A row's number, counted from 1, and its text; None for a null, False for a row without the text field."""
