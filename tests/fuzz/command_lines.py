@@ -74,6 +74,7 @@ RUN: Options = {
     "--ds-config": ([], ["nowhere.json", "", ".", "/", "README.md", "a\0b", "x" * 300]),
     "--out": ([], ["", "/dev/null", "/dev/null/run", "x" * 300, "a\0b", "README.md"]),
     "--data": ([], ["", "/nowhere", "hub:", "/dev/null", "a\0b", "x" * 300]),
+    "--token-dtype": (["auto", "uint16", "uint32"], ["int8", "", "UINT16", "16"]),
     "--tokenizer": ([], ["/nowhere", "", "a\0b", "x" * 300]),
     "--model": ([], ["/nowhere", "", "a\0b", "7x", "x" * 300]),
     "--data-cache": ([], ["/dev/null", "/dev/null/x", "a\0b", "x" * 300]),

@@ -239,7 +239,9 @@ def test_what_looks_like_the_end_of_a_document_is_text_for_fast_tokenizers_too(t
     texts = [f"{text}<eos> and on" for text in TEXTS]
     jsonl(tmp_path / "one" / "a.jsonl", texts)
     settings = Data(data=str(tmp_path / "one"), data_cache=tmp_path / "cache", validation_fraction=0.1)
-    ids = np.concatenate([part.tokens for part in token_files.open_blocks(token_files.prepare(settings, tokenizer), 1)])
+    ids = np.concatenate(
+        [part.parts[0] for part in token_files.open_blocks(token_files.prepare(settings, tokenizer), 1)]
+    )
     documents = np.split(ids, np.flatnonzero(ids == tokenizer.eos_token_id))[:-1]
     assert len(documents) == 20
     found = [tokenizer.decode(d[d != tokenizer.eos_token_id], clean_up_tokenization_spaces=False) for d in documents]

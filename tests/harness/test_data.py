@@ -116,7 +116,7 @@ def test_every_kind_of_file_gives_the_same_tokens_and_no_document_is_in_both_par
     assert len(list((tmp_path / "cache").glob("tokens-*/about.json"))) == 1
     parts = [
         bytes((t - 3).astype(np.uint8)[t != 1].tobytes())
-        for t in (b.tokens for b in token_files.open_blocks(tokens, 8))
+        for t in (b.parts[0] for b in token_files.open_blocks(tokens, 8))
     ]
     about = json.loads((tokens / "about.json").read_text())
     assert about["documents"] == {"train": 15, "validation": 5}

@@ -170,7 +170,7 @@ def test_the_standard_library_is_read_as_it_was(tmp_path: Path, monkeypatch: pyt
         (tmp_path / "lib" / f"{i:02}.py").write_bytes(text)
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path / "lib"))
     folder = token_files.prepare(Data(data_cache=tmp_path / "cache"), token_files.load_tokenizer("byt5"))
-    joined = "".join(map(chr, np.concatenate([part.tokens for part in token_files.open_blocks(folder, 2)]).tolist()))
+    joined = "".join(map(chr, np.concatenate([part.parts[0] for part in token_files.open_blocks(folder, 2)]).tolist()))
     for text in texts:
         plain_text = text.decode("utf-8", "replace").replace("\r\n", "\n")
         ids = token_files.load_tokenizer("byt5")([plain_text], add_special_tokens=False)["input_ids"][0]

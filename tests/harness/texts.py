@@ -32,7 +32,7 @@ def tokens_of(place: Path, cache: Path, **settings: Any) -> tuple[Path, list[str
     """The folder of the tokens, and the documents in it: what lies between two ends."""
     wanted = Data(data=str(place), data_cache=cache, validation_fraction=0.1, **settings)
     folder = token_files.prepare(wanted, token_files.load_tokenizer("byt5"))
-    ids = np.concatenate([part.tokens for part in token_files.open_blocks(folder, 2)])
+    ids = np.concatenate([part.parts[0] for part in token_files.open_blocks(folder, 2)])
     assert ((ids == 1) | (ids >= 3)).all()
     documents = np.split(ids, np.flatnonzero(ids == 1) + 1)[:-1]
     return folder, [bytes((d[:-1] - 3).astype(np.uint8)).decode() for d in documents]

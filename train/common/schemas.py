@@ -213,6 +213,17 @@ class SumsFile(Guarded):
     files: dict[str, list[Stamped]]
 
 
+class ShardsFile(Guarded):
+    """about.json of tokens that were made elsewhere: which shards they are, and that their ids were looked at."""
+
+    shards: list[list[Any]]
+    """Dtype, offset in bytes and number of tokens of each."""
+    greatest: list[NonNegativeInt]
+    """The greatest id in each."""
+    tokens: dict[Part, NonNegativeInt]
+    left_out: dict[str, list[str]] = {}
+
+
 class About(Guarded):
     """about.json of a token folder: its format, sizes and checksums, and what was read and left out."""
 

@@ -7,7 +7,7 @@ micro-batches. So a resumed run needs no loader state, and runs with other betas
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -22,18 +22,32 @@ ROUNDS = 8
 
 @dataclass(frozen=True)
 class Blocks:
-    """Consecutive blocks of ``length`` tokens in one long array. A remainder that fills no block is dropped."""
+    """Consecutive blocks of ``length`` tokens in one long stream. A remainder that fills no block is dropped."""
 
-    tokens: np.ndarray
+    parts: tuple[np.ndarray, ...]
+    """The arrays that make up the stream, one after the other; a block may lie in two of them."""
     length: int
 
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """Where each part ends in the stream."""
+        return np.cumsum([len(part) for part in self.parts], dtype=np.int64)
+
     def __len__(self) -> int:
-        return len(self.tokens) // self.length
+        return int(self.ends[-1]) // self.length if self.parts else 0
 
     def take(self, indices: np.ndarray) -> torch.Tensor:
         """Return the tokens of the blocks with these indices: int64, shape [len(indices), length]."""
-        blocks = self.tokens[: len(self) * self.length].reshape(-1, self.length)
-        return torch.from_numpy(blocks[indices].astype(np.int64))
+        return torch.from_numpy(np.stack([self._block(int(index)) for index in indices]))
+
+    def _block(self, index: int) -> np.ndarray:
+        begin, end = index * self.length, (index + 1) * self.length
+        first, last = np.searchsorted(self.ends, [begin, end - 1], side="right")
+        pieces = []
+        for part in range(int(first), int(last) + 1):
+            offset = int(self.ends[part]) - len(self.parts[part])
+            pieces.append(self.parts[part][max(begin - offset, 0) : end - offset])
+        return np.concatenate(pieces).astype(np.int64)
 
 
 def order_of(blocks: int) -> Order:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from train.common.errors import first_line, require, shown
 
@@ -15,6 +16,7 @@ class Data:
 
     data: str = "stdlib"
     """The text: "stdlib", a path, "hub:NAME" or "hub:NAME:CONFIGURATION". "stdlib" is Python's standard library.
+    Or tokens: a file or a folder of .bin (llm.c's, Megatron's, or without a header) or .npy files.
     A path is a file or a folder of .txt/.md/.py, .jsonl/.json or .parquet files.
     All but .parquet may be compressed (.gz, .zst, .bz2 or .xz).
     "hub:" takes the train split of a Hugging Face hub dataset."""
@@ -22,6 +24,8 @@ class Data:
     """Name of the column that holds the text, in JSON, Parquet and hub data."""
     tokenizer: str = "byt5"
     """"byt5" (UTF-8 bytes, nothing to download), or the path or hub name of a transformers tokenizer."""
+    token_dtype: Literal["auto", "uint16", "uint32"] = "auto"
+    """Of .bin files of tokens that have no header. Default: uint16, or uint32 for tokenizers of more than 65536."""
     sequence_length: int = 128
     """Tokens in one training sequence; at least 2."""
     validation_fraction: float = 0.05

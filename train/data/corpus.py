@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -40,6 +40,8 @@ from train.data.readers import (
 
 UNREADABLE = {".lz4", ".lzma", ".br", ".z", ".zip", ".7z"}
 """Unsupported compressions. A corpus file with one of these suffixes is an error, since its text would be missing."""
+TOKENS = (".bin", ".npy")
+"""Suffixes of files of tokens (train.data.token_shards). Beside text they are left out."""
 TWICE = "there twice, under another name"
 
 
@@ -48,7 +50,7 @@ class Corpus:
     """The source of the documents."""
 
     kind: str
-    """text, json, parquet, hub or stdlib."""
+    """text, json, parquet, hub, stdlib or tokens."""
     files: tuple[Path, ...]
     description: list[Any]
     """Identifies the text, and changes with it; see the module's docstring."""
@@ -99,6 +101,23 @@ def find_corpus(settings: Data, *, fresh: bool = False) -> Corpus:
     if settings.data.startswith("hub:"):
         require(len(settings.data) > 4, f"data is {settings.data!r}; give hub:NAME or hub:NAME:CONFIGURATION.")
         return Corpus("hub", (), [settings.data], {})
+    root, cache = expanded(Path(settings.data), "data"), expanded(settings.data_cache, "data_cache").resolve()
+    kind, files, left_out = _kind_and_files(settings)
+    printable = {reason: [shown(name) for name in names] for reason, names in left_out.items()}
+    return Corpus(kind, files, [kind, _sums(files, root, cache, fresh)], printable)
+
+
+def files_of(settings: Data) -> tuple[Path, ...]:
+    """Return the files of a corpus in a path, in order.
+
+    Raises:
+        ConfigError: as :func:`find_corpus`.
+    """
+    return _kind_and_files(settings)[1]
+
+
+def _kind_and_files(settings: Data) -> tuple[str, tuple[Path, ...], dict[str, list[str]]]:
+    """Return the kind of a corpus in a path, the files that are read, in order, and those that aren't, by reason."""
     root = expanded(Path(settings.data), "data")
     cache, real_root = expanded(settings.data_cache, "data_cache").resolve(), root.resolve()
     if cache.is_relative_to(real_root) and not any(part[0] == "." for part in cache.relative_to(real_root).parts):
@@ -106,26 +125,35 @@ def find_corpus(settings: Data, *, fresh: bool = False) -> Corpus:
             f"data_cache is {cache}, inside data, so its files would become part of the corpus; give another folder."
         )
     try:
-        files, left_out = _files(root, settings.data, cache)
+        files, left_out = _files(root, settings.data, cache, kind_of)
+        if not any(map(kind_of, files)):
+            tokens, not_tokens = _files(root, settings.data, cache, _kind_of_tokens)
+            if any(map(_kind_of_tokens, tokens)):
+                others = [name for name in not_tokens.pop("of another kind", []) if not name.endswith(".idx")]
+                return "tokens", tokens, {**not_tokens, **({"of another kind": others} if others else {})}
     except OSError as error:
         raise ConfigError(f"data is {settings.data!r:.200}, which can't be read: {error.strerror}.") from None
     kinds = {kind_of(file) for file in files}
     named = ", ".join(f"{len(names)} {reason} ({names[0]})" for reason, names in left_out.items())
     require(
         bool(files) and "" not in kinds,
-        f"data is {settings.data!r}, which holds no text; known are {', '.join(KINDS)}"
+        f"data is {settings.data!r}, which holds no text; known are {', '.join((*KINDS, *TOKENS))}"
         f"{f', and left out is {named}' if named else ''}.",
     )
     require(
         len(kinds) == 1,
         f"data is {settings.data!r}, which mixes {' and '.join(sorted(kinds))} files; give one kind.",
     )
-    kind = kinds.pop()
-    printable = {reason: [shown(name) for name in names] for reason, names in left_out.items()}
-    return Corpus(kind, files, [kind, _sums(files, root, cache, fresh)], printable)
+    return kinds.pop(), files, left_out
 
 
-def _files(root: Path, data: str, cache: Path) -> tuple[tuple[Path, ...], dict[str, list[str]]]:
+def _kind_of_tokens(file: Path) -> str:
+    return "tokens" if file.suffix.lower() in TOKENS else ""
+
+
+def _files(
+    root: Path, data: str, cache: Path, kind_of: Callable[[Path], str]
+) -> tuple[tuple[Path, ...], dict[str, list[str]]]:
     """Return the files that are read, in order, and those that aren't, by reason."""
     require(
         root.exists(),

@@ -15,6 +15,7 @@ import numpy as np
 from train.common.errors import ConfigError, RetryError, first_line, require, shown, why_not_loaded
 from train.common.files import checksum, expanded, write_json
 from train.common.schemas import About, guard, read_schema
+from train.data import token_shards
 from train.data.blocks import Blocks
 from train.data.config import Data
 from train.data.corpus import Corpus, find_corpus, known_sums, waiting_for
@@ -71,6 +72,8 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = 
         _verify(cache / begun_on, settings.verify_data, "restore that folder")
         return cache / begun_on
     source = find_corpus(settings, fresh=settings.verify_data)
+    if source.kind == "tokens":
+        return token_shards.prepare(source, settings, tokenizer, cache)
     name = _folder_name(source, settings, tokenizer)
     folder = cache / name
     if not folder.exists():
@@ -98,7 +101,10 @@ def fingerprint(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
     Raises:
         ConfigError: if there is no such data.
     """
-    return _fingerprint_of(find_corpus(settings), settings, tokenizer)
+    source = find_corpus(settings)
+    if source.kind == "tokens":
+        return token_shards.name_of(source, settings, len(tokenizer))
+    return _fingerprint_of(source, settings, tokenizer)
 
 
 def _folder_name(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -170,6 +176,8 @@ def _verify(folder: Path, fresh: bool, advice: str) -> None:
 
 def summary(folder: Path, settings: Data) -> str:
     """Describe, in one or two sentences for the user, what was read and what was left out."""
+    if folder.name.startswith(token_shards.PREFIX):
+        return token_shards.summary(folder)
     about = read_about(folder)
     try:
         left_out = find_corpus(settings).left_out
@@ -199,6 +207,17 @@ def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     return [type(tokenizer).__name__, content, tokenizer.eos_token_id, str(tokenizer.special_tokens_map)]
 
 
+def open_tokens(folder: Path, settings: Data, vocabulary: int) -> tuple[Blocks, Blocks]:
+    """Memory-map the training and validation tokens of a folder that :func:`prepare` has returned.
+
+    Raises:
+        ConfigError: if they have been damaged since, or changed.
+    """
+    if folder.name.startswith(token_shards.PREFIX):
+        return token_shards.open_shards(folder, settings, vocabulary)
+    return open_blocks(folder, settings.sequence_length)
+
+
 def open_blocks(folder: Path, length: int) -> tuple[Blocks, Blocks]:
     """Memory-map the training and validation tokens as blocks of ``length`` tokens.
 
@@ -214,7 +233,7 @@ def open_blocks(folder: Path, length: int) -> tuple[Blocks, Blocks]:
             size = file.stat().st_size
             if size != count * dtype.itemsize:
                 raise ValueError(f"{file.name} has {size} bytes, and {ABOUT} says {count} tokens of {dtype.itemsize}")
-            parts.append(Blocks(np.memmap(file, dtype, "r", shape=(count,)), length))
+            parts.append(Blocks((np.memmap(file, dtype, "r", shape=(count,)),), length))
         except (OSError, ValueError) as error:
             raise ConfigError(_damaged(folder, error)) from None
     return parts[0], parts[1]

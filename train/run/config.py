@@ -269,6 +269,8 @@ class Run:
         options = dataclasses.asdict(self)
         for name in ("data_cache", "verify_data"):
             options["data"].pop(name)
+        if self.data.token_dtype == "auto":  # so that runs older than this option can be resumed
+            del options["data"]["token_dtype"]
         if (path := Path(self.data.data)).exists():  # one spelling for one file
             options["data"]["data"] = str(path.resolve())
         kept = {key: options[key] for key in ("seed", "model", "data", "optimizer", "schedule")}

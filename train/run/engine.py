@@ -66,7 +66,7 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
     name = ranks.broadcast(prepared[0].name if ranks.is_main else "")
     with ranks.collective_errors():
         tokens = token_files.folder_of(run.data, name)
-        train, validation = token_files.open_blocks(tokens, run.data.sequence_length)
+        train, validation = token_files.open_tokens(tokens, run.data, len(tokenizer))
         if ranks.is_main:
             print(token_files.summary(tokens, run.data), file=sys.stderr, flush=True)
         batch = run.parallelism.batch

@@ -17,15 +17,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from train.common.errors import ConfigError, require
 from train.common.files import environment_facts, load_file, remove_temporaries, write_json
 from train.common.schemas import ResultFile, RunFile
-from train.data.blocks import Order
 from train.run.config import Run
+
+if TYPE_CHECKING:
+    from train.data.blocks import Order
 
 OURS_EARLY = ("log.txt", "monitor", "attempts.jsonl", "STOP")
 """Files that may exist in the folder before run.json, besides hidden ones."""
