@@ -97,7 +97,7 @@ def _headerless(file: Path, dtype: str) -> Shard:
         f"{file} has {size} bytes and no header, which is no number of {dtype}; give its --token-dtype.",
     )
     if dtype == "uint16" and size >= 4:
-        first = np.memmap(file, np.uint16, "r", 0, (min(size // 4 * 2, CHUNK),))
+        first = np.memmap(file, np.uint16, "r", 0, (min(size // 4 * 2, 2**16),))
         require(
             bool(first[1::2].any()) or not first.any(),
             f"{file} is read as uint16, and this looks like uint32, since every other number is 0; give --token-dtype.",
