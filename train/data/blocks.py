@@ -6,8 +6,10 @@ micro-batches. So a resumed run needs no loader state, and runs with other betas
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,6 +20,17 @@ Order = Literal["permutation", "feistel"]
 FEISTEL_FROM = 2**24
 """Blocks from which on a permutation would take long, and 8 bytes each on every rank."""
 ROUNDS = 8
+
+
+def mapped(file: Path, dtype: np.dtype | str, offset: int, length: int) -> np.ndarray:
+    """Memory-map so many numbers of a file, for reading a few here and there.
+
+    Without the kernel's read-ahead, which would read 128 KB around each.
+    """
+    with file.open("rb") as opened:
+        content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    content.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(content, dtype, length, offset)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from train.common.errors import ConfigError, RetryError, first_line, require, sh
 from train.common.files import checksum, expanded, write_json
 from train.common.schemas import About, guard, read_schema
 from train.data import token_shards
-from train.data.blocks import Blocks
+from train.data.blocks import Blocks, mapped
 from train.data.config import Data
 from train.data.corpus import Corpus, find_corpus, known_sums, waiting_for
 from train.data.readers import Read
@@ -233,7 +233,7 @@ def open_blocks(folder: Path, length: int) -> tuple[Blocks, Blocks]:
             size = file.stat().st_size
             if size != count * dtype.itemsize:
                 raise ValueError(f"{file.name} has {size} bytes, and {ABOUT} says {count} tokens of {dtype.itemsize}")
-            parts.append(Blocks((np.memmap(file, dtype, "r", shape=(count,)),), length))
+            parts.append(Blocks((mapped(file, dtype, 0, count),), length))
         except (OSError, ValueError) as error:
             raise ConfigError(_damaged(folder, error)) from None
     return parts[0], parts[1]

@@ -23,7 +23,7 @@ import numpy as np
 from train.common.errors import ConfigError, first_line, require
 from train.common.files import load_file, write_json
 from train.common.schemas import ShardsFile, guard
-from train.data.blocks import Blocks
+from train.data.blocks import Blocks, mapped
 from train.data.config import Data
 from train.data.corpus import Corpus, files_of, waiting_for
 
@@ -51,7 +51,7 @@ class Shard(NamedTuple):
     """In tokens."""
 
     def tokens(self) -> np.ndarray:
-        """Memory-map them: [length]."""
+        """Memory-map them, for reading all: [length]."""
         return np.memmap(self.file, self.dtype, "r", self.offset, (self.length,))
 
     def about(self) -> list[Any]:
@@ -224,7 +224,7 @@ def open_shards(folder: Path, settings: Data, vocabulary: int) -> tuple[Blocks, 
     held_out: list[np.ndarray] = []
     left = about.tokens["train"]
     for shard in shards:
-        tokens = shard.tokens()
+        tokens = mapped(shard.file, shard.dtype, shard.offset, shard.length)
         here = min(left, shard.length)
         training += [tokens[:here]] if here else []
         held_out += [tokens[here:]] if here < shard.length else []
