@@ -15,6 +15,7 @@ import pytest
 from tests.harness.conftest import Make
 from tests.harness.runs import change, finish, losses, out_of
 from tests.harness.texts import jsonl
+from train import preflight
 from train.checkpoint.resumable_run import pretrain
 from train.common.errors import ConfigError
 from train.data import token_files
@@ -167,6 +168,17 @@ def test_a_shard_that_is_none_is_refused_in_one_sentence(case: str, tmp_path: Pa
         with pytest.raises(ConfigError, match=sentence) as refused:
             opened(tmp_path / "data", tmp_path / "cache")
         assert "\n" not in str(refused.value)
+
+
+def test_preflight_finds_a_token_that_the_tokenizer_does_not_have(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make("--data", str(shards(tmp_path / "data", raw)))
+    options = ["--ranks", "2", "--out", str(tmp_path / "out"), "--data-cache", str(run.data.data_cache)]
+    assert preflight.main([*options, "--data", str(tmp_path / "data")]) == 0
+    raw(tmp_path / "data" / "shard_001", TOKENS[1:700] + 500)
+    assert preflight.main([*options, "--data", str(tmp_path / "data")]) == 2
+    assert "and tokenizer 'byt5' has 384; give the --tokenizer that made it" in capsys.readouterr().err
 
 
 def test_beside_text_such_files_are_left_out_as_ever(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def fingerprint(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
     """
     source = find_corpus(settings)
     if source.kind == "tokens":
-        return token_shards.name_of(source, settings, len(tokenizer))
+        return token_shards.prepare(source, settings, tokenizer, expanded(settings.data_cache, "data_cache")).name
     return _fingerprint_of(source, settings, tokenizer)
 
 
