@@ -128,7 +128,7 @@ def resume(out: Path) -> None:
     run = _settings(out / "run", SINGLE)
     run_dir.check(run)
     if run_dir.result(run.out) is None:
-        run_dir.begun_on(run.out)
+        run_dir.begun(run.out)
         for path in complete_checkpoints(run.out / "checkpoints"):
             assert checkpoint_info(path).step in (3, 6)
         Metrics(run.out, newest_step(run.out / "checkpoints"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -68,6 +69,12 @@ def finish(
 def losses(options: list[str]) -> list[float]:
     """The training losses, step by step."""
     return [line["loss"] for line in read_metrics(out_of(options)) if "loss" in line]
+
+
+def cut(out: Path) -> None:
+    """Leave a run that has ended as it was at its last checkpoint but one."""
+    shutil.rmtree(max((out / "checkpoints").glob("step-*")))
+    (out / "result.json").unlink()
 
 
 def change(options: list[str], **values: Any) -> list[str]:

@@ -1,20 +1,20 @@
 """The corpus and the order of the data."""
 
 import json
-import shutil
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.cluster.runs import losses
 from tests.harness.conftest import Make
+from tests.harness.runs import cut
 from train.checkpoint.resumable_run import pretrain
 from train.data import blocks, token_files
 from train.data.blocks import batch_indices
 from train.data.config import Data
 from train.data.corpus import find_corpus
-from train.run.metrics import read_metrics
 
 
 def test_an_epoch_visits_every_block_once_and_the_next_one_in_another_order() -> None:
@@ -71,29 +71,20 @@ def test_large_corpora_are_shuffled_so_and_a_run_keeps_the_order_that_it_began_w
     content = json.loads(file.read_text())
     assert content.pop("order") == "permutation"  # which runs of before do not have
     file.write_text(json.dumps(content))
-    uncut = losses_of(earlier.out)
+    uncut = losses(earlier.out)
     monkeypatch.setattr(blocks, "FEISTEL_FROM", 2)
     cut(earlier.out)
     pretrain(earlier)
-    assert losses_of(earlier.out) == uncut
+    assert losses(earlier.out) == uncut
     new = make("--out", str(tmp_path / "new"), "--steps", "6", "--schedule", "wsd")
     pretrain(new)
     assert json.loads((new.out / "run.json").read_text())["order"] == "feistel"
-    assert losses_of(new.out)[1:] != uncut[1:]
-    uncut = losses_of(new.out)
+    assert losses(new.out)[1:] != uncut[1:]
+    uncut = losses(new.out)
     cut(new.out)
     monkeypatch.undo()
     pretrain(new)
-    assert losses_of(new.out) == uncut
-
-
-def losses_of(out: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(out) if "loss" in line]
-
-
-def cut(out: Path) -> None:
-    shutil.rmtree(max((out / "checkpoints").glob("step-*")))
-    (out / "result.json").unlink()
+    assert losses(new.out) == uncut
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "json.gz", "parquet"])

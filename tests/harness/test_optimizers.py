@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from tests.harness.conftest import Make
-from tests.harness.runs import change, finish, losses, out_of
+from tests.harness.runs import change, cut, finish, losses, out_of
 from train import compare
 from train.checkpoint import resumable_run
 from train.common.errors import ConfigError
@@ -127,12 +126,6 @@ def test_an_optimizer_of_torchs_is_made_with_decoupled_decay_where_it_can() -> N
         assert group["decoupled_weight_decay"] and group["weight_decay"] == 0.3 and group["betas"] == (0.9, 0.95)
 
 
-def cut(options: list[str]) -> None:
-    """Leave the run as it was at its last checkpoint but one."""
-    shutil.rmtree(max((out_of(options) / "checkpoints").glob("step-*")))
-    (out_of(options) / "result.json").unlink()
-
-
 NAMES = ["adamp", "l3", "amsgrad", "adamnc", "torch:NAdam", "deepspeed:AdamW"]
 
 
@@ -153,7 +146,7 @@ def test_two_ranks_train_with_it_and_a_cut_run_goes_on_as_the_uncut_one(
     assert finish(alone, None)[0] == 0
     assert losses(options) == pytest.approx(losses(alone), rel=2e-5)
     uncut = losses(options)
-    cut(options)
+    cut(out_of(options))
     code, said = finish(options)
     assert code == 0, said
     assert losses(options) == uncut
@@ -166,7 +159,7 @@ def test_a_state_that_universal_checkpoints_do_not_hold_is_not_taken_to_another_
     for name in ("amsgrad", "torch:NAdam"):
         options = change(small_run, optimizer=name, out=out_of(small_run).with_name(name.replace(":", "-")))
         assert finish(options)[0] == 0
-        cut(options)
+        cut(out_of(options))
         code, said = finish(options, None)
         assert code != 0 and f"so that {name} has to resume as it was" in said, said
 
@@ -181,7 +174,7 @@ def test_with_round_robin_gradients_a_run_resumes_as_it_was_and_not_otherwise(
     options = change(small_run, ds_config=tmp_path / "config.json")
     assert finish(options)[0] == 0
     uncut = losses(options)
-    cut(options)
+    cut(out_of(options))
     without = change(options, ds_config=REPOSITORY / "ds_configs" / "zero2.json")
     for others, ranks in ((options, None), (without, 2)):
         code, said = finish(others, ranks)

@@ -111,13 +111,13 @@ def test_shards_are_looked_at_once_and_known_by_their_content(tmp_path: Path, mo
 
     place = shards(tmp_path / "data", llm_c)
     looked: list[str] = []
-    ids = token_shards._ids
+    greatest = token_shards._greatest
 
-    def recording(shard: token_shards.Shard) -> tuple[int, int]:
+    def recording(shard: token_shards.Shard) -> int:
         looked.append(shard.file.name)
-        return ids(shard)
+        return greatest(shard)
 
-    monkeypatch.setattr(token_shards, "_ids", recording)
+    monkeypatch.setattr(token_shards, "_greatest", recording)
     opened(place, tmp_path / "cache")
     assert len(looked) == 5
     opened(place, tmp_path / "cache")

@@ -5,13 +5,14 @@ They have what the table needs: float64 state of one parameter after another, no
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Reference(torch.optim.Optimizer):
+class Reference(torch.optim.Optimizer, ABC):
     """Steps by :meth:`move`."""
 
     def __init__(self, params: Any, lr: float = 1.0, betas: tuple[float, float] = (0.9, 0.99)) -> None:
@@ -25,8 +26,9 @@ class Reference(torch.optim.Optimizer):
                 state["step"] = state.get("step", 0) + 1
                 param.sub_(group["lr"] * self.move(param.grad, state, *group["betas"]))
 
+    @abstractmethod
     def move(self, grad: Tensor, state: dict[str, Any], beta1: float, beta2: float) -> Tensor:
-        raise NotImplementedError
+        """The step over lr."""
 
 
 def averaged(state: dict[str, Any], name: str, value: Tensor, beta: float) -> Tensor:

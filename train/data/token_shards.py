@@ -159,13 +159,6 @@ def shards_of(settings: Data, files: tuple[Path, ...], vocabulary: int, whole: b
         raise ConfigError(f"data is {settings.data!r}, which can't be read: {error.strerror}.") from None
 
 
-def name_of(source: Corpus, settings: Data, vocabulary: int) -> str:
-    """Return the name of the folder of these tokens: a digest of everything that decides them."""
-    dtypes = [shard.dtype for shard in shards_of(settings, source.files, vocabulary)]
-    wanted = json.dumps([1, source.description, dtypes, settings.validation_fraction])
-    return PREFIX + blake2b(wanted.encode(), digest_size=8).hexdigest()
-
-
 def prepare(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Path:
     """Check the ids of all tokens, unless that is done already, and return the folder that says so.
 
@@ -173,13 +166,15 @@ def prepare(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase, 
         ConfigError: if a token is none of the tokenizer's, or one part would be empty.
     """
     vocabulary = len(tokenizer)
-    folder = cache / name_of(source, settings, vocabulary)
     shards = shards_of(settings, source.files, vocabulary)
+    # Everything that decides the tokens.
+    wanted = json.dumps([1, source.description, [shard.dtype for shard in shards], settings.validation_fraction])
+    folder = cache / (PREFIX + blake2b(wanted.encode(), digest_size=8).hexdigest())
     if not (folder / ABOUT).exists():
         folder.mkdir(parents=True, exist_ok=True)
         with waiting_for(cache / f"{folder.name}.lock", "the tokens' ids"):
             if not (folder / ABOUT).exists():
-                greatest = [_ids(shard)[1] for shard in shards]
+                greatest = list(map(_greatest, shards))
                 count = sum(shard.length for shard in shards)
                 held_out = round(settings.validation_fraction * count)
                 content = {"shards": [shard.about() for shard in shards], "greatest": greatest}
@@ -195,8 +190,8 @@ def prepare(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase, 
     return folder
 
 
-def _ids(shard: Shard) -> tuple[int, int]:
-    """Return the least and the greatest id.
+def _greatest(shard: Shard) -> int:
+    """Return the greatest id.
 
     Raises:
         ConfigError: if one is negative.
@@ -205,7 +200,7 @@ def _ids(shard: Shard) -> tuple[int, int]:
     parts = [tokens[begin : begin + CHUNK] for begin in range(0, shard.length, CHUNK)]
     least, greatest = min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
     require(least >= 0, f"{shard.file} holds the token {least}; tokens are numbers from 0.")
-    return least, greatest
+    return greatest
 
 
 def open_shards(folder: Path, settings: Data, vocabulary: int) -> tuple[Blocks, Blocks]:

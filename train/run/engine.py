@@ -55,13 +55,14 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         tokenizer = token_files.load_tokenizer(run.data.tokenizer)
         config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
     with ranks.collective_errors():
-        begun_on, order = run_dir.begun_on(run.out), run_dir.order_of(run.out)
+        begun = run_dir.begun(run.out)
     prepared: list[Path] = []
+
+    def prepare() -> None:
+        prepared.append(token_files.prepare(run.data, tokenizer, begun.tokens if begun else ""))
+
     # One rank on each host prepares the tokens; the other ranks use them.
-    job = (
-        (lambda: prepared.append(token_files.prepare(run.data, tokenizer, begun_on))) if ranks.local_rank == 0 else None
-    )
-    ranks.wait_for(job)
+    ranks.wait_for(prepare if ranks.local_rank == 0 else None)
     # Rank 0's token folder counts: the corpus is examined once.
     name = ranks.broadcast(prepared[0].name if ranks.is_main else "")
     with ranks.collective_errors():
@@ -104,5 +105,5 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         how = "by its own step" if optimizers.is_foreign(run.optimizer.optimizer) else describe(engine.optimizer)
         print(f"{name}: {how}", file=sys.stderr, flush=True)
     layout = deepspeed_config.layout(ds_config, ranks.world)
-    order = order or order_of(len(train))
+    order = begun.order if begun else order_of(len(train))
     return Trainer(run, ranks, train, validation, engine, tokens.name, layout, order)

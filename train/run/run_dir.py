@@ -148,9 +148,9 @@ def describe(run: Run, tokens: str, order: Order, ds_config: dict[str, Any]) -> 
         ConfigError: if the text or its tokenizer has changed since the run began.
     """
     written = run.out / "run.json"
-    if before := begun_on(run.out):
+    if before := begun(run.out):
         require(
-            before == tokens,
+            before.tokens == tokens,
             f"data is {run.data.data!r}, which has changed since the run in {run.out} began (or its tokenizer has); "
             "restore it, or give another folder.",
         )
@@ -159,16 +159,10 @@ def describe(run: Run, tokens: str, order: Order, ds_config: dict[str, Any]) -> 
     write_json(run.out / "ds_config.json", ds_config)
 
 
-def begun_on(out: Path) -> str:
-    """Return the name of the token folder that the run in ``out`` trains on; empty if no run has begun there."""
+def begun(out: Path) -> RunFile | None:
+    """Return what run.json says of the run in ``out``; None if no run has begun there."""
     written = out / "run.json"
-    return load_file(RunFile, written).tokens if written.exists() else ""
-
-
-def order_of(out: Path) -> Order | None:
-    """Return how the run in ``out`` shuffles its data; None if no run has begun there."""
-    written = out / "run.json"
-    return load_file(RunFile, written).order if written.exists() else None
+    return load_file(RunFile, written) if written.exists() else None
 
 
 def difference_from(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
