@@ -148,10 +148,17 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no npy": (lambda p: (p / "a.npy").write_bytes(b"x" * 99), "a.npy is not a .npy file"),
     "gap": (lambda p: megatron(p / "a", TOKENS, gap=4), "sequences that do not follow one another"),
     "floats of Megatron's": (lambda p: megatron(p / "a", TOKENS, "<f4", 7), "the dtype 7, which holds no tokens"),
+    "lone index": (lambda p: lone_index(p), "holds b.idx without its .bin"),
     "index": (lambda p: indexed(p / "a", b"x" * 50), "is not an index of Megatron's"),
     "cut index": (lambda p: indexed(p / "a", b"MMIDIDX\0\0" + b"\1" * 20), "a.idx is cut short"),
     "index with few sequences": (lambda p: indexed(p / "a", b"MMIDIDX\0\0" + b"\1" * 99), "a.idx is cut short"),
 }
+
+
+def lone_index(place: Path) -> None:
+    megatron(place / "a", TOKENS)
+    megatron(place / "b", TOKENS)
+    (place / "b.bin").unlink()
 
 
 def indexed(file: Path, index: bytes) -> None:

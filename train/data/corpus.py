@@ -129,7 +129,10 @@ def _kind_and_files(settings: Data) -> tuple[str, tuple[Path, ...], dict[str, li
         if not any(map(kind_of, files)):
             tokens, not_tokens = _files(root, settings.data, cache, _kind_of_tokens)
             if any(map(_kind_of_tokens, tokens)):
-                others = [name for name in not_tokens.pop("of another kind", []) if not name.endswith(".idx")]
+                indexes = {str(file.relative_to(root).with_suffix(".idx")) for file in tokens if file != root}
+                others = [name for name in not_tokens.pop("of another kind", []) if name not in indexes]
+                lone = next((name for name in others if name.endswith(".idx")), "")
+                require(not lone, f"data is {settings.data!r}, which holds {lone} without its .bin.")
                 return "tokens", tokens, {**not_tokens, **({"of another kind": others} if others else {})}
     except OSError as error:
         raise ConfigError(f"data is {settings.data!r:.200}, which can't be read: {error.strerror}.") from None
