@@ -19,7 +19,7 @@ import torch
 from tests import session
 from tests.corpus import write_corpus
 from train import pretrain
-from train.checkpoint import load, manifest, resumable_run
+from train.checkpoint import load, manifest, resumable_run, save
 from train.checkpoint.load import find_checkpoint
 from train.checkpoint.save import _rotate
 from train.common.command_line import parse
@@ -383,3 +383,24 @@ def test_a_damaged_file_of_a_run_is_named_and_nothing_changes(run: Run, name: st
 def test_a_folder_that_was_moved_away_during_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"out is .*/gone, which was moved or removed while the run was at work"):
         manifest.make_room(tmp_path / "gone" / "checkpoints", 1)
+
+
+@pytest.mark.parametrize("moment", ["make_room", "written", "finish", "_rotate"])
+def test_whenever_in_saving_the_folder_is_moved_away_that_is_said_and_no_new_one_is_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    run = settings(tmp_path / "run")
+    write_corpus(Path(run.data.data))
+    place = save.manifest if moment == "finish" else save
+    inner = getattr(place, moment)
+
+    def moving(*given: Any) -> Any:
+        done = inner(*given) if moment == "make_room" else None
+        if run.out.exists():
+            run.out.rename(tmp_path / "elsewhere")
+        return done if moment == "make_room" else inner(*given)
+
+    monkeypatch.setattr(place, moment, moving)
+    with pytest.raises(ConfigError, match=r"out is .*/run, which was moved or removed while the run was at work"):
+        resumable_run.pretrain(run)
+    assert (tmp_path / "elsewhere" / "run.json").exists()

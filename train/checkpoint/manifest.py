@@ -97,15 +97,20 @@ def make_room(folder: Path, needed: int) -> None:
     try:
         folder.mkdir(exist_ok=True)
     except FileNotFoundError:
-        raise ConfigError(
-            f"out is {folder.parent}, which was moved or removed while the run was at work; put it back, and start the "
-            "same command again."
-        ) from None
+        raise ConfigError(gone(folder)) from None
     free = shutil.disk_usage(folder).free
     require(
         free >= needed,
         f"the disk of {folder} has {free / 1e9:.1f} GB free, and a checkpoint needs about {needed / 1e9:.1f} GB; "
         f"{whats_left(folder)}.",
+    )
+
+
+def gone(folder: Path) -> str:
+    """Return the sentence on a run whose folder, with this checkpoints folder in it, is no longer there."""
+    return (
+        f"out is {folder.parent}, which was moved or removed while the run was at work; put it back, and start the "
+        "same command again."
     )
 
 

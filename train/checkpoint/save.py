@@ -11,6 +11,7 @@ from train.checkpoint.manifest import (
     Files,
     Origin,
     complete_checkpoints,
+    gone,
     make_room,
     remove,
     whats_left,
@@ -74,8 +75,18 @@ def save_checkpoint(
     """
     target = folder / f"step-{step:07d}"
     tmp = folder / f".{target.name}"
+
+    def moved() -> bool:  # DeepSpeed makes a folder that is gone anew, without the run's other files
+        return origin is not None and not (folder.parent / "run.json").exists()
+
+    def not_written(error: Exception) -> str:
+        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        sentence = f"checkpoint {target} could not be written ({reason}); {whats_left(folder)}."
+        return gone(folder) if moved() else sentence
+
     with ranks.collective_errors():
         if ranks.is_main:
+            require(not moved(), gone(folder))
             for left in folder.glob(".step-*"):  # of an interrupted run
                 remove(left)
             name = origin.run["optimizer"].get("optimizer", "adam") if origin else "adam"
@@ -85,15 +96,16 @@ def save_checkpoint(
     try:
         engine.save_checkpoint(str(folder), tag=tmp.name, client_state={"step": step}, save_latest=False)
     except OSError as error:  # not under collective_errors: the others may be in one of DeepSpeed's barriers
-        raise RankError(_not_written(target, error)) from None
+        raise RankError(not_written(error)) from None
     finally:
         engine.checkpoint_engine = writer.inner
     with ranks.collective_errors():
         if writer.error is not None:
-            raise ConfigError(_not_written(target, writer.error))
+            raise ConfigError(not_written(writer.error))
     by_rank = ranks.gather(writer.files)
     with ranks.collective_errors():
         if ranks.is_main:
+            require(not moved(), gone(folder))
             try:
                 about = {
                     "step": step,
@@ -103,10 +115,10 @@ def save_checkpoint(
                 }
                 known = {name: summed for files in by_rank for name, summed in files.items()}
                 manifest.finish(tmp, target, about, known)
-                require(not (reason := why_incomplete(target)), _not_written(target, ValueError(reason)))
+                require(not (reason := why_incomplete(target)), not_written(ValueError(reason)))
                 _rotate(folder, step, keep)
             except OSError as error:
-                raise ConfigError(_not_written(target, error)) from None
+                raise ConfigError(not_written(error)) from None
 
 
 def _rotate(folder: Path, step: int, keep: int) -> None:
@@ -119,8 +131,3 @@ def _rotate(folder: Path, step: int, keep: int) -> None:
         match = re.fullmatch(r"\.?(step-(\d{7,}))(-universal)?", path.name)
         if match and int(match[2]) <= step and match[1] not in kept:
             remove(path)
-
-
-def _not_written(target: Path, error: Exception) -> str:
-    reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
-    return f"checkpoint {target} could not be written ({reason}); {whats_left(target.parent)}."
