@@ -391,7 +391,7 @@ def test_whenever_in_saving_the_folder_is_moved_away_that_is_said_and_no_new_one
 ) -> None:
     run = settings(tmp_path / "run")
     write_corpus(Path(run.data.data))
-    place = save.manifest if moment == "finish" else save
+    place = manifest if moment == "finish" else save
     inner = getattr(place, moment)
 
     def moving(*given: Any) -> Any:
