@@ -26,7 +26,7 @@ from train.run.trainer import Trainer
 
 MOMENTS: dict[str, tuple[Any, str]] = {
     "tokenizing": (token_files, "_tokenize"),
-    "forward": (Trainer, "local_batch"),
+    "forward": (Trainer, "loss"),
     "all-reduce": (dist, "all_reduce"),
     "metrics": (Metrics, "write"),
     "saving": (save._Recorder, "save"),

@@ -27,7 +27,7 @@ from train.common.command_line import parse
 from train.common.errors import ConfigError
 from train.common.files import checksum, write_json
 from train.common.schemas import guard
-from train.data import token_files
+from train.data import token_files, tokenization
 from train.run import run_dir
 from train.run.config import Run
 from train.run.metrics import Metrics
@@ -60,7 +60,7 @@ def make(out: Path, corpus: Path) -> None:
         requeue.verdict(out / "run")
         requeue.verdict(out / "run")
     run = _settings(out / "run", ["--data", str(corpus), "--data-cache", str(out / "cache"), *SMALL])
-    token_files.prepare(run.data, token_files.load_tokenizer(run.data.tokenizer), "")
+    token_files.prepare(run.data, tokenization.load_tokenizer(run.data.tokenizer), "")
 
 
 SINGLE = ["--steps", "6", "--warmup", "1"]

@@ -11,10 +11,16 @@ from tests.cluster.runs import losses
 from tests.harness.conftest import Make
 from tests.harness.runs import cut
 from train.checkpoint.resumable_run import pretrain
-from train.data import blocks, token_files
-from train.data.blocks import batch_indices
+from train.common.schemas import Order
+from train.data import blocks, token_files, tokenization
+from train.data.blocks import shuffled
 from train.data.config import Data
 from train.data.corpus import find_corpus
+
+
+def batch_indices(step: int, batch: int, blocks: int, seed: int, order: Order = "permutation") -> np.ndarray:
+    """The blocks of the global batch of a step."""
+    return shuffled(np.arange(step * batch, (step + 1) * batch), blocks, seed, order)
 
 
 def test_an_epoch_visits_every_block_once_and_the_next_one_in_another_order() -> None:
@@ -102,8 +108,8 @@ def test_every_kind_of_file_gives_the_same_tokens_and_no_document_is_in_both_par
     else:
         pd.DataFrame({"text": texts}).to_json(folder / f"all.{kind}", orient="records", lines=True)
     settings = Data(data=str(folder), data_cache=tmp_path / "cache", validation_fraction=0.25)
-    tokens = token_files.prepare(settings, token_files.load_tokenizer("byt5"))
-    assert token_files.prepare(settings, token_files.load_tokenizer("byt5")) == tokens  # not made twice
+    tokens = token_files.prepare(settings, tokenization.load_tokenizer("byt5"))
+    assert token_files.prepare(settings, tokenization.load_tokenizer("byt5")) == tokens  # not made twice
     assert len(list((tmp_path / "cache").glob("tokens-*/about.json"))) == 1
     parts = [
         bytes((t - 3).astype(np.uint8)[t != 1].tobytes())
@@ -117,11 +123,11 @@ def test_every_kind_of_file_gives_the_same_tokens_and_no_document_is_in_both_par
 
 def test_a_change_in_the_corpus_makes_new_tokens(make: Make, corpus: Path, tmp_path: Path) -> None:
     settings = Data(data=str(corpus), data_cache=tmp_path, validation_fraction=0.2)
-    first = token_files.prepare(settings, token_files.load_tokenizer("byt5"))
+    first = token_files.prepare(settings, tokenization.load_tokenizer("byt5"))
     extra = corpus / "extra.txt"
     extra.write_text("one more")
     try:
-        assert token_files.prepare(settings, token_files.load_tokenizer("byt5")) != first
+        assert token_files.prepare(settings, tokenization.load_tokenizer("byt5")) != first
     finally:
         extra.unlink()
 

@@ -13,7 +13,7 @@ import torch
 
 from tests.corpus import write_corpus
 from tests.harness.runs import change, finish, losses
-from train.data import token_files
+from train.data import tokenization
 from train.data.config import Data
 from train.data.token_files import _digest, _name_of_format_3
 
@@ -41,14 +41,14 @@ def test_a_run_that_0d6eb9e_began_goes_on_with_the_bits_that_it_had_there(tmp_pa
     (tmp_path / "config.json").rename(model / "config.json")
     # What depends on the place: paths, and the name of the tokens, which was made of paths and times.
     settings = Data(data=str(corpus), sequence_length=32, validation_fraction=0.2, data_cache=cache)
-    name = _name_of_format_3(settings, token_files.load_tokenizer("byt5"))
+    name = _name_of_format_3(settings, tokenization.load_tokenizer("byt5"))
     cache.mkdir()
     (tmp_path / "tokens").rename(cache / name)
     written = tmp_path / "run" / "run.json"
     # Where 0d6eb9e made them, it gave them this name, of this description.
     source = json.loads((cache / name / "about.json").read_text())["source"]
     recorded = json.loads(written.read_text())["tokens"]
-    assert f"tokens-{_digest(3, source, settings, token_files.load_tokenizer('byt5'))}" == recorded
+    assert f"tokens-{_digest(3, source, settings, tokenization.load_tokenizer('byt5'))}" == recorded
     about = json.loads(written.read_text())
     about["identity"]["model"]["model"], about["identity"]["data"]["data"] = str(model), str(corpus)
     written.write_text(json.dumps({**about, "tokens": name}))

@@ -226,14 +226,15 @@ def test_held_out_text_is_sampled_from_its_beginning_to_its_end(batches: int, ma
     options = f"--data {data.data} --data-cache {data.data_cache} --batch 4 --sequence-length 32 --warmup 1"
     options += " --validation-fraction 0.2"
     with single_rank_run("test", tmp_path, 30, (*options.split(), "--validation-batches", str(batches))) as trainer:
-        count = len(trainer.validation)
+        (held_out,) = trainer.validation
+        count = len(held_out.blocks)
         sampled = 8 if batches else count // 4 * 4
         chosen = np.linspace(0, count, sampled, endpoint=False).astype(int)
         assert count > 16 and chosen[0] == 0 and chosen[-1] >= count * 7 // 8 - 1
-        blocks = trainer.validation.take(chosen)
+        blocks = held_out.blocks.take(chosen)
         with torch.no_grad():
             losses = [trainer.engine.module(input_ids=block[None], labels=block[None]).loss for block in blocks]
-        assert trainer.validate() == pytest.approx(float(sum(losses)) / len(losses), rel=1e-5)
+        assert trainer.validate() == {"validation_loss": pytest.approx(float(sum(losses)) / len(losses), rel=1e-5)}
 
 
 def test_a_rank_whose_exit_hangs_ends_with_its_code_all_the_same() -> None:

@@ -14,7 +14,7 @@ from tests.harness.texts import MORE, TEXTS, jsonl, tokens_of
 from train.common.errors import ConfigError
 from train.common.files import checksum
 from train.data import corpus as corpus_module
-from train.data import token_files
+from train.data import token_files, tokenization
 from train.data.config import Data
 from train.data.corpus import find_corpus
 from train.data.token_files import _name_of_format_3
@@ -150,7 +150,7 @@ def test_the_standard_library_has_the_name_that_it_had(tmp_path: Path) -> None:
     root = Path(sysconfig.get_path("stdlib"))
     none_of = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
     files = [f for f in sorted(root.rglob("*.py")) if not none_of & set(f.relative_to(root).parts)]
-    tokenizer = token_files.load_tokenizer("byt5")
+    tokenizer = tokenization.load_tokenizer("byt5")
     wanted = {
         "format": 3,
         "source": ["stdlib", sys.version, [[str(f.relative_to(root)), f.stat().st_size] for f in files]],
@@ -169,11 +169,11 @@ def test_the_standard_library_is_read_as_it_was(tmp_path: Path, monkeypatch: pyt
         (tmp_path / "lib").mkdir(exist_ok=True)
         (tmp_path / "lib" / f"{i:02}.py").write_bytes(text)
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path / "lib"))
-    folder = token_files.prepare(Data(data_cache=tmp_path / "cache"), token_files.load_tokenizer("byt5"))
+    folder = token_files.prepare(Data(data_cache=tmp_path / "cache"), tokenization.load_tokenizer("byt5"))
     joined = "".join(map(chr, np.concatenate([part.parts[0] for part in token_files.open_blocks(folder, 2)]).tolist()))
     for text in texts:
         plain_text = text.decode("utf-8", "replace").replace("\r\n", "\n")
-        ids = token_files.load_tokenizer("byt5")([plain_text], add_special_tokens=False)["input_ids"][0]
+        ids = tokenization.load_tokenizer("byt5")([plain_text], add_special_tokens=False)["input_ids"][0]
         assert "".join(map(chr, [*ids, 1])) in joined
     assert ids
 
@@ -182,7 +182,7 @@ def test_a_run_that_began_on_the_tokens_of_an_earlier_version_goes_on_with_them(
     place, cache = tmp_path / "one", tmp_path / "cache"
     jsonl(place / "a.jsonl", TEXTS)
     tokenizer, settings = (
-        token_files.load_tokenizer("byt5"),
+        tokenization.load_tokenizer("byt5"),
         Data(data=str(place), data_cache=cache, validation_fraction=0.1),
     )
     now = token_files.prepare(settings, tokenizer)

@@ -18,14 +18,14 @@ from tests.harness.texts import jsonl
 from train import preflight
 from train.checkpoint.resumable_run import pretrain
 from train.common.errors import ConfigError
-from train.data import token_files
+from train.data import token_files, tokenization
 from train.data.blocks import Blocks
 from train.data.config import Data
 
 TOKENS = np.random.default_rng(0).integers(3, 259, 5000)
 CUTS = (0, 1, 700, 701, 3333, 5000)
 """Where shards begin and end: one of a single token, and most in the middle of a block."""
-BYT5 = token_files.load_tokenizer("byt5")
+BYT5 = tokenization.load_tokenizer("byt5")
 
 
 def header(tokens: np.ndarray, magic: int, version: int) -> bytes:

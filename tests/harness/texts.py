@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 
-from train.data import token_files
+from train.data import token_files, tokenization
 from train.data.config import Data
 
 TEXTS = [f"doc number {i} " * 5 for i in range(20)]
@@ -31,7 +31,7 @@ def jsonl(path: Path, rows: list[Any], opener: Callable[..., Any] = open) -> Non
 def tokens_of(place: Path, cache: Path, **settings: Any) -> tuple[Path, list[str]]:
     """The folder of the tokens, and the documents in it: what lies between two ends."""
     wanted = Data(data=str(place), data_cache=cache, validation_fraction=0.1, **settings)
-    folder = token_files.prepare(wanted, token_files.load_tokenizer("byt5"))
+    folder = token_files.prepare(wanted, tokenization.load_tokenizer("byt5"))
     ids = np.concatenate([part.parts[0] for part in token_files.open_blocks(folder, 2)])
     assert ((ids == 1) | (ids >= 3)).all()
     documents = np.split(ids, np.flatnonzero(ids == 1) + 1)[:-1]

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 
 from tests.perf.measure import WARM_UP, machine, ratio
@@ -62,7 +63,7 @@ def bare_step(trainer: Any, number: int) -> float:
     """The least that trains: the next rows, forward, backward, step, and the loss as a number."""
     rank, world, micro = trainer.ranks.rank, trainer.ranks.world, trainer.micro
     first = (number * world + rank) * micro % (len(trainer.train) - micro)
-    tokens = trainer.train.take(slice(first, first + micro))
+    tokens = trainer.train.take(np.arange(first, first + micro))
     loss = trainer.engine(input_ids=tokens, labels=tokens).loss
     trainer.engine.backward(loss)
     trainer.engine.step()

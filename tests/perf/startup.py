@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from train.data import corpus, token_files, token_shards
-from train.data.blocks import batch_indices, order_of
+from train.data import corpus, token_files, token_shards, tokenization
+from train.data.blocks import order_of, shuffled
 from train.data.config import Data
 
 SEQUENCES, LENGTH, SHARDS, BATCHES, BATCH = 10**9, 128, 100, 100, 256
@@ -36,21 +36,21 @@ def make(place: Path) -> None:
         os.utime(file.name, (0, 0))
     setattr(corpus, "checksum", lambda path: (path.stat().st_size, f"{int(path.stem):064x}"))  # noqa: B010
     setattr(token_shards, "_greatest", lambda shard: 0)  # noqa: B010
-    token_files.prepare(settings(place), token_files.load_tokenizer("byt5"))
+    token_files.prepare(settings(place), tokenization.load_tokenizer("byt5"))
 
 
 def start(place: Path) -> None:
     """Print the seconds and the memory of a start, and the milliseconds of a batch."""
-    tokenizer = token_files.load_tokenizer("byt5")
+    tokenizer = tokenization.load_tokenizer("byt5")
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     wanted = settings(place)
     train, _ = token_files.open_tokens(token_files.prepare(wanted, tokenizer), wanted, len(tokenizer))
     order = order_of(len(train))
-    train.take(batch_indices(0, BATCH, len(train), 0, order))
+    train.take(shuffled(np.arange(BATCH), len(train), 0, order))
     begun = time.perf_counter()
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
     for step in range(BATCHES):
-        train.take(batch_indices(step, BATCH, len(train), 0, order))
+        train.take(shuffled(step * BATCH + np.arange(BATCH), len(train), 0, order))
     each = (time.perf_counter() - begun) / BATCHES
     print(
         f"{len(train)} sequences in {SHARDS} shards ({order}): {begun - began:.2f} s and {memory:.0f} MiB "

@@ -16,7 +16,16 @@ from train.analysis import beta_grid, training_dynamics
 from train.analysis.lr_selection import best_lr
 from train.analysis.paired_stats import LEVEL
 from train.analysis.plots import as_svg, as_url
-from train.analysis.results import PLOTS, TABLE, caveats, load_results, summarize
+from train.analysis.results import (
+    NAMED,
+    PLOTS,
+    TABLE,
+    caveats,
+    load_results,
+    sets_of,
+    summarize,
+    tokens_by_source,
+)
 from train.common.files import write_text
 
 POINTS = 200  # drawn per curve, approximately
@@ -100,10 +109,10 @@ def _line(axes: Any, label: str, middle: pd.Series, low: pd.Series, high: pd.Ser
 
 def markdown(summary: pd.DataFrame, notes: list[str]) -> str:
     """Return the table of arms as Markdown, with verdicts and caveats."""
-    lines = [
-        "| betas | lr | runs | diverged | validation loss | difference | 95 % interval | in % | p (Holm) |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    sets = sets_of(summary)
+    titles = ["betas", "lr", "runs", "diverged", "validation loss", *(name.removeprefix(NAMED) for name in sets)]
+    titles += ["difference", "95 % interval", "in %", "p (Holm)"]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for row in summary.to_dict("records"):
         interval = f"{row['low']:+.4f} to {row['high']:+.4f}" if not math.isnan(row["low"]) else "n/a"
         difference = f"{row['difference']:+.4f}" if not math.isnan(row["difference"]) else "n/a"
@@ -112,9 +121,10 @@ def markdown(summary: pd.DataFrame, notes: list[str]) -> str:
         )
         p = f"{row['p_holm']:.3f}" if not math.isnan(row["p_holm"]) else "n/a"
         loss = f"{row['loss']:.4f}" if not math.isnan(row["loss"]) else "n/a"
+        named = "".join(f"{row[name]:.4f} | " if not math.isnan(row[name]) else "n/a | " for name in sets)
         lines.append(
-            f"| {row['arm']} | {row['lr']:g} | {row['runs']} | {row['diverged']} | {loss} | {difference} | {interval} "
-            f"| {percent} | {p} |"
+            f"| {row['arm']} | {row['lr']:g} | {row['runs']} | {row['diverged']} | {loss} | {named}{difference} "
+            f"| {interval} | {percent} | {p} |"
         )
     lines += ["", *(f"- {sentence}" for sentence in [*summary["verdict"], *notes])]
     return "\n".join(lines) + "\n"
@@ -151,8 +161,10 @@ def write_report(*folders: Path, baseline: str = "") -> None:
         notes.append(
             f"{len(plan['runs']) - len(table)} of {len(plan['runs'])} planned runs have not ended and are not in here."
         )
+    notes += filter(None, [tokens_by_source(table)])
     text = markdown(summary, notes)
-    figures = {label: curves(best, metrics, column) for column, label in PLOTS.items()}
+    plots = {**PLOTS, **{name: f"validation loss on {name.removeprefix(NAMED)}" for name in sets_of(table)}}
+    figures = {label: curves(best, metrics, column) for column, label in plots.items()}
     differences = (
         f"training loss less that of ({baseline}), mean over {max(1, plan['steps'] // 20)} steps, with 95 % intervals"
     )
@@ -189,6 +201,7 @@ def _page(
     template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
     return template.render(
         summary=summary.to_dict("records"),
+        sets={column: column.removeprefix(NAMED) for column in sets_of(summary)},
         notes=notes,
         plots=[(label, as_url(svg)) for label, svg in figures.items()],
         runs=runs.to_dict("records"),

@@ -19,6 +19,8 @@ from train.run.config import ARM
 from train.run.metrics import read_metrics
 
 TABLE = "report.csv"
+NAMED, TOKENS = "validation_loss/", "tokens/"
+"""What the columns of validation sets with a name, and of the tokens by source, begin with."""
 PLOTS = {
     "loss": "training loss",
     "validation_loss": "validation loss",
@@ -69,7 +71,8 @@ def load_results(*folders: Path) -> tuple[dict[str, Any], pd.DataFrame, dict[str
                 planned = {k: run[k] for k in ("name", "arm", "lr", "seed")}
                 ended = {k: v for k, v in result.items() if k in ResultFile.model_fields or isinstance(v, int | float)}
                 rows.append({**planned, "parameters": math.nan, **ended, **planned})  # whatever a file calls itself
-                known = sorted({*PLOTS, *MetricsLine.model_fields})
+                named = {key for line in lines for key in line if key.startswith(NAMED)}
+                known = sorted({*PLOTS, *MetricsLine.model_fields, *named})
                 kept = [{key: line[key] for key in known if key in line} for line in lines]
                 metrics[run["name"]] = pd.DataFrame(kept, columns=known)
                 settings = common_settings(out / run["name"]) | {"device": result.get("device", shared.get("device"))}
@@ -113,6 +116,7 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
             "runs": int((table["arm"] == arm).sum()),
             "diverged": int(table.loc[table["arm"] == arm, "validation_loss"].isna().sum()),
             "loss": losses.mean(),
+            **table.loc[table["arm"] == arm, sets_of(table)].mean().to_dict(),
         }
         difference = paired(losses, by_seed[baseline])
         row["percent"] = 100.0 / by_seed.loc[losses.notna(), baseline].mean()
@@ -123,6 +127,21 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
     against = summary.loc[summary["arm"] == baseline].iloc[0].to_dict()
     summary["verdict"] = [verdict(row, against) for row in summary.to_dict("records")]
     return summary
+
+
+def sets_of(table: pd.DataFrame) -> list[str]:
+    """Return the columns that hold the losses on validation sets with a name."""
+    return [column for column in table.columns if column.startswith(NAMED)]
+
+
+def tokens_by_source(table: pd.DataFrame) -> str:
+    """Return a sentence on the tokens of each source that a run has been trained on; empty without a mixture."""
+    counts = table[[column for column in table.columns if column.startswith(TOKENS)]].max()
+    each = [
+        f"{name.removeprefix(TOKENS)} {count / 1e6:.4g} M ({100 * count / counts.sum():.3g} %)"
+        for name, count in counts.items()
+    ]
+    return f"Tokens by source in a whole run: {', '.join(each)}." if each else ""
 
 
 def verdict(row: dict[str, Any], against: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -25,6 +26,8 @@ from pydantic import (
 )
 
 PILOT_FILE = "pilot.json"
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+"""What a source or a validation set may be called: it is a part of the names of metrics."""
 SHA256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Part = Literal["train", "validation"]
 Step = Annotated[int, Field(ge=0, lt=2**63)]  # what numpy takes
@@ -128,12 +131,16 @@ class CheckpointFile(Guarded):
         return files
 
 
+Order = Literal["permutation", "feistel"]
+"""How the blocks of an epoch are shuffled: by a permutation in memory, or by a function of the index."""
+
+
 class RunFile(Schema):
     """run.json: which run a folder belongs to, and what it trains on."""
 
     identity: dict[str, Any]
     tokens: str
-    order: Literal["permutation", "feistel"] = "permutation"
+    order: Order = "permutation"
     """How the data is shuffled (train.data.blocks). Older runs don't say so."""
 
 
@@ -224,12 +231,38 @@ class ShardsFile(Guarded):
     left_out: dict[str, list[str]] = {}
 
 
-class About(Guarded):
-    """about.json of a token folder: its format, sizes and checksums, and what was read and left out."""
+def _number(value: Any) -> Any:
+    """Return a text such as 1e-3, which is no number in YAML 1.1, as a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
-    dtype: Literal["uint16", "uint32"]
-    tokens: dict[Part, NonNegativeInt]
-    sha256: dict[Part, SHA256]
+
+class MixtureSource(Schema):
+    """One source in the file of a mixture."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
+    path: Annotated[str, Field(min_length=1)]
+    """As of --data; a relative one begins at the folder of the file."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
+    """The share of its sequences, after division by the sum of all weights."""
+    text_field: str | None = None
+    token_dtype: Literal["uint16", "uint32"] | None = None
+    """These two as the options of their name, for this source."""
+
+
+class MixtureFile(Schema):
+    """The file of a mixture, which is a list of sources."""
+
+    sources: Annotated[list[MixtureSource], Field(min_length=1)]
+
+
+class ReadText(Guarded):
+    """What was read of a text, and what was left out."""
+
     documents: dict[Part, NonNegativeInt] = {}
     files: NonNegativeInt = 0
     read: NonNegativeInt = 0
@@ -239,9 +272,52 @@ class About(Guarded):
     first: dict[str, str] = {}
     left_out: dict[str, list[str]] = {}
 
+
+class About(ReadText):
+    """about.json of a token folder: its format, sizes and checksums."""
+
+    dtype: Literal["uint16", "uint32"]
+    tokens: dict[Part, NonNegativeInt]
+    sha256: dict[Part, SHA256]
+
     @model_validator(mode="after")
     def _has_both_parts(self) -> About:
         for name, parts in (("tokens", self.tokens), ("sha256", self.sha256)):
             if len(parts) != 2:
                 raise ValueError(f"{name} lacks a part")
         return self
+
+
+class PreparedShard(Schema):
+    """A file of tokens in a folder that train.prepare has made."""
+
+    name: Annotated[str, Field(pattern=r"^(train|validation)-\d{5,}\.bin$")]
+    tokens: PositiveInt
+    sha256: SHA256
+    modified: int
+    """When it was written: st_mtime_ns. A file of this time has not been changed since."""
+
+
+class PreparedFile(ReadText):
+    """prepared.json of a folder that train.prepare has made."""
+
+    dtype: Literal["uint16", "uint32"]
+    tokenizer: str
+    """Digest of everything that decides its tokens."""
+    tokenizer_name: str
+    eos_id: NonNegativeInt | None
+    """The token at the end of each document."""
+    tokens: dict[Part, NonNegativeInt]
+    shards: list[PreparedShard]
+    """In the order of their tokens, those to train on first."""
+    digest: str
+    """Of the text, the tokenizer and the settings that the tokens were made of."""
+
+
+class PreparedPart(Guarded):
+    """about.json of a part of the text that train.prepare has tokenized, before it is done with all."""
+
+    documents: PositiveInt
+    tokens: NonNegativeInt
+    read: dict[str, Any]
+    """What had been read at its end; the fields of train.data.readers.Read."""

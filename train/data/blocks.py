@@ -1,8 +1,4 @@
-"""Fixed-length blocks of tokens, and the choice of blocks for each batch.
-
-The batch at step t is a pure function of (seed, t). It depends neither on the number of ranks nor on the split into
-micro-batches. So a resumed run needs no loader state, and runs with other betas see the same batches.
-"""
+"""Fixed-length blocks of tokens, and the order in which they are drawn: a pure function of the seed."""
 
 from __future__ import annotations
 
@@ -10,13 +6,12 @@ import mmap
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
-Order = Literal["permutation", "feistel"]
-"""How the blocks of an epoch are shuffled: by a permutation in memory, or by a function of the index."""
+from train.common.schemas import Order
+
 FEISTEL_FROM = 2**24
 """Blocks from which on a permutation would take long, and 8 bytes each on every rank."""
 ROUNDS = 8
@@ -68,25 +63,32 @@ def order_of(blocks: int) -> Order:
     return "feistel" if blocks >= FEISTEL_FROM else "permutation"
 
 
-def batch_indices(step: int, batch: int, blocks: int, seed: int, order: Order = "permutation") -> np.ndarray:
-    """Return the indices of the blocks in the global batch of step ``step`` (counted from 0): shape [batch].
+def shuffled(draws: np.ndarray, blocks: int, seed: int, order: Order = "permutation") -> np.ndarray:
+    """Return the indices of the blocks that a run draws as its n-th, for each n of ``draws`` (counted from 0).
 
-    Every epoch is a new permutation (random reshuffling), a function of (seed, epoch) alone. A batch may span two
-    epochs.
+    Every epoch is a new permutation (random reshuffling), a function of (seed, epoch) alone.
+
+    Args:
+        draws: int64, of any shape.
+        blocks: how many there are.
+        seed: of the run.
+        order: how an epoch is shuffled.
+
+    Returns:
+        int64, of the same shape.
     """
-    where = np.arange(step * batch, (step + 1) * batch)
-    result = np.empty(batch, dtype=np.int64)
-    for epoch in np.unique(where // blocks):
-        here = where // blocks == epoch
-        within = where[here] % blocks
+    result = np.empty(draws.shape, dtype=np.int64)
+    for epoch in np.unique(draws // blocks):
+        here = draws // blocks == epoch
+        within = draws[here] % blocks
         if order == "feistel":
-            result[here] = _shuffled(within, blocks, seed, int(epoch))
+            result[here] = _permuted(within, blocks, seed, int(epoch))
         else:
             result[here] = _order(seed, int(epoch), blocks)[within]
     return result
 
 
-def _shuffled(indices: np.ndarray, blocks: int, seed: int, epoch: int) -> np.ndarray:
+def _permuted(indices: np.ndarray, blocks: int, seed: int, epoch: int) -> np.ndarray:
     """Return where a permutation of ``blocks`` indices, which is nowhere in memory, takes these.
 
     A Feistel network permutes the numbers of 2k bits, the fewest that hold all indices. A number beyond them is

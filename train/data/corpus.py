@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 
 from train.common.errors import ConfigError, first_line, require
 from train.common.files import checksum, expanded, write_json
-from train.common.schemas import SumsFile, guard, read_schema
-from train.data.config import Data
+from train.common.schemas import ReadText, SumsFile, guard, read_schema
+from train.data.config import Text
 from train.data.readers import (
     KINDS,
     Read,
@@ -36,12 +36,15 @@ from train.data.readers import (
     rows_of_stdlib,
     rows_of_text,
     shown,
+    size_of_hub,
 )
 
 UNREADABLE = {".lz4", ".lzma", ".br", ".z", ".zip", ".7z"}
 """Unsupported compressions. A corpus file with one of these suffixes is an error, since its text would be missing."""
 TOKENS = (".bin", ".npy")
 """Suffixes of files of tokens (train.data.token_shards). Beside text they are left out."""
+PREPARED = "prepared.json"
+"""In a folder that train.prepare has made (train.data.prepared)."""
 TWICE = "there twice, under another name"
 
 
@@ -57,22 +60,37 @@ class Corpus:
     left_out: dict[str, list[str]]
     """Files in the folder that are not read, by reason."""
 
-    def documents(self, settings: Data, read: Read) -> Iterator[str]:
+    def size(self, settings: Text) -> int:
+        """Return the bytes of the text as it is stored: of files those on disk.
+
+        Raises:
+            ConfigError: if they can't be found out.
+        """
+        try:
+            return size_of_hub(settings) if self.kind == "hub" else sum(file.stat().st_size for file in self.files)
+        except OSError as error:
+            raise ConfigError(f"data is {settings.data!r}, which can't be read: {error.strerror}.") from None
+
+    def documents(self, settings: Text, read: Read) -> Iterator[str]:
         """Yield all documents that hold text, in order, and count them in ``read``.
+
+        They begin after those that ``read`` has counted before.
 
         Raises:
             ConfigError: if a document can't be read; it names file and row.
         """
         if self.kind == "hub":
-            yield from kept_rows(rows_of_hub(settings), Path(settings.data), read)
+            yield from kept_rows(rows_of_hub(settings), Path(settings.data), read, read.within)
             return
         rows = {"text": rows_of_text, "json": rows_of_json, "parquet": rows_of_parquet, "stdlib": rows_of_stdlib}[
             self.kind
         ]
         read.files = len(self.files)
-        for file in self.files:
+        while read.file < len(self.files):
+            file = self.files[read.file]
             try:
-                yield from kept_rows(rows(file, settings.text_field), file, read)
+                yield from kept_rows(rows(file, settings.text_field), file, read, read.within)
+                read.file, read.within, read.before = read.file + 1, 0, read.bytes
             except OSError as error:
                 raise ConfigError(
                     f"data is {settings.data!r}, whose {file} can't be read: {error.strerror or first_line(error)}."
@@ -81,7 +99,7 @@ class Corpus:
                 raise ConfigError(f"data is {settings.data!r}, whose {file} can't be read: {error}.") from None
 
 
-def find_corpus(settings: Data, *, fresh: bool = False) -> Corpus:
+def find_corpus(settings: Text, *, fresh: bool = False) -> Corpus:
     """Find the corpus that the settings name.
 
     Args:
@@ -107,7 +125,7 @@ def find_corpus(settings: Data, *, fresh: bool = False) -> Corpus:
     return Corpus(kind, files, [kind, _sums(files, root, cache, fresh)], printable)
 
 
-def files_of(settings: Data) -> tuple[Path, ...]:
+def files_of(settings: Text) -> tuple[Path, ...]:
     """Return the files of a corpus in a path, in order.
 
     Raises:
@@ -116,7 +134,7 @@ def files_of(settings: Data) -> tuple[Path, ...]:
     return _kind_and_files(settings)[1]
 
 
-def _kind_and_files(settings: Data) -> tuple[str, tuple[Path, ...], dict[str, list[str]]]:
+def _kind_and_files(settings: Text) -> tuple[str, tuple[Path, ...], dict[str, list[str]]]:
     """Return the kind of a corpus in a path, the files that are read, in order, and those that aren't, by reason."""
     root = expanded(Path(settings.data), "data")
     cache, real_root = expanded(settings.data_cache, "data_cache").resolve(), root.resolve()
@@ -126,6 +144,12 @@ def _kind_and_files(settings: Data) -> tuple[str, tuple[Path, ...], dict[str, li
         )
     try:
         files, left_out = _files(root, settings.data, cache, kind_of)
+        made = next((f for f in files if f.name == PREPARED and (f.parent / "train-00000.bin").exists()), root)
+        require(
+            made == root,
+            f"data is {settings.data!r}, which holds {made.relative_to(root)}; give the folder of that file, or a "
+            "mixture of several, since some of its tokens are held out.",
+        )
         if not any(map(kind_of, files)):
             tokens, not_tokens = _files(root, settings.data, cache, _kind_of_tokens)
             if any(map(_kind_of_tokens, tokens)):
@@ -284,3 +308,18 @@ def waiting_for(lock: Path, what: str) -> Iterator[None]:
                 print(f"Waiting for another process, which takes {what} ({lock}).", file=sys.stderr, flush=True)
                 held.enter_context(FileLock(lock))
         yield
+
+
+def described(read: ReadText, tokens: dict[Any, int], left_out: dict[str, list[str]]) -> str:
+    """Describe, in one or two sentences for the user, what was read of a text and what was left out."""
+    distinct = sum(read.documents.values())
+    documents = read.read or distinct
+    text = f"{documents} documents" + (f" ({distinct} different)" if documents != distinct else "")
+    text += f" from {read.files} files" if read.files else ""
+    text += f" ({read.bytes} bytes)" if read.bytes else ""
+    sentences = [f"data: {text}, {tokens['train']} tokens to train on and {tokens['validation']} held out."]
+    missing = [f"{count} {reason} (such as {read.first.get(reason, '?')})" for reason, count in read.dropped.items()]
+    missing += [f"{len(names)} files {reason} (such as {names[0]})" for reason, names in left_out.items()]
+    if missing:
+        sentences.append(f"Left out: {', '.join(missing)}.")
+    return " ".join(sentences)

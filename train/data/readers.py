@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from train.common.errors import ConfigError, first_line, require
-from train.data.config import Data
+from train.data.config import Text
 
 KINDS = {
     ".txt": "text",
@@ -59,6 +59,12 @@ class Read:
     """Number of dropped documents, by reason."""
     first: dict[str, str] = field(default_factory=dict)
     """File and row of the first dropped document, by reason."""
+    file: int = 0
+    """Number of the file that is being read, counted from 0."""
+    within: int = 0
+    """How many of its documents have been read."""
+    before: int = 0
+    """Bytes of text in the files before it."""
 
     def drop(self, reason: str, file: Path, row: int) -> None:
         """Count a row that is dropped."""
@@ -81,23 +87,30 @@ def shown(path: object) -> str:
     return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
 
 
-def kept_rows(rows: Iterator[Row], file: Path, read: Read) -> Iterator[str]:
-    """Yield the texts of the rows that hold any, and count the others in ``read``."""
+def kept_rows(rows: Iterator[Row], file: Path, read: Read, skip: int = 0) -> Iterator[str]:
+    """Yield the texts of the rows that hold any, and count them and the others in ``read``.
+
+    The first ``skip`` texts, and the rows before them, have been read before: they are neither yielded nor counted.
+    """
+    before = Read()
     for row, text in rows:
+        into = before if before.documents < skip else read
         if not isinstance(text, str):
-            read.drop("without the field" if text is False else "null", file, row)
+            into.drop("without the field" if text is False else "null", file, row)
         elif not text:
-            read.drop("empty", file, row)
+            into.drop("empty", file, row)
         elif not text.strip():
-            read.drop("blank", file, row)
+            into.drop("blank", file, row)
         else:
             try:
-                read.bytes += len(text.encode())
-                read.documents += 1
+                into.bytes += len(text.encode())
+                into.documents += 1
             except UnicodeEncodeError:  # a lone surrogate, which JSON can hold
-                read.drop("not Unicode", file, row)
+                into.drop("not Unicode", file, row)
                 continue
-            yield text
+            if into is read:
+                read.within += 1
+                yield text
 
 
 def _open(file: Path) -> IO[bytes]:
@@ -228,23 +241,31 @@ def rows_of_parquet(file: Path, field: str) -> Iterator[Row]:
         raise ConfigError(f"{file} is not a readable Parquet file: {first_line(error)}.") from None
 
 
-def rows_of_hub(settings: Data) -> Iterator[Row]:
+def rows_of_hub(settings: Text) -> Iterator[Row]:
     """Yield one document per row of the train split of a Hugging Face hub dataset."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    _, name, *configuration = settings.data.split(":")
-    try:
-        loaded = datasets.load_dataset(name, *configuration, split="train")
-    except Exception as error:  # of any class, depending on the network
-        raise ConfigError(f"data is {settings.data!r}, which can't be read: {first_line(error)}") from None
-    field = settings.text_field
+    loaded, field = _hub(settings), settings.text_field
     require(field in loaded.column_names, _lacks(settings.data, field, loaded.column_names))
     row = 0
     for batch in loaded.select_columns([field]).iter(batch_size=BATCH):
         for value in batch[field]:
             row += 1
             yield row, _text(value, field, settings.data, row)
+
+
+def size_of_hub(settings: Text) -> int:
+    """Return the bytes of that split."""
+    return int(_hub(settings).data.nbytes)
+
+
+def _hub(settings: Text) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    _, name, *configuration = settings.data.split(":")
+    try:
+        return datasets.load_dataset(name, *configuration, split="train")
+    except Exception as error:  # of any class, depending on the network
+        raise ConfigError(f"data is {settings.data!r}, which can't be read: {first_line(error)}") from None
 
 
 def _text(value: Any, field: str, file: object, row: int) -> str | None:

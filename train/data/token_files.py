@@ -12,39 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.common.errors import ConfigError, RetryError, first_line, require, shown, why_not_loaded
+from train.common.errors import ConfigError, RetryError, first_line, require
 from train.common.files import checksum, expanded, write_json
 from train.common.schemas import About, guard, read_schema
-from train.data import token_shards
+from train.data import prepared, token_shards, tokenization
 from train.data.blocks import Blocks, mapped
 from train.data.config import Data
-from train.data.corpus import Corpus, find_corpus, known_sums, waiting_for
+from train.data.corpus import Corpus, described, find_corpus, known_sums, waiting_for
 from train.data.readers import Read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LARGEST = 2**29
+"""Bytes of text, as they are on disk, that one process tokenizes while all ranks wait: about ten minutes."""
 FORMAT = 4  # version of the token files; a new version makes new files
 FORMAT_OF_STDLIB = 3  # stays at this version, since published results use these tokens
 ABOUT = "about.json"
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load "byt5" (bytes, no download) or any transformers tokenizer.
-
-    Raises:
-        ConfigError: if no tokenizer of that name can be loaded.
-    """
-    from transformers import AutoTokenizer, ByT5Tokenizer
-
-    if name == "byt5":
-        return ByT5Tokenizer()
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # of any class, depending on the tokenizer's files
-        raise ConfigError(
-            f"tokenizer is {shown(name)}, which can't be loaded: {why_not_loaded(name, error)}."
-        ) from None
 
 
 def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = "") -> Path:
@@ -71,12 +55,15 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = 
         )
         _verify(cache / begun_on, settings.verify_data, "restore that folder")
         return cache / begun_on
+    if prepared.is_prepared(settings):
+        return folder_of(settings, prepared.prepare(settings, tokenizer))
     source = find_corpus(settings, fresh=settings.verify_data)
     if source.kind == "tokens":
         return token_shards.prepare(source, settings, tokenizer, cache)
     name = _folder_name(source, settings, tokenizer)
     folder = cache / name
     if not folder.exists():
+        _check_size(source, settings, begun_on == name)
         cache.mkdir(parents=True, exist_ok=True)
         with waiting_for(cache / f"{name}.lock", "the tokens"):
             if not folder.exists():
@@ -101,10 +88,24 @@ def fingerprint(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
     Raises:
         ConfigError: if there is no such data.
     """
+    if prepared.is_prepared(settings):
+        return prepared.prepare(settings, tokenizer)
     source = find_corpus(settings)
     if source.kind == "tokens":
         return token_shards.prepare(source, settings, tokenizer, expanded(settings.data_cache, "data_cache")).name
+    _check_size(source, settings, folder_of(settings, _folder_name(source, settings, tokenizer)).exists())
     return _fingerprint_of(source, settings, tokenizer)
+
+
+def _check_size(source: Corpus, settings: Data, allowed: bool) -> None:
+    """Check that one process can tokenize the text in a moment, unless it may be of any size."""
+    size = 0 if allowed else source.size(settings)
+    require(
+        size <= LARGEST,
+        f"data is {settings.data!r}, {size / 1e9:.1f} GB of text, which would take one process long while all ranks "
+        f"wait; make tokens of it first: python -m train.prepare --data {settings.data} "
+        f"--tokenizer {settings.tokenizer} --out FOLDER, and then give --data FOLDER.",
+    )
 
 
 def _folder_name(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -121,9 +122,12 @@ def _digest(version: int, description: list[Any], settings: Data, tokenizer: Pre
         "format": version,
         "source": description,
         "text_field": settings.text_field,
-        "tokenizer": _tokenizer_facts(tokenizer),
+        "tokenizer": tokenization.facts(tokenizer),
         "validation_fraction": settings.validation_fraction,
     }
+    end = tokenization.end_of_document(settings, tokenizer)
+    if end != tokenizer.eos_token_id:
+        wanted["end"] = end
     return blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -178,33 +182,18 @@ def summary(folder: Path, settings: Data) -> str:
     """Describe, in one or two sentences for the user, what was read and what was left out."""
     if folder.name.startswith(token_shards.PREFIX):
         return token_shards.summary(folder)
+    if folder.name.startswith(prepared.PREFIX):
+        return prepared.summary(settings)
     about = read_about(folder)
     try:
         left_out = find_corpus(settings).left_out
     except ConfigError:  # an old run keeps its tokens even if its corpus would be rejected now
         left_out = {}
-    distinct, tokens = sum(about.documents.values()), about.tokens
-    read = about.read or distinct
-    text = f"{read} documents" + (f" ({distinct} different)" if read != distinct else "")
-    text += f" from {about.files} files" if about.files else ""
-    text += f" ({about.bytes} bytes)" if about.bytes else ""
-    sentences = [f"data: {text}, {tokens['train']} tokens to train on and {tokens['validation']} held out."]
-    missing = [f"{count} {reason} (such as {about.first.get(reason, '?')})" for reason, count in about.dropped.items()]
-    missing += [f"{len(names)} files {reason} (such as {names[0]})" for reason, names in left_out.items()]
-    if missing:
-        sentences.append(f"Left out: {', '.join(missing)}.")
-    return " ".join(sentences)
+    return described(about, about.tokens, left_out)
 
 
 def _damaged(folder: Path, error: Exception) -> str:
     return f"data_cache holds {folder}, which is damaged ({first_line(error)}); remove that folder to tokenize anew."
-
-
-def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Return everything that decides which tokens the tokenizer produces."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # of fast tokenizers: normalizer, merges, vocabulary
-    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return [type(tokenizer).__name__, content, tokenizer.eos_token_id, str(tokenizer.special_tokens_map)]
 
 
 def open_tokens(folder: Path, settings: Data, vocabulary: int) -> tuple[Blocks, Blocks]:
@@ -215,6 +204,8 @@ def open_tokens(folder: Path, settings: Data, vocabulary: int) -> tuple[Blocks, 
     """
     if folder.name.startswith(token_shards.PREFIX):
         return token_shards.open_shards(folder, settings, vocabulary)
+    if folder.name.startswith(prepared.PREFIX):
+        return prepared.open_prepared(folder.name, settings)
     return open_blocks(folder, settings.sequence_length)
 
 
@@ -233,7 +224,7 @@ def open_blocks(folder: Path, length: int) -> tuple[Blocks, Blocks]:
             size = file.stat().st_size
             if size != count * dtype.itemsize:
                 raise ValueError(f"{file.name} has {size} bytes, and {ABOUT} says {count} tokens of {dtype.itemsize}")
-            parts.append(Blocks((mapped(file, dtype, 0, count),), length))
+            parts.append(Blocks((mapped(file, dtype, 0, count),) if count else (), length))
         except (OSError, ValueError) as error:
             raise ConfigError(_damaged(folder, error)) from None
     return parts[0], parts[1]
@@ -253,26 +244,23 @@ def _tokenize(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase
     held_out = round(settings.validation_fraction * count)
     require(count > 0, f"data is {settings.data!r}, which holds no text.")
     require(
-        0 < held_out < count,
+        0 < held_out < count or settings.validation_fraction in (0.0, 1.0),
         f"validation_fraction is {settings.validation_fraction}, which holds out {held_out} of {count} documents; "
         "both parts need at least one.",
     )
-    threshold = sorted(set(hashes))[held_out - 1]
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    threshold = sorted(set(hashes))[held_out - 1] if held_out else b""
+    dtype = tokenization.dtype_for(len(tokenizer))
     tokens = {"train": 0, "validation": 0}
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    # A special token in a text is plain text: "</s>" in a web page does not end the document.
-    as_text = {} if source.kind == "stdlib" else {"split_special_tokens": True}
+    end = tokenization.end_of_document(settings, tokenizer)
     with (folder / "train.bin").open("wb") as train, (folder / "validation.bin").open("wb") as validation:
         again = Read()
         numbered = zip(hashes, source.documents(settings, again), strict=False)
         while batch := list(islice(numbered, 256)):
-            texts = [text for _, text in batch]
-            encoded = tokenizer(texts, add_special_tokens=False, verbose=False, **as_text)["input_ids"]
-            for (hashed, _), ids in zip(batch, encoded, strict=True):
+            arrays = tokenization.encode(tokenizer, [text for _, text in batch], end, source.kind != "stdlib")
+            for (hashed, _), array in zip(batch, arrays, strict=True):
                 part, file = ("validation", validation) if hashed <= threshold else ("train", train)
-                np.array(ids + end, dtype).tofile(file)
-                tokens[part] += len(ids) + len(end)
+                array.tofile(file)
+                tokens[part] += len(array)
         for file in (train, validation):
             file.flush()
             os.fsync(file.fileno())

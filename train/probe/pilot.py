@@ -123,7 +123,7 @@ def draw(trainer: Trainer, count: int) -> Iterator[Tensor]:
     generator = np.random.default_rng([trainer.run.seed, trainer.step])
     for _ in range(count):
         trainer.ranks.heartbeat()
-        tokens = trainer.train.take(generator.integers(len(trainer.train), size=batch)).to(trainer.ranks.device)
+        tokens = trainer.train.take(trainer.train.sample(generator, batch)).to(trainer.ranks.device)
         gradients = torch.autograd.grad(module(input_ids=tokens, labels=tokens).loss, parameters)
         yield torch.cat([gradient.flatten().cpu() for gradient in gradients])
 

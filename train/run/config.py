@@ -269,8 +269,11 @@ class Run:
         options = dataclasses.asdict(self)
         for name in ("data_cache", "verify_data"):
             options["data"].pop(name)
-        if self.data.token_dtype == "auto":  # so that runs older than this option can be resumed
-            del options["data"]["token_dtype"]
+        for name, default in (("token_dtype", "auto"), ("eos_id", None), ("document_mask", False), ("validation", ())):
+            if options["data"][name] == default:  # so that runs older than this option can be resumed
+                del options["data"][name]
+        if self.data.validation:  # wherever they are; their content identifies them
+            options["data"]["validation"] = [each.partition("=")[0] for each in self.data.validation]
         if (path := Path(self.data.data)).exists():  # one spelling for one file
             options["data"]["data"] = str(path.resolve())
         kept = {key: options[key] for key in ("seed", "model", "data", "optimizer", "schedule")}

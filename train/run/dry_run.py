@@ -14,7 +14,7 @@ def dry_run(trainer: Trainer) -> None:
 
     line = trainer.train_step()
     ranks, weights = trainer.ranks, trainer.parameters
-    validation_loss = trainer.validate()
+    validation_loss = trainer.validate()["validation_loss"]
     if not ranks.is_main:
         return
     local = int(os.environ["LOCAL_SIZE"])

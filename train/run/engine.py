@@ -5,16 +5,15 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from train.common.errors import ConfigError, RankError, first_line, require
-from train.data import token_files
-from train.data.blocks import order_of
+from train.data import sources, tokenization
+from train.data.mixture import PERIOD, Mixture
 from train.distributed.ranks import Ranks
-from train.run import deepspeed_config, model, optimizers, run_dir
+from train.run import deepspeed_config, documents, model, optimizers, run_dir
 from train.run.config import Run, Schedule
 from train.run.trainer import Trainer
 
@@ -52,31 +51,36 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
     from balanced_adam.zero import describe
 
     with ranks.collective_errors():
-        tokenizer = token_files.load_tokenizer(run.data.tokenizer)
+        tokenizer = tokenization.load_tokenizer(run.data.tokenizer)
         config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
+        end = documents.end_of(run.data, tokenizer)
     with ranks.collective_errors():
         begun = run_dir.begun(run.out)
-    prepared: list[Path] = []
+    prepared: list[list[str]] = []
 
     def prepare() -> None:
-        prepared.append(token_files.prepare(run.data, tokenizer, begun.tokens if begun else ""))
+        prepared.append(sources.prepare(run.data, tokenizer, begun.tokens if begun else ""))
 
     # One rank on each host prepares the tokens; the other ranks use them.
     ranks.wait_for(prepare if ranks.local_rank == 0 else None)
-    # Rank 0's token folder counts: the corpus is examined once.
-    name = ranks.broadcast(prepared[0].name if ranks.is_main else "")
+    # Rank 0's token folders count: the corpus is examined once.
+    folders = ranks.broadcast(prepared[0] if ranks.is_main else [])
     with ranks.collective_errors():
-        tokens = token_files.folder_of(run.data, name)
-        train, validation = token_files.open_tokens(tokens, run.data, len(tokenizer))
+        train, validation = sources.open_sources(run.data, folders, len(tokenizer), begun.order if begun else None)
         if ranks.is_main:
-            print(token_files.summary(tokens, run.data), file=sys.stderr, flush=True)
+            print(sources.summary(run.data, folders), file=sys.stderr, flush=True)
+            if len(train.sources) > 1:
+                print(_mixed(run, train), file=sys.stderr, flush=True)
         batch = run.parallelism.batch
-        for part, blocks in (("training", train), ("validation", validation)):
+        sets = {f"validation text{f' ({each.name})' if each.name else ''}": len(each.blocks) for each in validation}
+        for part, count in {"training text": len(train), **sets}.items():
             require(
-                len(blocks) >= batch,
-                f"data is {run.data.data!r}, whose {part} text is {len(blocks)} sequences of {train.length} tokens, "
+                count >= batch,
+                f"data is {run.data.data!r}, whose {part} is {count} sequences of {train.length} tokens, "
                 f"less than one batch of {batch}; give more text, a shorter sequence_length or a smaller batch.",
             )
+        if end is not None:
+            documents.check_ends(train, end)
         network = model.build(config, run.model, run.seed, ds_config)
     trained = [p for p in network.parameters() if p.requires_grad]
     # Weight decay applies to matrices, not to gains and biases.
@@ -104,6 +108,19 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         name = ds_config["optimizer"]["type"]
         how = "by its own step" if optimizers.is_foreign(run.optimizer.optimizer) else describe(engine.optimizer)
         print(f"{name}: {how}", file=sys.stderr, flush=True)
+    if end is not None:
+        documents.check_model(engine, run.model.model, end, len(tokenizer), run.data.sequence_length)
     layout = deepspeed_config.layout(ds_config, ranks.world)
-    order = begun.order if begun else order_of(len(train))
-    return Trainer(run, ranks, train, validation, engine, tokens.name, layout, order)
+    name = sources.name_of(run.data, folders)
+    return Trainer(run, ranks, train, validation, engine, name, layout, end)
+
+
+def _mixed(run: Run, train: Mixture) -> str:
+    """Describe what share of the sequences comes from each source, and how often each is run through."""
+    drawn = train.drawn(run.schedule.steps * run.parallelism.batch, run.seed)
+    shares = zip(train.names, train.shares, train.sources, strict=True)
+    each = [
+        f"{name} {100 * share / PERIOD:.5g} % ({drawn[name] / len(source):.2g} epochs)"
+        for name, share, source in shares
+    ]
+    return f"mixture: {', '.join(each)}."

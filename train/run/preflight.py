@@ -16,7 +16,7 @@ import torch
 from balanced_adam import kernels
 from train.common.errors import ConfigError
 from train.common.files import REPOSITORY, environment_facts
-from train.data import token_files
+from train.data import sources, tokenization
 from train.distributed.launch import join
 from train.run import deepspeed_config, model, run_dir
 from train.run.config import Preflight
@@ -50,11 +50,11 @@ def preflight(run: Preflight) -> str:
             ds_config = deepspeed_config.resolve(run, run.ranks or ranks.world, gpus)
             if ranks.is_main:
                 run_dir.check(run)
-            tokenizer = token_files.load_tokenizer(run.data.tokenizer)
+            tokenizer = tokenization.load_tokenizer(run.data.tokenizer)
             config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
         # One rank on each host reads the text. This may take long the first time.
         read: list[str] = []
-        job = (lambda: read.append(token_files.fingerprint(run.data, tokenizer))) if ranks.local_rank == 0 else None
+        job = (lambda: read.append(sources.fingerprint(run.data, tokenizer))) if ranks.local_rank == 0 else None
         ranks.wait_for(job)
         of_hosts = {host: text for host, text in ranks.gather((platform.node(), read[0] if read else "")) if text}
         text = of_hosts.get(platform.node(), "")

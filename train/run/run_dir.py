@@ -27,7 +27,7 @@ from train.common.schemas import ResultFile, RunFile
 from train.run.config import Run
 
 if TYPE_CHECKING:
-    from train.data.blocks import Order
+    from train.common.schemas import Order
 
 OURS_EARLY = ("log.txt", "monitor", "attempts.jsonl", "STOP")
 """Files that may exist in the folder before run.json, besides hidden ones."""

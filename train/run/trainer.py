@@ -15,10 +15,13 @@ import torch
 
 from balanced_adam import UpdateSize
 from train.common.progress import Progress
-from train.data.blocks import Blocks, Order, batch_indices
+from train.data.blocks import Blocks
+from train.data.mixture import Mixture
+from train.data.prefetch import Prefetch
+from train.data.sources import ValidationSet
 from train.distributed.preemption import STOP_FILE, StopRequest
 from train.distributed.ranks import Ranks
-from train.run import model, optimizers
+from train.run import documents, model, optimizers
 from train.run.config import Run
 from train.run.metrics import Metrics
 
@@ -45,30 +48,61 @@ class Trainer:
         self,
         run: Run,
         ranks: Ranks,
-        train: Blocks,
-        validation: Blocks,
+        train: Mixture,
+        validation: list[ValidationSet],
         engine: DeepSpeedEngine,
         tokens: str,
         layout: dict[str, Any],
-        order: Order,
+        end: int | None,
     ) -> None:
         self.run, self.ranks, self.train, self.validation, self.engine = run, ranks, train, validation, engine
-        self.tokens = tokens  # name of the token folder, a fingerprint of text and tokenizer
+        self.tokens = tokens  # stands for the tokens of all sources, a fingerprint of texts and tokenizer
+        self.end = end  # token that ends a document, if each is to see itself alone
         self.micro = engine.train_micro_batch_size_per_gpu()
         self.accumulation = engine.gradient_accumulation_steps()
         self.parameters = model.parameter_count(engine.module)
         self.step = 0  # optimizer steps taken
         self.beta = run.moving_beta()
-        self.layout, self.order = layout, order
+        self.layout = layout
         self.stop = StopRequest(run.out / STOP_FILE if ranks.is_main else None)
         self.stopping = False
         """Whether any rank has been asked to stop; the same on all ranks."""
+        self.batches = Prefetch(self.batch_of)
 
-    def local_batch(self, indices: np.ndarray, part: int) -> torch.Tensor:
-        """Return this rank's sequences of micro-batch ``part`` of a global batch: [micro_batch, sequence_length]."""
-        rows = indices.reshape(self.accumulation, self.ranks.world, self.micro)[part, self.ranks.rank]
-        blocks = self.train if self.engine.module.training else self.validation
-        return blocks.take(rows).to(self.ranks.device)
+    def batch_of(self, step: int) -> torch.Tensor:
+        """Return this rank's sequences of a step, in memory from which GPUs copy by themselves.
+
+        Returns:
+            int64, [micro-batches, micro_batch, sequence_length].
+        """
+        indices = self.train.batch(step, self.run.parallelism.batch, self.run.seed)
+        tokens = self.train.take(self.own_part(indices).ravel()).view(self.accumulation, self.micro, -1)
+        return tokens.pin_memory() if self.ranks.device.type == "cuda" else tokens
+
+    def own_part(self, batch: np.ndarray) -> np.ndarray:
+        """Return this rank's part of a global batch of indices: [micro-batches, micro_batch]."""
+        return batch.reshape(self.accumulation, self.ranks.world, self.micro)[:, self.ranks.rank]
+
+    def loss(self, tokens: torch.Tensor, predicted: float) -> torch.Tensor:
+        """Run the model forward on a micro-batch, and return its loss.
+
+        Args:
+            tokens: [micro_batch, sequence_length].
+            predicted: with ``--document-mask``, by what the sum of the losses is divided. Otherwise it is a mean.
+        """
+        if self.end is None:
+            return self.engine(input_ids=tokens, labels=tokens).loss
+        return self.engine(**documents.inputs(tokens, self.end), num_items_in_batch=predicted).loss
+
+    def share(self, tokens: torch.Tensor) -> float:
+        """Return the number of tokens on which a loss is taken, over all ranks, divided by the number of micro-batches.
+
+        So the mean of the micro-batches' losses is that of the tokens', however documents lie in them.
+        """
+        if self.end is None:
+            return math.nan
+        total = self.ranks.sum([float(documents.predicted(tokens.flatten(0, 1), self.end))])[0]
+        return max(total, 1.0) / (self.accumulation * self.ranks.world)
 
     def train_step(self) -> dict[str, float | None]:
         """Take one optimizer step and return its line for metrics.jsonl, equal on all ranks but for time and memory."""
@@ -80,7 +114,8 @@ class Trainer:
         torch.default_generator.manual_seed(seed)
         if self.ranks.device.type == "cuda":
             torch.cuda.manual_seed(seed)
-        indices = batch_indices(self.step, run.parallelism.batch, len(self.train), run.seed, self.order)
+        batch = self.batches.get(self.step)
+        predicted = self.share(batch)
         lr = engine.get_lr()[0]
         if self.beta:
             for group in engine.optimizer.param_groups:
@@ -89,8 +124,7 @@ class Trainer:
         norm: float | None = None
         for part in range(self.accumulation):
             self.ranks.heartbeat(step=True)
-            tokens = self.local_batch(indices, part)
-            loss = engine(input_ids=tokens, labels=tokens).loss
+            loss = self.loss(batch[part].to(self.ranks.device, non_blocking=True), predicted)
             engine.backward(loss)
             total += loss.detach().float() / self.accumulation
             if part == self.accumulation - 1 and not hasattr(engine.optimizer, "_global_grad_norm"):
@@ -110,7 +144,7 @@ class Trainer:
         self.stopping = stopping > 0.0
         found, of = engine.basic_optimizer.projected() if hasattr(engine.basic_optimizer, "projected") else (0, 0)
         seconds = time.perf_counter() - began
-        tokens_per_second = indices.size * self.train.length / seconds
+        tokens_per_second = run.tokens_per_step / seconds
         return {
             "step": self.step,
             "loss": loss_sum / self.ranks.world,
@@ -118,6 +152,7 @@ class Trainer:
             "grad_norm": norm,
             "update_max": greatest,
             "update_rms": math.sqrt(squares / count) if count else 0.0,
+            **self.tokens_by_source(),
             **({"projected": found / of} if of else {}),
             "tokens_per_second": tokens_per_second,
             "step_seconds": seconds,
@@ -146,29 +181,48 @@ class Trainer:
         finally:
             settings.gradient_clipping = clip
 
-    @property
-    def validation_blocks(self) -> int:
-        """Number of held-out blocks that one validation reads; a multiple of the batch."""
+    def tokens_by_source(self) -> dict[str, int]:
+        """Return how many tokens of each source have been trained on, by the metric's name; nothing for one source."""
+        if len(self.train.sources) == 1:
+            return {}
+        drawn = self.train.drawn(self.step * self.run.parallelism.batch, self.run.seed)
+        return {f"tokens/{name}": count * self.train.length for name, count in drawn.items()}
+
+    def validated(self, blocks: Blocks) -> int:
+        """Return the number of a set's blocks that one validation reads; a multiple of the batch."""
         batch = self.run.parallelism.batch
-        return batch * min(len(self.validation) // batch, self.run.logging.validation_batches or sys.maxsize)
+        return batch * min(len(blocks) // batch, self.run.logging.validation_batches or sys.maxsize)
+
+    def validate(self) -> dict[str, float]:
+        """Return the mean losses on held-out text: validation_loss, and validation_loss/NAME for each set with a name.
+
+        validation_loss is the mean over the sets by their weights.
+        """
+        losses = {held_out.name: self.loss_on(held_out.blocks) for held_out in self.validation}
+        whole = sum(held_out.weight for held_out in self.validation)
+        mean = sum(held_out.weight / whole * losses[held_out.name] for held_out in self.validation if held_out.weight)
+        return {"validation_loss": mean, **{f"validation_loss/{name}": loss for name, loss in losses.items() if name}}
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Return the mean loss on held-out text.
+    def loss_on(self, held_out: Blocks) -> float:
+        """Return the mean loss on some of these blocks.
 
-        The blocks are spread evenly over the text. They are the same every time and for every number of ranks.
+        They are spread evenly over the text. They are the same every time and for every number of ranks.
         """
-        batch, count = self.run.parallelism.batch, self.validation_blocks
-        batches, blocks = count // batch, np.arange(count) * len(self.validation) // count
+        batch, count = self.run.parallelism.batch, self.validated(held_out)
+        blocks = np.arange(count) * len(held_out) // count
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        counted = 0
         self.engine.eval()
-        for number in range(batches):
-            for part in range(self.accumulation):
+        for rows in blocks.reshape(-1, batch):
+            for part in self.own_part(rows):
                 self.ranks.heartbeat()
-                tokens = self.local_batch(blocks[number * batch : (number + 1) * batch], part)
-                total += self.engine(input_ids=tokens, labels=tokens).loss.double()
+                tokens = held_out.take(part)
+                counted += 1 if self.end is None else documents.predicted(tokens, self.end)
+                total += self.loss(tokens.to(self.ranks.device), 1.0).double()
         self.engine.train()
-        return self.ranks.sum([float(total)])[0] / (batches * self.accumulation * self.ranks.world)
+        summed, number = self.ranks.sum([float(total), float(counted)])
+        return summed / max(number, 1.0)
 
     def fit(self, metrics: Metrics | None, progress: Progress, save: Callable[[], None]) -> dict[str, Any]:
         """Train to the last step, validating and saving on the way, and return the content of result.json.
@@ -185,7 +239,7 @@ class Trainer:
         """
         run, every = self.run, self.run.checkpoints.save_every
         nonfinite, spoiled = 0, ""
-        validation_loss = math.nan
+        validated = {"validation_loss": math.nan}
         while self.step < run.schedule.steps:
             line = self.train_step()
             if metrics:
@@ -200,10 +254,10 @@ class Trainer:
                 return self.diverged(reason)
             last = self.step == run.schedule.steps
             if last or (run.logging.validate_every and self.step % run.logging.validate_every == 0):
-                validation_loss = self.validate()
+                validated = self.validate()
                 if metrics:
-                    metrics.write(step=self.step, validation_loss=validation_loss)
-                    self._monitor({"validation_loss": validation_loss})
+                    metrics.write(step=self.step, **validated)
+                    self._monitor(dict(validated))
             due = last or self.stopping or (every and self.step % every == 0)
             spoiled = self.nonfinite_weight() if due else ""
             if spoiled and self.ranks.is_main:
@@ -215,12 +269,14 @@ class Trainer:
                 save()
             if self.stopping and not last:
                 return {"status": "stopped", "step": self.step}
-        if not math.isfinite(validation_loss):  # all steps were done before, but the run was cut before result.json
-            validation_loss = self.validate()
-        if spoiled or not math.isfinite(validation_loss):
+        if not math.isfinite(
+            validated["validation_loss"]
+        ):  # all steps were done before, but the run was cut before result.json
+            validated = self.validate()
+        if spoiled or not math.isfinite(validated["validation_loss"]):
             what = f"weight {spoiled}" if spoiled else "validation loss"
             return self.diverged(f"its {what} is not finite at the end, at step {self.step}")
-        return {"status": "finished", "step": self.step, "validation_loss": validation_loss, **self.about()}
+        return {"status": "finished", "step": self.step, **validated, **self.about()}
 
     def diverged(self, reason: str) -> dict[str, Any]:
         """Return the content of result.json of a run that has diverged."""
@@ -231,7 +287,8 @@ class Trainer:
         return {
             "tokens": self.step * self.run.parallelism.batch * self.train.length,
             "parameters": self.parameters,
-            "validation_blocks": self.validation_blocks,
+            **self.tokens_by_source(),
+            "validation_blocks": sum(self.validated(held_out.blocks) for held_out in self.validation),
             "world": self.ranks.world,
             "device": _device_name(self.ranks.device),
         }

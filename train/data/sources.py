@@ -1,0 +1,192 @@
+"""The sources of a run's data: one, or those of a mixture, and the sets that it is validated on beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from train.common.errors import ConfigError, require
+from train.common.files import expanded
+from train.common.schemas import MixtureFile, Order, parse_schema
+from train.data import token_files
+from train.data.blocks import Blocks
+from train.data.config import Data
+from train.data.mixture import PERIOD, Mixture, order_of_all, shares_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+YAML = (".yaml", ".yml")
+
+
+class Source(NamedTuple):
+    """Text or tokens in one place."""
+
+    name: str
+    """Empty for the data of a run without a mixture."""
+    settings: Data
+    """As of a run on this source alone."""
+    weight: float
+    """Of its sequences among those that are trained on; 0 for what is only validated on."""
+
+
+class ValidationSet(NamedTuple):
+    """Text that the model is validated on."""
+
+    name: str
+    """Of its own column; empty for the held-out text of a run without a mixture."""
+    blocks: Blocks
+    weight: float
+    """Of its loss in the run's validation loss; 0 if that is without it."""
+
+
+def sources_of(settings: Data) -> tuple[list[Source], list[Source]]:
+    """Return what is trained on, and the sets that are only validated on.
+
+    Raises:
+        ConfigError: if the file of a mixture is damaged, or two sets have one name.
+    """
+    training = [Source("", replace(settings, validation=()), 1.0)]
+    if Path(settings.data).suffix.lower() in YAML:
+        training = _mixture(settings)
+    only: list[Source] = []
+    for name, _, place in (each.partition("=") for each in settings.validation):
+        require(
+            Path(place).suffix.lower() not in YAML,
+            f"validation is {name}={place}, which is a mixture; give each of its sources a name here.",
+        )
+        require(
+            name not in [source.name for source in training],
+            f"validation has {name}, which is a source of {settings.data}, too; give it another name.",
+        )
+        # Everything in it is held out.
+        only.append(Source(name, replace(settings, data=place, validation=(), validation_fraction=1.0), 0.0))
+    return training, only
+
+
+def _mixture(settings: Data) -> list[Source]:
+    import yaml
+
+    file = expanded(Path(settings.data), "data")
+    try:
+        content = yaml.safe_load(file.read_text())
+        mixture = parse_schema(MixtureFile, json.dumps({"sources": content}, default=str))
+    except OSError as error:
+        raise ConfigError(f"data is {settings.data!r}, which can't be read: {error.strerror}.") from None
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"data is {settings.data!r}, which is no mixture: {reason}; it must be a list of sources, each with name, "
+            "path and weight."
+        ) from None
+    names = [source.name for source in mixture.sources]
+    sources = []
+    for source, share in zip(mixture.sources, shares_of([each.weight for each in mixture.sources]), strict=True):
+        require(names.count(source.name) == 1, f"data is {settings.data!r}, which has the source {source.name} twice.")
+        require(
+            share > 0,
+            f"data is {settings.data!r}, where {source.name} has the weight {source.weight:g}, less than one in "
+            f"{PERIOD} of all; leave it out, or give it more.",
+        )
+        require(
+            Path(source.path).suffix.lower() not in YAML,
+            f"data is {settings.data!r}, where the path of {source.name} is a mixture itself; give its sources here.",
+        )
+        is_path = source.path != "stdlib" and not source.path.startswith("hub:")
+        place = str(file.parent / expanded(Path(source.path), "path")) if is_path else source.path
+        own = replace(
+            settings,
+            data=place,
+            text_field=source.text_field or settings.text_field,
+            token_dtype=source.token_dtype or settings.token_dtype,
+            validation=(),
+        )
+        sources.append(Source(source.name, own, source.weight))
+    return sources
+
+
+def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = "") -> list[str]:
+    """Make the tokens of all sources ready (:func:`train.data.token_files.prepare`), and return their folders' names.
+
+    Raises:
+        ConfigError: if one of them is not what it should be.
+    """
+    training, only = sources_of(settings)
+    plain = begun_on if len(training) == 1 and not only else ""
+    return [token_files.prepare(source.settings, tokenizer, plain).name for source in [*training, *only]]
+
+
+def fingerprint(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of everything that decides the tokens, of all sources. No text is tokenized.
+
+    Raises:
+        ConfigError: if there is no such data.
+    """
+    training, only = sources_of(settings)
+    return name_of(settings, [token_files.fingerprint(each.settings, tokenizer) for each in [*training, *only]])
+
+
+def name_of(settings: Data, folders: list[str]) -> str:
+    """Return the name that stands for the tokens of all sources in run.json.
+
+    Args:
+        settings: the data options.
+        folders: names of the sources' token folders, of :func:`prepare`.
+    """
+    training, only = sources_of(settings)
+    if len(training) == 1 and not training[0].name and not only:
+        return folders[0]
+    shares = [*shares_of([source.weight for source in training]), *(0 for _ in only)]
+    names = [source.name for source in [*training, *only]]
+    wanted = json.dumps([settings.validation_fraction == 0.0, *zip(names, shares, folders, strict=True)])
+    return f"mixture-{blake2b(wanted.encode(), digest_size=8).hexdigest()}"
+
+
+def open_sources(
+    settings: Data, folders: list[str], vocabulary: int, order: Order | None = None
+) -> tuple[Mixture, list[ValidationSet]]:
+    """Memory-map the tokens of all sources.
+
+    Args:
+        settings: the data options.
+        folders: names of their token folders, of :func:`prepare`.
+        vocabulary: number of different tokens.
+        order: how a run that has begun shuffles them; None for one that begins now.
+
+    Raises:
+        ConfigError: if a source has changed since, or holds not a single sequence.
+    """
+    training, only = sources_of(settings)
+    blocks: list[Blocks] = []
+    sets: list[ValidationSet] = []
+    for source, name in zip([*training, *only], folders, strict=True):
+        folder = token_files.folder_of(source.settings, name)
+        train, held_out = token_files.open_tokens(folder, source.settings, vocabulary)
+        if source.weight:
+            blocks.append(train)
+            require(
+                len(train) > 0,
+                f"data is {source.settings.data!r}, whose training text is less than one sequence of {train.length} "
+                "tokens; give more text, or a shorter sequence_length.",
+            )
+        if settings.validation_fraction > 0.0 or not source.weight:
+            sets.append(ValidationSet(source.name, held_out, source.weight))
+    if settings.validation_fraction == 0.0:
+        sets[0] = sets[0]._replace(weight=1.0)
+    parts = tuple(blocks)
+    shares = shares_of([source.weight for source in training])
+    names = tuple(source.name for source in training)
+    return Mixture(names, parts, shares, order or order_of_all(parts)), sets
+
+
+def summary(settings: Data, folders: list[str]) -> str:
+    """Describe, in a line or two for each source, what was read and what was left out."""
+    training, only = sources_of(settings)
+    lines = []
+    for source, name in zip([*training, *only], folders, strict=True):
+        text = token_files.summary(token_files.folder_of(source.settings, name), source.settings)
+        lines.append(f"{source.name}: {text}" if source.name else text)
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+"""The tokenizer: how it is loaded, what decides its tokens, and the tokens of a text."""
+
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from train.common.errors import ConfigError, require, shown, why_not_loaded
+from train.data.config import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load "byt5" (bytes, no download) or any transformers tokenizer.
+
+    Raises:
+        ConfigError: if no tokenizer of that name can be loaded.
+    """
+    from transformers import AutoTokenizer, ByT5Tokenizer
+
+    if name == "byt5":
+        return ByT5Tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # of any class, depending on the tokenizer's files
+        raise ConfigError(
+            f"tokenizer is {shown(name)}, which can't be loaded: {why_not_loaded(name, error)}."
+        ) from None
+
+
+def facts(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Return everything that decides which tokens the tokenizer produces."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # of fast tokenizers: normalizer, merges, vocabulary
+    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return [type(tokenizer).__name__, content, tokenizer.eos_token_id, str(tokenizer.special_tokens_map)]
+
+
+def digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of :func:`facts`."""
+    return blake2b(json.dumps(facts(tokenizer)).encode(), digest_size=16).hexdigest()
+
+
+def end_of_document(settings: Text, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that ends a document; None if neither the settings nor the tokenizer has one.
+
+    Raises:
+        ConfigError: if the tokenizer has no such token.
+    """
+    if settings.eos_id is None:
+        return tokenizer.eos_token_id
+    require(
+        settings.eos_id < len(tokenizer),
+        f"eos_id is {settings.eos_id}, and tokenizer {settings.tokenizer!r} has {len(tokenizer)} tokens.",
+    )
+    return settings.eos_id
+
+
+def dtype_for(vocabulary: int) -> np.dtype:
+    """Return the smaller of uint16 and uint32 that holds so many different tokens."""
+    return np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], end: int | None, as_text: bool) -> list[np.ndarray]:
+    """Return the tokens of each text, with ``end`` at its end, in the least type that holds the vocabulary.
+
+    Args:
+        tokenizer: of transformers.
+        texts: the documents.
+        end: the token that ends a document; None for none.
+        as_text: read a special token in a text as plain text: "</s>" in a web page does not end the document.
+
+    Raises:
+        ConfigError: if the tokenizer makes a token beyond its own vocabulary.
+    """
+    special = {"split_special_tokens": True} if as_text else {}
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False, **special)["input_ids"]
+    last = [] if end is None else [end]
+    vocabulary = len(tokenizer)
+    arrays = [np.array(ids + last, np.int64) for ids in encoded]
+    greatest = max((int(array.max()) for array in arrays if len(array)), default=0)
+    require(
+        greatest < vocabulary,
+        f"tokenizer is {tokenizer.name_or_path!r}, which makes the token {greatest} and says that it has {vocabulary}.",
+    )
+    return [array.astype(dtype_for(vocabulary)) for array in arrays]
