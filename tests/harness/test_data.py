@@ -16,6 +16,7 @@ from train.data import blocks, token_files, tokenization
 from train.data.blocks import shuffled
 from train.data.config import Data
 from train.data.corpus import find_corpus
+from train.data.prefetch import Prefetch
 
 
 def batch_indices(step: int, batch: int, blocks: int, seed: int, order: Order = "permutation") -> np.ndarray:
@@ -151,3 +152,21 @@ def test_tokenizers_that_differ_in_anything_do_not_share_tokens(make: Make) -> N
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, unk_token="<unk>")
             folders.add(token_files.prepare(make().data, tokenizer))
     assert len(folders) == 4
+
+
+def test_items_are_loaded_once_one_ahead_and_in_whatever_order_they_are_asked_for() -> None:
+    loaded: list[int] = []
+
+    def load(number: int) -> int:
+        loaded.append(number)
+        if number == 4:
+            raise ValueError("no four")
+        return 10 * number
+
+    ahead = Prefetch(load)
+    assert [ahead.get(number) for number in (0, 1, 2, 7, 3)] == [0, 10, 20, 70, 30]
+    with pytest.raises(ValueError, match="no four"):
+        ahead.get(4)
+    assert ahead.get(5) == 50
+    ahead.thread.shutdown()
+    assert loaded == [0, 1, 2, 3, 7, 8, 3, 4, 5, 6]

@@ -249,8 +249,24 @@ def test_named_sets_are_validated_on_whole_and_the_first_counts_where_nothing_is
         assert validated == {name: pytest.approx(loss, rel=1e-5) for name, loss in expected.items()}
 
 
-def test_a_set_that_is_smaller_than_a_batch_is_refused_by_its_name(make: Make, tmp_path: Path) -> None:
+@pytest.mark.ranks
+def test_a_set_smaller_than_a_batch_is_validated_on_whole_on_any_ranks(small_run: list[str], tmp_path: Path) -> None:
+    jsonl(tmp_path / "few.jsonl", ["a few words, more than two sequences of thirty-two bytes: " + "x" * 40])
+    found: list[dict[str, Any]] = []
+    for ranks, more in ((None, []), (2, []), (3, []), (2, ["--document-mask"])):
+        options = change(
+            small_run, validation=f"few={tmp_path / 'few.jsonl'}", batch=12, out=tmp_path / f"{len(found)}"
+        )
+        code, said = finish([*options, *more], ranks)
+        assert code == 0, said
+        found.append(json.loads((out_of(options) / "result.json").read_text()))
+    losses_on_few = [result["validation_loss/few"] for result in found]
+    assert losses_on_few == pytest.approx([losses_on_few[0]] * 4, rel=1e-4)
+    assert all(result["validation_blocks"] % 12 == 3 for result in found)
+
+
+def test_a_set_without_a_sequence_is_refused_by_its_name(make: Make, tmp_path: Path) -> None:
     jsonl(tmp_path / "few.jsonl", ["a few words"])
     run = make("--validation", f"few={tmp_path / 'few.jsonl'}")
-    with pytest.raises(ConfigError, match=r"whose validation text \(few\) is 0 sequences of 32 tokens, less than"):
+    with pytest.raises(ConfigError, match=r"whose validation text \(few\) is less than one sequence of 32 tokens"):
         pretrain(run)

@@ -69,6 +69,14 @@ def raw_32(file: Path, tokens: np.ndarray) -> None:
     file.with_suffix(".bin").write_bytes(tokens.astype("<u4").tobytes())
 
 
+def dolma(file: Path, tokens: np.ndarray) -> None:
+    file.with_suffix(".npy").write_bytes(tokens.astype("<u2").tobytes())
+
+
+def datatrove(file: Path, tokens: np.ndarray) -> None:
+    file.with_suffix(".ds").write_bytes(tokens.astype("<u2").tobytes())
+
+
 FORMATS: dict[str, tuple[Callable[[Path, np.ndarray], None], dict[str, Any]]] = {
     "llm.c": (llm_c, {}),
     "llm.c, Llama 3": (llm_c_llama, {}),
@@ -76,6 +84,8 @@ FORMATS: dict[str, tuple[Callable[[Path, np.ndarray], None], dict[str, Any]]] = 
     "Megatron, uint16": (megatron_16, {}),
     "numpy": (numpy, {}),
     "raw": (raw, {}),
+    "dolma": (dolma, {}),
+    "datatrove": (datatrove, {}),
     "raw, uint32": (raw_32, {"token_dtype": "uint32"}),
 }
 
@@ -145,7 +155,8 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "floats": (lambda p: np.save(p / "a.npy", TOKENS / 2), "it must be integers in one dimension"),
     "two dimensions": (lambda p: np.save(p / "a.npy", TOKENS.reshape(50, 100)), "shape \\(50, 100\\)"),
     "objects": (lambda p: np.save(p / "a.npy", np.array([{}])), "a.npy is not a .npy file"),
-    "no npy": (lambda p: (p / "a.npy").write_bytes(b"x" * 99), "a.npy is not a .npy file"),
+    "cut npy": (lambda p: (p / "a.npy").write_bytes(b"\x93NUMPY" * 3), "a.npy is not a .npy file"),
+    "no npy": (lambda p: (p / "a.npy").write_bytes(b"x" * 99), "99 bytes and no header, which is no number of uint16"),
     "gap": (lambda p: megatron(p / "a", TOKENS, gap=4), "sequences that do not follow one another"),
     "floats of Megatron's": (lambda p: megatron(p / "a", TOKENS, "<f4", 7), "the dtype 7, which holds no tokens"),
     "lone index": (lambda p: lone_index(p), "holds b.idx without its .bin"),

@@ -19,7 +19,7 @@ class Text:
     data: str = "stdlib"
     """The text: "stdlib", a path, "hub:NAME" or "hub:NAME:CONFIGURATION". "stdlib" is Python's standard library.
     Or tokens: a folder that train.prepare made, or a file or a folder of .bin (llm.c's, Megatron's, or without a
-    header) or .npy files. Or a mixture: a .yaml file with name, path and weight of each of its sources.
+    header), .npy or .ds files. Or a mixture: a .yaml file with name, path and weight of each of its sources.
     A path is a file or a folder of .txt/.md/.py, .jsonl/.json or .parquet files.
     All but .parquet may be compressed (.gz, .zst, .bz2 or .xz).
     "hub:" takes the train split of a Hugging Face hub dataset."""
@@ -56,7 +56,7 @@ class Data(Text):
     """The training data."""
 
     token_dtype: Literal["auto", "uint16", "uint32"] = "auto"
-    """Of .bin files of tokens that have no header. Default: uint16, or uint32 for tokenizers of more than 65536."""
+    """Of files of tokens that have no header. Default: uint16, or uint32 for tokenizers of more than 65536."""
     sequence_length: int = 128
     """Tokens in one training sequence; at least 2."""
     document_mask: bool = False

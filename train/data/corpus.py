@@ -41,7 +41,7 @@ from train.data.readers import (
 
 UNREADABLE = {".lz4", ".lzma", ".br", ".z", ".zip", ".7z"}
 """Unsupported compressions. A corpus file with one of these suffixes is an error, since its text would be missing."""
-TOKENS = (".bin", ".npy")
+TOKENS = (".bin", ".npy", ".ds")
 """Suffixes of files of tokens (train.data.token_shards). Beside text they are left out."""
 PREPARED = "prepared.json"
 """In a folder that train.prepare has made (train.data.prepared)."""

@@ -6,7 +6,7 @@ Known, by their content, are
   20240801 (uint32), and the third the number of tokens;
 * Megatron's .bin, with its .idx beside it;
 * .npy, of one dimension;
-* .bin without a header, whose dtype ``--token-dtype`` tells.
+* files without a header, whose dtype ``--token-dtype`` tells: .bin, datatrove's .ds, and what dolma calls .npy.
 
 In the order of their names they are one stream of tokens, of which the last are held out.
 """
@@ -35,6 +35,7 @@ HEADERS = {20240520: "uint16", 20240801: "uint32"}
 """The first number in a header of llm.c's, and what follows it."""
 HEADER = 1024
 """Its size in bytes."""
+NUMPY = b"\x93NUMPY"
 MEGATRON, MEGATRON_DTYPES = b"MMIDIDX\0\0", {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 CHUNK = 2**24
 """Tokens that are looked at at once."""
@@ -63,8 +64,8 @@ def read_shard(file: Path, headerless: str, whole: bool) -> Shard:
     """Recognise a file by its content.
 
     Args:
-        file: .bin or .npy.
-        headerless: the dtype of a .bin that has neither header nor index.
+        file: .bin, .ds or .npy.
+        headerless: the dtype of one that has neither header nor index.
         whole: look at all of an index, not at its header alone.
 
     Raises:
@@ -72,13 +73,13 @@ def read_shard(file: Path, headerless: str, whole: bool) -> Shard:
         OSError: if it can't be read.
     """
     index = file.with_suffix(".idx")
-    if file.suffix.lower() == ".npy":
+    with file.open("rb") as opened:
+        header = opened.read(HEADER)
+    if header.startswith(NUMPY):
         shard = _numpy(file)
     elif index.is_file():
         shard = _megatron(file, index, whole)
     else:
-        with file.open("rb") as opened:
-            header = opened.read(HEADER)
         magic, _, count = np.frombuffer(header[:12], "<i4") if len(header) == HEADER else (0, 0, 0)
         if int(magic) in HEADERS:
             shard = Shard(file, HEADERS[int(magic)], HEADER, int(count))

@@ -72,12 +72,16 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
             if len(train.sources) > 1:
                 print(_mixed(run, train), file=sys.stderr, flush=True)
         batch = run.parallelism.batch
-        sets = {f"validation text{f' ({each.name})' if each.name else ''}": len(each.blocks) for each in validation}
-        for part, count in {"training text": len(train), **sets}.items():
+        require(
+            len(train) >= batch,
+            f"data is {run.data.data!r}, whose training text is {len(train)} sequences of {train.length} tokens, "
+            f"less than one batch of {batch}; give more text, a shorter sequence_length or a smaller batch.",
+        )
+        for each in validation:
             require(
-                count >= batch,
-                f"data is {run.data.data!r}, whose {part} is {count} sequences of {train.length} tokens, "
-                f"less than one batch of {batch}; give more text, a shorter sequence_length or a smaller batch.",
+                len(each.blocks) > 0,
+                f"data is {run.data.data!r}, whose validation text{f' ({each.name})' if each.name else ''} is less "
+                f"than one sequence of {train.length} tokens; give more text, or a shorter sequence_length.",
             )
         if end is not None:
             documents.check_ends(train, end)

@@ -188,10 +188,15 @@ class Trainer:
         drawn = self.train.drawn(self.step * self.run.parallelism.batch, self.run.seed)
         return {f"tokens/{name}": count * self.train.length for name, count in drawn.items()}
 
-    def validated(self, blocks: Blocks) -> int:
-        """Return the number of a set's blocks that one validation reads; a multiple of the batch."""
+    def validated(self, blocks: Blocks) -> np.ndarray:
+        """Return which of a set's blocks one validation reads: a multiple of the batch, or all if they are fewer.
+
+        They are spread evenly over the text. They are the same every time and for every number of ranks.
+        """
         batch = self.run.parallelism.batch
-        return batch * min(len(blocks) // batch, self.run.logging.validation_batches or sys.maxsize)
+        most = batch * min(len(blocks) // batch, self.run.logging.validation_batches or sys.maxsize)
+        count = most or len(blocks)
+        return np.arange(count) * len(blocks) // count
 
     def validate(self) -> dict[str, float]:
         """Return the mean losses on held-out text: validation_loss, and validation_loss/NAME for each set with a name.
@@ -205,24 +210,30 @@ class Trainer:
 
     @torch.no_grad()
     def loss_on(self, held_out: Blocks) -> float:
-        """Return the mean loss on some of these blocks.
-
-        They are spread evenly over the text. They are the same every time and for every number of ranks.
-        """
-        batch, count = self.run.parallelism.batch, self.validated(held_out)
-        blocks = np.arange(count) * len(held_out) // count
+        """Return the mean loss on the blocks of :meth:`validated`."""
+        chosen, world = self.validated(held_out), self.ranks.world
+        weight = 1.0
+        if len(chosen) >= self.run.parallelism.batch:
+            batches = chosen.reshape(-1, self.run.parallelism.batch)
+            mine = [part for rows in batches for part in self.own_part(rows)]
+        else:  # one by one; a rank that has one less takes the last again, which doesn't count
+            rounds = -(-len(chosen) // world)
+            places = np.arange(rounds) * world + self.ranks.rank
+            mine = list(chosen[np.minimum(places, len(chosen) - 1)][:, None])
+            weight = float(places[-1] < len(chosen))
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        counted = 0
+        counted = 0.0
         self.engine.eval()
-        for rows in blocks.reshape(-1, batch):
-            for part in self.own_part(rows):
-                self.ranks.heartbeat()
-                tokens = held_out.take(part)
-                counted += 1 if self.end is None else documents.predicted(tokens, self.end)
-                total += self.loss(tokens.to(self.ranks.device), 1.0).double()
+        for number, part in enumerate(mine, 1):
+            self.ranks.heartbeat()
+            tokens = held_out.take(part)
+            counts = weight if number == len(mine) else 1.0
+            loss = self.loss(tokens.to(self.ranks.device), 1.0)
+            total += counts * loss.double()
+            counted += counts * (1 if self.end is None else documents.predicted(tokens, self.end))
         self.engine.train()
-        summed, number = self.ranks.sum([float(total), float(counted)])
-        return summed / max(number, 1.0)
+        summed, number_of = self.ranks.sum([float(total), counted])
+        return summed / max(number_of, 1.0)
 
     def fit(self, metrics: Metrics | None, progress: Progress, save: Callable[[], None]) -> dict[str, Any]:
         """Train to the last step, validating and saving on the way, and return the content of result.json.
@@ -288,7 +299,7 @@ class Trainer:
             "tokens": self.step * self.run.parallelism.batch * self.train.length,
             "parameters": self.parameters,
             **self.tokens_by_source(),
-            "validation_blocks": sum(self.validated(held_out.blocks) for held_out in self.validation),
+            "validation_blocks": sum(len(self.validated(held_out.blocks)) for held_out in self.validation),
             "world": self.ranks.world,
             "device": _device_name(self.ranks.device),
         }
