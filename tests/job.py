@@ -10,8 +10,8 @@ import deepspeed.ops
 import torch
 
 from tests.ranks import backend, device
+from train.common.processes import end_with_parent
 from train.distributed.launch import exit_process
-from train.distributed.preemption import end_with_parent
 
 
 def main(folder: Path) -> None:

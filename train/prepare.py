@@ -6,11 +6,24 @@ Then give the folder to ``train.pretrain --data``. After a Ctrl-C or a crash, th
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from train.common.command_line import parse
 from train.common.errors import EXIT_RETRY, ConfigError, RetryError
+from train.common.processes import end_with_parent
 from train.data.config import Prepare
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _in_child() -> None:
+    """What each process that tokenizes does first: leave Ctrl-C to its parent, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,4 +48,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
+    os.register_at_fork(after_in_child=_in_child)
     sys.exit(main())

@@ -18,6 +18,7 @@ from tests.harness.texts import jsonl
 from train.checkpoint.resumable_run import pretrain
 from train.common.errors import ConfigError
 from train.data.config import Data
+from train.probe.pilot import draw
 from train.probe.single_rank import single_rank_run
 from train.run.documents import IGNORED, end_of, inputs, predicted
 
@@ -139,6 +140,13 @@ def test_validation_is_the_mean_over_the_documents_of_the_chosen_blocks(make: Ma
                 total += float(trainer.engine.module(input_ids=tokens, labels=tokens).loss) * (len(document) - 1)
                 count += len(document) - 1
         assert trainer.validate()["validation_loss"] == pytest.approx(total / count, rel=1e-5)
+        # A pilot's gradients are of the same loss.
+        module, chosen = trainer.engine.module, trainer.train.sample(np.random.default_rng([trainer.run.seed, 0]), 4)
+        (drawn,) = draw(trainer, 1)
+        module.zero_grad()
+        module(**inputs(trainer.train.take(chosen), END)).loss.backward()
+        expected = torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
+        torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-6)
 
 
 def config(place: Path, **content: Any) -> Path:
@@ -177,9 +185,16 @@ def test_without_ends_it_is_refused(make: Make, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     raw(tmp_path / "data" / "a", np.random.default_rng(0).integers(3, 259, 5000))
     arguments = ("--data", str(tmp_path / "data"), "--document-mask")
-    with pytest.raises(ConfigError, match=r"the first 4000 tokens hold no 1, which should end a document; give the"):
+    with pytest.raises(ConfigError, match=r"the first 4000 tokens of the training text hold no 1, which should end"):
         pretrain(make(*arguments))
     pretrain(make(*arguments, "--eos-id", "65", "--out", str(tmp_path / "fine")))
+    raw(tmp_path / "a", np.random.default_rng(0).integers(100, 259, 5000))
+    with pytest.raises(
+        ConfigError, match=r"the first 5000 tokens of the a validation text hold no 65, which should end"
+    ):
+        pretrain(
+            make(*arguments, "--eos-id", "65", "--validation", f"a={tmp_path / 'a.bin'}", "--out", str(tmp_path / "b"))
+        )
     with pytest.raises(ConfigError, match=r"eos_id is 384, and tokenizer 'byt5' has 384 tokens"):
         pretrain(make(*arguments, "--eos-id", "384", "--out", str(tmp_path / "beyond")))
     endless = SimpleNamespace(eos_token_id=None)

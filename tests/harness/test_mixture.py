@@ -17,6 +17,7 @@ from tests.harness.test_token_shards import TOKENS, llm_c, shards
 from tests.harness.texts import jsonl
 from train.analysis.report_page import write_report
 from train.checkpoint.resumable_run import pretrain
+from train.common.command_line import parse
 from train.common.errors import ConfigError
 from train.common.files import read_lines
 from train.data import mixture
@@ -25,6 +26,7 @@ from train.data.config import Data
 from train.data.mixture import PERIOD, Mixture, shares_of
 from train.data.sources import sources_of
 from train.probe.single_rank import single_rank_run
+from train.run.config import Run
 
 
 def of(weights: list[float], counts: list[int]) -> Mixture:
@@ -74,6 +76,15 @@ def test_the_batch_is_a_function_of_seed_and_step_alone_also_across_periods() ->
     assert np.array_equal(rows, np.repeat((1000 * number + whole[:100] - mixed.starts[number])[:, None], 2, 1))
 
 
+def test_two_sources_of_one_size_have_orders_of_their_own() -> None:
+    drawn = of([1, 1], [5000, 5000]).batch(0, 1000, 0)
+    assert len(set(drawn[drawn < 5000].tolist()) & set((drawn[drawn >= 5000] - 5000).tolist())) < 100
+
+
+def test_weights_whose_sum_is_beyond_all_floats_are_shares_too() -> None:
+    assert shares_of([1e308] * 4) == (25000,) * 4
+
+
 def test_one_source_alone_is_as_without_a_mixture() -> None:
     mixed = of([0.3], [50])
     assert np.array_equal(mixed.batch(3, 16, 9), shuffled(np.arange(48, 64), 50, 9))
@@ -105,6 +116,11 @@ WRONG: dict[str, tuple[list[Any] | str, str]] = {
     "name": ([{**GOOD, "name": "a/b"}], "sources.0.name: String should match"),
     "twice": ([GOOD, GOOD], "which has the source a twice"),
     "too small": ([GOOD, {**GOOD, "name": "b", "weight": 1e-7}], "b has the weight 1e-07, less than one in 100000"),
+    "a date": ("- {2026-01-01: x, name: a, path: x, weight: 1}", "it must be a list of sources"),
+    "deep": ("[" * 3000, "it must be a list of sources"),
+    "a key twice": ("- {name: a, path: x, weight: 1, weight: 5}", "a source has weight twice"),
+    "long path": ([{**GOOD, "path": "x" * 5000}], "a: data is "),
+    "NUL": ([{**GOOD, "path": "a\0b"}], "a: data is "),
     "nested": ([{**GOOD, "path": "x.yaml"}], "the path of a is a mixture itself"),
 }
 
@@ -114,7 +130,7 @@ def test_a_mixture_that_is_none_is_refused_in_one_sentence(case: str, tmp_path: 
     content, sentence = WRONG[case]
     file = tmp_path / "mix.yaml"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(ConfigError, match=r"data is '.*mix.yaml'") as refused:
+    with pytest.raises(ConfigError, match=r"data is '") as refused:
         sources_of(Data(data=str(file)))
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
 
@@ -270,3 +286,18 @@ def test_a_set_without_a_sequence_is_refused_by_its_name(make: Make, tmp_path: P
     run = make("--validation", f"few={tmp_path / 'few.jsonl'}")
     with pytest.raises(ConfigError, match=r"whose validation text \(few\) is less than one sequence of 32 tokens"):
         pretrain(run)
+
+
+def test_a_set_that_is_trained_on_is_refused(make: Make, corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "copy")
+    for place in (corpus, tmp_path / "copy", next(corpus.iterdir())):
+        with pytest.raises(ConfigError, match=r"validation has same, whose .*txt is trained on as well; leave it"):
+            pretrain(make("--validation", f"same={place}"))
+    with pytest.raises(ConfigError, match=r"same: data is 'nowhere', which does not exist"):
+        pretrain(make("--validation", "same=nowhere"))
+
+
+def test_an_option_of_several_values_is_not_given_twice() -> None:
+    with pytest.raises(ConfigError, match=r"--validation is given twice; give all its values after one --validation"):
+        parse(Run, ["--out", "x", "--validation", "a=b", "--validation", "c=d"], "train.pretrain", None)
+    assert parse(Run, ["--out", "x", "--lr", "1", "--lr", "2"], "train.pretrain", None).optimizer.lr == 2.0

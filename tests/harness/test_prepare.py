@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from filelock import FileLock
 
@@ -18,7 +24,8 @@ from tests.harness.texts import jsonl
 from train import prepare as command
 from train.checkpoint.resumable_run import pretrain
 from train.common.errors import ConfigError, RetryError
-from train.data import prepare, token_files, tokenization
+from train.common.files import REPOSITORY
+from train.data import prepare, shard_writer, token_files, tokenization
 from train.data.config import Data, Prepare
 from train.data.prepare import prepare as prepared
 
@@ -45,7 +52,7 @@ def settings(place: Path, **more: Any) -> Prepare:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a few documents, and shards of a few parts."""
     monkeypatch.setattr(prepare, "PART", 500)
-    monkeypatch.setattr(prepare, "SHARD", 900)
+    monkeypatch.setattr(shard_writer, "SHARD", 900)
 
 
 def by_the_run(place: Path, fraction: float = 0.25, **more: Any) -> dict[str, np.ndarray]:
@@ -95,13 +102,14 @@ def test_the_tokens_are_those_that_a_run_makes_on_any_number_of_processes(
     assert prepared(settings(tmp_path, validation_fraction=fraction, **more)) == said  # not made twice
 
 
-@pytest.mark.parametrize("moment", ["_make_part", "_threshold", "_write_shards", "checksum", "guard", "rmtree"])
+@pytest.mark.parametrize("moment", ["_make_part", "_threshold", "write_shards", "checksum", "guard", "rmtree"])
 @pytest.mark.usefixtures("small")
 def test_wherever_it_is_cut_the_same_command_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     corpus(tmp_path / "text")
-    place = shutil if moment == "rmtree" else prepare
+    places = {"rmtree": shutil, "_threshold": shard_writer, "checksum": shard_writer}
+    place: Any = places.get(moment, prepare)
     inner, calls = getattr(place, moment), [0]
 
     def cutting(*given: Any, **named: Any) -> Any:
@@ -142,6 +150,55 @@ def test_what_has_been_tokenized_is_not_tokenized_again(tmp_path: Path, monkeypa
         prepared(settings(tmp_path))
     prepared(settings(tmp_path))
     assert [text for texts in made for text in texts] == TEXTS
+
+
+@pytest.mark.usefixtures("small")
+def test_another_fraction_does_not_throw_away_what_is_tokenized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus(tmp_path / "text")
+    with pytest.raises(ConfigError, match=r"which holds out 0 of \d+ documents"):
+        prepared(settings(tmp_path, validation_fraction=1e-6))
+    monkeypatch.setattr(prepare, "_make_part", None)
+    prepared(settings(tmp_path))
+    assert same(by_train_prepare(tmp_path), by_the_run(tmp_path))
+    next((tmp_path / "out").glob("train-*.bin")).unlink()
+    with pytest.raises(ConfigError, match=r"train-\d+.bin is missing"):
+        prepared(settings(tmp_path))
+
+
+def bpe(place: Path) -> Path:
+    """A tokenizer that was saved after it had truncated and padded, which its file tells."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(TEXTS, vocab_size=300, special_tokens=["<end>", "<pad>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<end>", pad_token="<pad>")
+    tokenizer(["a text"], truncation=True, max_length=4, padding="max_length")
+    tokenizer.save_pretrained(place)
+    assert '"truncation": {' in (place / "tokenizer.json").read_text()
+    return place
+
+
+@pytest.mark.ranks
+def test_with_a_tokenizer_that_truncates_nothing_is_cut_and_runs_go_on(make: Make, tmp_path: Path) -> None:
+    name = str(bpe(tmp_path / "bpe"))
+    place = corpus(tmp_path / "text")
+    prepared(settings(tmp_path, tokenizer=name))
+    found = by_train_prepare(tmp_path)
+    text = "".join(tokenization.load_tokenizer(name).decode(np.concatenate([found["train"], found["validation"]])))
+    assert sorted(text.split("<end>")) == sorted(["", *TEXTS])
+    (tmp_path / "mix.yaml").write_text(
+        "".join(
+            f"- {{name: {each[0]}, path: {each[1]}, weight: 1}}\n"
+            for each in (("a", "out"), ("b", place), ("c", "stdlib"))
+        )
+    )
+    run = make("--data", str(tmp_path / "mix.yaml"), "--tokenizer", name, "--sequence-length", "8")
+    pretrain(run)
+    (run.out / "result.json").unlink()
+    pretrain(run)  # the tokens have the name that they had
 
 
 def test_the_default_corpus_and_whole_files_give_the_tokens_of_a_run_too(tmp_path: Path) -> None:
@@ -198,7 +255,7 @@ SPOILED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         r"prepared.json can't be read",
     ),
-    "other end": (lambda p: None, {"eos_id": 9}, r"which was prepared with eos_id 1, and eos_id is 9"),
+    "other end": (lambda p: None, {"eos_id": 9}, r"where documents end with 1, and eos_id is 9; make them agree"),
     "nothing held out": (
         lambda p: None,
         {"validation_fraction": 0.0, "validation": ("a=stdlib",)},
@@ -211,6 +268,16 @@ SPOILED: dict[str, tuple[Any, dict[str, Any], str]] = {
         r"which train.prepare has not finished; start the same train.prepare again",
     ),
 }
+
+
+def test_documents_end_in_a_run_where_they_ended_when_the_text_was_prepared(tmp_path: Path) -> None:
+    corpus(tmp_path / "text")
+    prepared(settings(tmp_path, eos_id=9))
+    wanted: dict[str, Any] = {"data": str(tmp_path / "out"), "data_cache": tmp_path / "cache"}
+    token_files.prepare(Data(**wanted), BYT5)
+    token_files.prepare(Data(**wanted, eos_id=9, document_mask=True), BYT5)
+    with pytest.raises(ConfigError, match=r"where documents end with 9, and eos_id is 1; make them agree"):
+        token_files.prepare(Data(**wanted, document_mask=True), BYT5)
 
 
 @pytest.mark.parametrize("case", SPOILED)
@@ -308,8 +375,13 @@ def test_a_run_tokenizes_no_large_text_by_itself_and_says_what_to_do(
 ) -> None:
     run = make("--data-cache", str(tmp_path / "cache"))
     monkeypatch.setattr(token_files, "LARGEST", 1000)
-    with pytest.raises(ConfigError, match=r"make tokens of it first: python -m train.prepare --data .* --out FOLDER"):
+    with pytest.raises(ConfigError, match=r"python -m train.prepare --data .* --validation-fraction 0.2 --out FOLDER"):
         pretrain(run)
+    sets = make("--validation", f"a b={run.data.data}", "--data-cache", str(tmp_path / "cache"))
+    wanted = replace(sets.data, data=f"{tmp_path}/a b.txt", eos_id=3, validation_fraction=1.0)
+    Path(wanted.data).write_text("x" * 2000)
+    with pytest.raises(ConfigError, match=r"--data '.*/a b.txt' --tokenizer byt5 --eos-id 3 --validation-fraction 0.0"):
+        token_files.prepare(wanted, BYT5)
     monkeypatch.undo()
     pretrain(run)
     monkeypatch.setattr(token_files, "LARGEST", 1000)
@@ -346,3 +418,31 @@ def test_the_command_says_what_it_has_made(tmp_path: Path, capsys: pytest.Captur
     assert "of 120 documents, in 2 shards. Train on it with --data" in said.out and "MB of text: 0/0" in said.err
     assert command.main([*options, "--validation-fraction", "0.5"]) == 2
     assert capsys.readouterr().err.startswith("error: out is ")
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["Ctrl-C", "SIGTERM", "SIGKILL"])
+def test_a_command_that_is_ended_leaves_no_process_and_the_same_one_goes_on(tmp_path: Path, by: int) -> None:
+    """Ctrl-C reaches all of its processes; the other two the first alone."""
+    jsonl(tmp_path / "text" / "a.jsonl", [f"document {number} " * 50 for number in range(40000)])
+    options = [
+        "--data",
+        str(tmp_path / "text"),
+        "--out",
+        str(tmp_path / "out"),
+        "--data-cache",
+        str(tmp_path / "cache"),
+    ]
+    line = [sys.executable, "-m", "train.prepare", *options, "--processes", "2"]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=REPOSITORY)
+    one = psutil.Process(process.pid)
+    until = time.monotonic() + 120
+    while len(children := one.children(recursive=True)) < 3 or not any(tmp_path.glob("out/.prepare/.part-*/enc*")):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, by) if by == signal.SIGINT else process.send_signal(by)
+    said = process.communicate()[1]
+    assert process.returncode == (-by if by == signal.SIGKILL else 130)
+    assert by == signal.SIGKILL or (said.endswith("Stopped. The same command goes on.\n") and "Traceback" not in said)
+    assert not psutil.wait_procs(children, timeout=30)[1]
+    assert command.main([*options, "--processes", "1"]) == 0
+    assert not (tmp_path / "out" / ".prepare").exists()

@@ -16,7 +16,7 @@ import torch
 
 from balanced_adam.zero import unpacking
 from train.checkpoint.load import only_known_classes
-from train.distributed.preemption import end_with_parent
+from train.common.processes import end_with_parent
 
 # Where stages 1 and 2, and stage 3, look for what is not partitioned: step counts, schedule, our own step.
 COMMON = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")

@@ -69,6 +69,7 @@ def parse(settings: type[Settings], arguments: list[str], module: str, descripti
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     arguments = [a for a in arguments if not a.startswith("--local_rank")]  # the deepspeed launcher adds it
+    _check_repeated(settings, arguments)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -86,6 +87,22 @@ def parse(settings: type[Settings], arguments: list[str], module: str, descripti
         raise ConfigError(f"{sentence}; see python -m {module} --help.") from None
     _check_texts(parsed, arguments)
     return parsed
+
+
+def _check_repeated(settings: type[Any], arguments: list[str]) -> None:
+    """Check that no option that takes several values is given twice: the values given first would be dropped.
+
+    Raises:
+        ConfigError: if one is.
+    """
+    ours = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    given = [argument.partition("=")[0].replace("_", "-") for argument in ours]
+    for name, kind in _types(settings):
+        option = f"--{name.replace('_', '-')}"
+        require(
+            not kind.startswith("tuple[") or given.count(option) < 2,
+            f"{option} is given twice; give all its values after one {option}.",
+        )
 
 
 def _check_texts(settings: Any, arguments: list[str]) -> None:

@@ -40,6 +40,7 @@ class Text:
     def check(self) -> None:
         """Raise :class:`ConfigError` on a value out of range."""
         require(self.data != "", 'data is empty; give a file, a folder, "stdlib" or "hub:NAME".')
+        require("\0" not in self.data, f"data is {shown(self.data)}, which holds a NUL; remove that.")
         require(self.eos_id is None or self.eos_id >= 0, f"eos_id is {self.eos_id}; it must be at least 0.")
         try:
             is_file = self.data_cache.exists() and not self.data_cache.is_dir()

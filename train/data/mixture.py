@@ -62,7 +62,9 @@ class Mixture:
             for number in np.unique(source):
                 mine = source == number
                 nth = period * self.shares[number] + before[mine]
-                chosen[mine] = self.starts[number] + shuffled(nth, len(self.sources[number]), seed, self.order)
+                chosen[mine] = self.starts[number] + shuffled(
+                    nth, len(self.sources[number]), _seed_of(seed, int(number)), self.order
+                )
             result[here] = chosen
         return result
 
@@ -99,11 +101,18 @@ def order_of_all(sources: tuple[Blocks, ...]) -> Order:
 
 def shares_of(weights: list[float]) -> tuple[int, ...]:
     """Return how many of :data:`PERIOD` sequences each weight stands for, rounded to add up; 0 for too few."""
-    exact = np.array(weights) / sum(weights) * PERIOD
+    relative = np.array(weights) / max(weights)  # whose sum is finite
+    exact = relative / relative.sum() * PERIOD
     shares = np.floor(exact).astype(np.int64)
     most_cut = np.argsort(shares - exact, kind="stable")[: PERIOD - int(shares.sum())]
     shares[most_cut] += 1
     return tuple(map(int, shares))
+
+
+@lru_cache(maxsize=1024)
+def _seed_of(seed: int, source: int) -> int:
+    """Return the seed by which a source is shuffled, so that two of the same size have orders of their own."""
+    return int(np.random.SeedSequence([seed, source]).generate_state(1, np.uint64)[0])
 
 
 @lru_cache(maxsize=2)

@@ -63,10 +63,10 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
         f"data is {settings.data!r}, which was prepared with the tokenizer {about.tokenizer_name!r}, and tokenizer is "
         f"{settings.tokenizer!r}, which is another or has changed; give the same.",
     )
+    end = tokenization.end_of_document(settings, tokenizer)
     require(
-        settings.eos_id in (None, about.eos_id),
-        f"data is {settings.data!r}, which was prepared with eos_id {about.eos_id}, and eos_id is {settings.eos_id}; "
-        "leave it out, or prepare the text anew.",
+        end == about.eos_id or (settings.eos_id is None and not settings.document_mask),
+        f"data is {settings.data!r}, where documents end with {about.eos_id}, and eos_id is {end}; make them agree.",
     )
     held_out = about.tokens["validation"]
     require(
@@ -80,17 +80,11 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
         f"data is {settings.data!r}, of which nothing was held out when it was prepared; give a --validation set and "
         "--validation-fraction 0, or prepare it with another --validation-fraction.",
     )
-    itemsize = int(about.dtype.removeprefix("uint")) // 8
+    check_sizes(root, about, settings.data)
     for shard in about.shards:
-        file, wanted = root / shard.name, HEADER + shard.tokens * itemsize
+        file = root / shard.name
         try:
-            found = file.stat()
-            require(
-                found.st_size == wanted,
-                f"data is {settings.data!r}, whose {shard.name} has {found.st_size} bytes and should have {wanted}; "
-                "copy it again.",
-            )
-            if settings.verify_data or found.st_mtime_ns != shard.modified:
+            if settings.verify_data or file.stat().st_mtime_ns != shard.modified:
                 cache = expanded(settings.data_cache, "data_cache")
                 cache.mkdir(parents=True, exist_ok=True)
                 kept = cache / f"sums-{blake2b(os.fsencode(file.resolve()), digest_size=8).hexdigest()}.json"
@@ -98,13 +92,33 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
                     known_sums([file], kept, settings.verify_data) == [shard.sha256],
                     f"data is {settings.data!r}, whose {shard.name} has changed since it was prepared; copy it again.",
                 )
-        except FileNotFoundError:
-            raise ConfigError(f"data is {settings.data!r}, whose {shard.name} is missing; copy it again.") from None
         except OSError as error:
             raise RetryError(
                 f"data is {settings.data!r}, whose {shard.name} can't be read now ({error.strerror})."
             ) from None
     return _name(about)
+
+
+def check_sizes(root: Path, about: PreparedFile, name: str) -> None:
+    """Check that all shards are there and of the size they should have.
+
+    Raises:
+        ConfigError: if one is not; ``name`` is what the user calls the folder.
+        RetryError: if that can't be found out now.
+    """
+    itemsize = int(about.dtype.removeprefix("uint")) // 8
+    for shard in about.shards:
+        wanted = HEADER + shard.tokens * itemsize
+        try:
+            size = (root / shard.name).stat().st_size
+        except FileNotFoundError:
+            raise ConfigError(f"data is {name!r}, whose {shard.name} is missing; copy it again.") from None
+        except OSError as error:
+            raise RetryError(f"data is {name!r}, whose {shard.name} can't be read now ({error.strerror}).") from None
+        require(
+            size == wanted,
+            f"data is {name!r}, whose {shard.name} has {size} bytes and should have {wanted}; copy it again.",
+        )
 
 
 def open_prepared(name: str, settings: Data) -> tuple[Blocks, Blocks]:
@@ -130,6 +144,12 @@ def open_prepared(name: str, settings: Data) -> tuple[Blocks, Blocks]:
         parts = {"train": [], "validation": [*parts["train"], *parts["validation"]]}
     train, validation = (Blocks(tuple(parts[part]), settings.sequence_length) for part in ("train", "validation"))
     return train, validation
+
+
+def contents(settings: Data) -> dict[str, str]:
+    """Return the names of the shards by their sums."""
+    root, about = _read(settings)
+    return {shard.sha256: str(root / shard.name) for shard in about.shards}
 
 
 def summary(settings: Data) -> str:

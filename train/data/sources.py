@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -13,7 +15,7 @@ from train.common.files import expanded
 from train.common.schemas import MixtureFile, Order, parse_schema
 from train.data import token_files
 from train.data.blocks import Blocks
-from train.data.config import Data
+from train.data.config import Data, Text
 from train.data.mixture import PERIOD, Mixture, order_of_all, shares_of
 
 if TYPE_CHECKING:
@@ -70,13 +72,23 @@ def sources_of(settings: Data) -> tuple[list[Source], list[Source]]:
 def _mixture(settings: Data) -> list[Source]:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that is there twice, of which YAML takes the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise yaml.YAMLError(f"a source has {twice} twice")
+            return super().construct_mapping(node, deep)
+
     file = expanded(Path(settings.data), "data")
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.load(file.read_text(), Loader)
         mixture = parse_schema(MixtureFile, json.dumps({"sources": content}, default=str))
     except OSError as error:
         raise ConfigError(f"data is {settings.data!r}, which can't be read: {error.strerror}.") from None
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"data is {settings.data!r}, which is no mixture: {reason}; it must be a list of sources, each with name, "
@@ -104,8 +116,21 @@ def _mixture(settings: Data) -> list[Source]:
             token_dtype=source.token_dtype or settings.token_dtype,
             validation=(),
         )
+        with _named(source.name):
+            Text.check(own)
         sources.append(Source(source.name, own, source.weight))
     return sources
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Let an error in the block say which source it is of."""
+    try:
+        yield
+    except ConfigError as error:
+        if not name:
+            raise
+        raise type(error)(f"{name}: {error}") from None
 
 
 def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = "") -> list[str]:
@@ -116,7 +141,27 @@ def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = 
     """
     training, only = sources_of(settings)
     plain = begun_on if len(training) == 1 and not only else ""
-    return [token_files.prepare(source.settings, tokenizer, plain).name for source in [*training, *only]]
+    folders = []
+    for source in [*training, *only]:
+        with _named(source.name):
+            folders.append(token_files.prepare(source.settings, tokenizer, plain).name)
+    _check_overlap(training, only)
+    return folders
+
+
+def _check_overlap(training: list[Source], only: list[Source]) -> None:
+    """Check that no file of a validation set is one that is trained on.
+
+    Raises:
+        ConfigError: if one is.
+    """
+    trained = {summed: source for source in training if only for summed in token_files.contents(source.settings)}
+    for held_out in only:
+        for summed, file in token_files.contents(held_out.settings).items():
+            require(
+                summed not in trained,
+                f"validation has {held_out.name}, whose {file} is trained on as well; leave it out of one of the two.",
+            )
 
 
 def fingerprint(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -126,7 +171,12 @@ def fingerprint(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
         ConfigError: if there is no such data.
     """
     training, only = sources_of(settings)
-    return name_of(settings, [token_files.fingerprint(each.settings, tokenizer) for each in [*training, *only]])
+    digests = []
+    for source in [*training, *only]:
+        with _named(source.name):
+            digests.append(token_files.fingerprint(source.settings, tokenizer))
+    _check_overlap(training, only)
+    return name_of(settings, digests)
 
 
 def name_of(settings: Data, folders: list[str]) -> str:

@@ -8,6 +8,7 @@ import shutil
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,14 +98,39 @@ def fingerprint(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
     return _fingerprint_of(source, settings, tokenizer)
 
 
+def contents(settings: Data) -> dict[str, str]:
+    """Return the files that the data consists of: their names, by sums of their content.
+
+    Where they are not summed, the data's name stands for them.
+    """
+    if prepared.is_prepared(settings):
+        return prepared.contents(settings)
+    source = find_corpus(settings)
+    if source.kind in ("stdlib", "hub"):
+        return {settings.data: settings.data}
+    return dict(zip(source.description[1], map(str, source.files), strict=True))
+
+
 def _check_size(source: Corpus, settings: Data, allowed: bool) -> None:
     """Check that one process can tokenize the text in a moment, unless it may be of any size."""
     size = 0 if allowed else source.size(settings)
+    fraction = 0.0 if settings.validation_fraction == 1.0 else settings.validation_fraction
+    options: dict[str, Any] = {
+        "data": settings.data,
+        "tokenizer": settings.tokenizer,
+        "text-field": settings.text_field,
+    }
+    options |= {"eos-id": settings.eos_id, "validation-fraction": fraction, "out": "FOLDER"}
+    usual: dict[str, Any] = {
+        "text-field": Data.text_field,
+        "eos-id": None,
+        "validation-fraction": Data.validation_fraction,
+    }
+    given = " ".join(f"--{key} {quote(str(value))}" for key, value in options.items() if usual.get(key, "") != value)
     require(
         size <= LARGEST,
         f"data is {settings.data!r}, {size / 1e9:.1f} GB of text, which would take one process long while all ranks "
-        f"wait; make tokens of it first: python -m train.prepare --data {settings.data} "
-        f"--tokenizer {settings.tokenizer} --out FOLDER, and then give --data FOLDER.",
+        f"wait; make tokens of it first: python -m train.prepare {given}, and then give FOLDER in its place.",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -26,23 +27,49 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name == "byt5":
         return ByT5Tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        facts(tokenizer)
+        return tokenizer
     except Exception as error:  # of any class, depending on the tokenizer's files
         raise ConfigError(
             f"tokenizer is {shown(name)}, which can't be loaded: {why_not_loaded(name, error)}."
         ) from None
 
 
+_FACTS: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+
+
 def facts(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Return everything that decides which tokens the tokenizer produces."""
+    """Return everything that decides which tokens the tokenizer produces, as it was when it was loaded.
+
+    To tokenize changes it: truncation and padding, with which it may have been saved, are turned off.
+    """
+    if tokenizer not in _FACTS:
+        _FACTS[tokenizer] = _facts_now(tokenizer)
+    return _FACTS[tokenizer]
+
+
+def _facts_now(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)  # of fast tokenizers: normalizer, merges, vocabulary
     content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return [type(tokenizer).__name__, content, tokenizer.eos_token_id, str(tokenizer.special_tokens_map)]
 
 
+PROBE = (
+    "Ein  Test:\tnaïve façade, 北京 2026\r\n\n    def f(x): return x**2 != 3.14e-10  # ŻÓŁĆ 🙂 "
+    "\u0130i \ufb01 e\u0301 <s></s>\u00a0\ufeff"
+)
+"""A text whose tokens depend on all that tokenizers treat in different ways: case, spaces, digits, normal forms."""
+
+
 def digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of :func:`facts`."""
-    return blake2b(json.dumps(facts(tokenizer)).encode(), digest_size=16).hexdigest()
+    """Return a digest of the vocabulary, the end of a document and the tokens of a probe.
+
+    Unlike :func:`facts` it does not depend on how a version of transformers or tokenizers writes them down.
+    """
+    probe = encode(tokenizer, [PROBE], None, as_text=True)[0].tolist()
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, probe]
+    return blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def end_of_document(settings: Text, tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from train.common.errors import ConfigError, PeerLostError, require
+from train.common.processes import end_with_parent
 from train.distributed import environment
-from train.distributed.preemption import end_with_parent
 from train.distributed.ranks import Ranks
 from train.distributed.watchdog import Watchdog
 

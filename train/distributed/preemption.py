@@ -1,11 +1,8 @@
-"""Requests to save and stop: signals, a file, or the death of the launcher."""
+"""Requests to save and stop: signals, or a file."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
-from contextlib import suppress
 from pathlib import Path
 
 STOP_FILE = "STOP"  # creating this file in the run's folder asks the run to save and stop
@@ -29,15 +26,3 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return bool(self.signal) or (self.file is not None and self.file.exists())
-
-
-def end_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when its launcher dies. An orphan would keep the run's folder locked.
-
-    Linux only: this is PR_SET_PDEATHSIG of prctl(2).
-    """
-    parent = os.getppid()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if os.getppid() != parent:  # the launcher died before the call
-        os.kill(os.getpid(), signal.SIGTERM)

@@ -124,7 +124,8 @@ def draw(trainer: Trainer, count: int) -> Iterator[Tensor]:
     for _ in range(count):
         trainer.ranks.heartbeat()
         tokens = trainer.train.take(trainer.train.sample(generator, batch)).to(trainer.ranks.device)
-        gradients = torch.autograd.grad(module(input_ids=tokens, labels=tokens).loss, parameters)
+        given = trainer.inputs(tokens, trainer.predicted(tokens))
+        gradients = torch.autograd.grad(module(**given).loss, parameters)
         yield torch.cat([gradient.flatten().cpu() for gradient in gradients])
 
 

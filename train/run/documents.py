@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from train.common.errors import require
 from train.data import tokenization
+from train.data.blocks import Blocks
 from train.data.config import Data
-from train.data.mixture import Mixture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,18 +64,25 @@ def end_of(settings: Data, tokenizer: PreTrainedTokenizerBase) -> int | None:
     return end
 
 
-def check_ends(train: Mixture, end: int) -> None:
+def check_ends(texts: dict[str, Blocks], end: int) -> None:
     """Check that documents end at all.
 
+    Args:
+        texts: by the names that a message gives them.
+        end: the token that ends a document.
+
     Raises:
-        ConfigError: if a source has none of these tokens where it should have many.
+        ConfigError: if one has none of these tokens where it should have many.
     """
-    for name, source in zip(train.names, train.sources, strict=True):
-        part = source.parts[0][:LOOKED_AT]
+    for name, blocks in texts.items():
+        looked_at, seen = 0, False
+        for part in blocks.parts:
+            here = part[: LOOKED_AT - looked_at]
+            looked_at, seen = looked_at + len(here), seen or bool((here == end).any())
         require(
-            bool((np.asarray(part) == end).any()),
-            f"document_mask is set, and the first {len(part)} tokens{f' of {name}' if name else ''} hold no {end}, "
-            "which should end a document; give the --eos-id that does.",
+            seen,
+            f"document_mask is set, and the first {looked_at} tokens of the {name} text hold no {end}, which should "
+            "end a document; give the --eos-id that does.",
         )
 
 

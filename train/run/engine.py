@@ -84,7 +84,9 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
                 f"than one sequence of {train.length} tokens; give more text, or a shorter sequence_length.",
             )
         if end is not None:
-            documents.check_ends(train, end)
+            texts = dict(zip((f"{name} training".strip() for name in train.names), train.sources, strict=True))
+            texts |= {f"{each.name} validation".strip(): each.blocks for each in validation}
+            documents.check_ends(texts, end)
         network = model.build(config, run.model, run.seed, ds_config)
     trained = [p for p in network.parameters() if p.requires_grad]
     # Weight decay applies to matrices, not to gains and biases.

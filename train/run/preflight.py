@@ -18,7 +18,7 @@ from train.common.errors import ConfigError
 from train.common.files import REPOSITORY, environment_facts
 from train.data import sources, tokenization
 from train.distributed.launch import join
-from train.run import deepspeed_config, model, run_dir
+from train.run import deepspeed_config, documents, model, run_dir
 from train.run.config import Preflight
 from train.run.host_checks import (
     check_clocks,
@@ -52,6 +52,7 @@ def preflight(run: Preflight) -> str:
                 run_dir.check(run)
             tokenizer = tokenization.load_tokenizer(run.data.tokenizer)
             config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
+            documents.end_of(run.data, tokenizer)
         # One rank on each host reads the text. This may take long the first time.
         read: list[str] = []
         job = (lambda: read.append(sources.fingerprint(run.data, tokenizer))) if ranks.local_rank == 0 else None

@@ -83,16 +83,24 @@ class Trainer:
         """Return this rank's part of a global batch of indices: [micro-batches, micro_batch]."""
         return batch.reshape(self.accumulation, self.ranks.world, self.micro)[:, self.ranks.rank]
 
-    def loss(self, tokens: torch.Tensor, predicted: float) -> torch.Tensor:
-        """Run the model forward on a micro-batch, and return its loss.
+    def inputs(self, tokens: torch.Tensor, predicted: float) -> dict[str, Any]:
+        """Return what the model is given.
 
         Args:
             tokens: [micro_batch, sequence_length].
             predicted: with ``--document-mask``, by what the sum of the losses is divided. Otherwise it is a mean.
         """
         if self.end is None:
-            return self.engine(input_ids=tokens, labels=tokens).loss
-        return self.engine(**documents.inputs(tokens, self.end), num_items_in_batch=predicted).loss
+            return {"input_ids": tokens, "labels": tokens}
+        return {**documents.inputs(tokens, self.end), "num_items_in_batch": predicted}
+
+    def loss(self, tokens: torch.Tensor, predicted: float) -> torch.Tensor:
+        """Run the model forward on a micro-batch, and return its loss; see :meth:`inputs`."""
+        return self.engine(**self.inputs(tokens, predicted)).loss
+
+    def predicted(self, tokens: torch.Tensor) -> float:
+        """Return on how many of these tokens a loss is taken: NaN without ``--document-mask``, which doesn't ask."""
+        return math.nan if self.end is None else float(max(1, documents.predicted(tokens, self.end)))
 
     def share(self, tokens: torch.Tensor) -> float:
         """Return the number of tokens on which a loss is taken, over all ranks, divided by the number of micro-batches.
