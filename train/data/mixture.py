@@ -70,12 +70,12 @@ class Mixture:
 
     def take(self, indices: np.ndarray) -> torch.Tensor:
         """Return the tokens of these sequences: int64, shape [len(indices), length]."""
-        result = torch.empty((len(indices), self.length), dtype=torch.int64)
+        result = np.empty((len(indices), self.length), dtype=np.int64)
         source = np.searchsorted(self.starts, indices, side="right") - 1
         for number in np.unique(source):
             mine = source == number
-            result[torch.from_numpy(mine)] = self.sources[number].take(indices[mine] - self.starts[number])
-        return result
+            result[mine] = self.sources[number].rows(indices[mine] - self.starts[number])
+        return torch.from_numpy(result)
 
     def sample(self, generator: np.random.Generator, count: int) -> np.ndarray:
         """Draw ``count`` sequences independently, each source by its share: int64, shape [count]."""
