@@ -20,7 +20,8 @@ from train.common.errors import ConfigError
 from train.data.config import Data
 from train.probe.pilot import draw
 from train.probe.single_rank import single_rank_run
-from train.run.documents import IGNORED, end_of, inputs, predicted
+from train.run.documents import end_of, inputs, predicted
+from train.run.loss import IGNORED
 
 END = 1
 ROWS = torch.tensor(

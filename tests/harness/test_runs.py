@@ -87,7 +87,7 @@ def test_two_ranks_say_it_once_and_end_with_a_failure(small_run: list[str]) -> N
 def test_a_dry_run_estimates_memory_and_writes_nothing(small_run: list[str]) -> None:
     code, said = finish([*small_run, "--dry-run"], None)
     assert code == 0, said
-    assert "ZeRO-3 with offload" in said and "one batch: loss" in said
+    assert "ZeRO-3 with offload" in said and "one batch: loss" in said and "estimated memory of a rank: 0.0" in said
     assert not out_of(small_run).exists()
 
 

@@ -1,8 +1,8 @@
-"""``python -m tests.perf [step] [engine] [harness] [scaling] [formats]`` prints the tables of docs/ as Markdown."""
+"""``python -m tests.perf [step] [engine] [harness] [scaling] [formats] [loss]`` prints tables of docs/ as Markdown."""
 
 import sys
 
-from tests.perf import engine, formats, harness, scaling, step
+from tests.perf import engine, formats, harness, loss, scaling, step
 
 PARTS = {
     "step": step.main,
@@ -10,6 +10,7 @@ PARTS = {
     "harness": harness.main,
     "scaling": scaling.main,
     "formats": formats.main,
+    "loss": loss.main,
 }
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def pretrain(run: Run) -> None:
             with ranks.collective_errors():
                 if ranks.is_main:
                     run_dir.check(run)
-            dry_run(initialize(run, ranks, ds_config))
+            dry_run(initialize(run, ranks, ds_config), ds_config)
         else:
             _pretrain(run, ranks, ds_config)
 
@@ -67,7 +67,7 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
         trainer = initialize(run, ranks, ds_config)
         with ranks.collective_errors():
             if ranks.is_main:
-                run_dir.describe(run, trainer.tokens, trainer.train.order, ds_config)
+                run_dir.describe(run, trainer.tokens, trainer.train.order, trainer.loss_kind, ds_config)
             if checkpoint:
                 check_text(checkpoint, trainer.tokens)
         if checkpoint:

@@ -135,6 +135,10 @@ Order = Literal["permutation", "feistel"]
 """How the blocks of an epoch are shuffled: by a permutation in memory, or by a function of the index."""
 
 
+Loss = Literal["full", "chunked"]
+"""How the loss is computed: from all logits at once, or from a few at a time."""
+
+
 class RunFile(Schema):
     """run.json: which run a folder belongs to, and what it trains on."""
 
@@ -142,6 +146,8 @@ class RunFile(Schema):
     tokens: str
     order: Order = "permutation"
     """How the data is shuffled (train.data.blocks). Older runs don't say so."""
+    loss: Loss = "full"
+    """How the loss is computed. Older runs don't say so."""
 
 
 class ResultFile(Schema):

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+from train.common.errors import first_line
+from train.run.memory import described, estimate
 from train.run.trainer import Trainer
 
 
-def dry_run(trainer: Trainer) -> None:
-    """Run one training and one validation batch, and print DeepSpeed's memory estimates for each ZeRO stage."""
+def dry_run(trainer: Trainer, ds_config: dict[str, Any]) -> None:
+    """Run one training and one validation batch, and print estimates of memory: ours, and DeepSpeed's of each stage."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
+    chunked = trainer.loss_kind == "chunked"
+    try:
+        memory = estimate(trainer.run, trainer.engine.module.config, ds_config, trainer.ranks.world, chunked)
+        estimated = described(memory)
+    except Exception as error:  # of any class: not every model runs on tensors without content
+        estimated = f"no estimate of this model's memory: {first_line(error)}"
     line = trainer.train_step()
     ranks, weights = trainer.ranks, trainer.parameters
     validation_loss = trainer.validate()["validation_loss"]
     if not ranks.is_main:
         return
+    print(estimated)
     local = int(os.environ["LOCAL_SIZE"])
     hosts = max(1, ranks.world // local)
     largest = max(

@@ -13,7 +13,7 @@ from train.common.errors import ConfigError, RankError, first_line, require
 from train.data import sources, tokenization
 from train.data.mixture import PERIOD, Mixture
 from train.distributed.ranks import Ranks
-from train.run import deepspeed_config, documents, model, optimizers, run_dir
+from train.run import deepspeed_config, documents, loss, model, optimizers, run_dir
 from train.run.config import Run, Schedule
 from train.run.trainer import Trainer
 
@@ -88,6 +88,10 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
             texts |= {f"{each.name} validation".strip(): each.blocks for each in validation}
             documents.check_ends(texts, end)
         network = model.build(config, run.model, run.seed, ds_config)
+        rows = getattr(config, "vocab_size", len(tokenizer))
+        kind = loss.resolved(run.model.loss, run.data.sequence_length, rows, begun.loss if begun else None)
+        if kind == "chunked":
+            loss.use_chunked(network)
     trained = [p for p in network.parameters() if p.requires_grad]
     # Weight decay applies to matrices, not to gains and biases.
     groups: list[dict[str, Any]] = [
@@ -114,11 +118,13 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         name = ds_config["optimizer"]["type"]
         how = "by its own step" if optimizers.is_foreign(run.optimizer.optimizer) else describe(engine.optimizer)
         print(f"{name}: {how}", file=sys.stderr, flush=True)
+    if kind == "chunked":
+        loss.check_chunked(engine, run.model.model, len(tokenizer))
     if end is not None:
         documents.check_model(engine, run.model.model, end, len(tokenizer), run.data.sequence_length)
     layout = deepspeed_config.layout(ds_config, ranks.world)
     name = sources.name_of(run.data, folders)
-    return Trainer(run, ranks, train, validation, engine, name, layout, end)
+    return Trainer(run, ranks, train, validation, engine, name, layout, end, kind)
 
 
 def _mixed(run: Run, train: Mixture) -> str:

@@ -27,7 +27,7 @@ from train.common.schemas import ResultFile, RunFile
 from train.run.config import Run
 
 if TYPE_CHECKING:
-    from train.common.schemas import Order
+    from train.common.schemas import Loss, Order
 
 OURS_EARLY = ("log.txt", "monitor", "attempts.jsonl", "STOP")
 """Files that may exist in the folder before run.json, besides hidden ones."""
@@ -141,7 +141,7 @@ def note(out: Path, event: str, **values: Any) -> None:
         os.fsync(file.fileno())
 
 
-def describe(run: Run, tokens: str, order: Order, ds_config: dict[str, Any]) -> None:
+def describe(run: Run, tokens: str, order: Order, loss: Loss, ds_config: dict[str, Any]) -> None:
     """Write run.json and ds_config.json. If run.json exists, check that the run began on the same tokens.
 
     Raises:
@@ -155,7 +155,9 @@ def describe(run: Run, tokens: str, order: Order, ds_config: dict[str, Any]) -> 
             "restore it, or give another folder.",
         )
     else:
-        write_json(written, {"identity": run.identity(), "tokens": tokens, "order": order, **environment_facts()})
+        write_json(
+            written, {"identity": run.identity(), "tokens": tokens, "order": order, "loss": loss, **environment_facts()}
+        )
     write_json(run.out / "ds_config.json", ds_config)
 
 

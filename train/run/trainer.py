@@ -15,6 +15,7 @@ import torch
 
 from balanced_adam import UpdateSize
 from train.common.progress import Progress
+from train.common.schemas import Loss
 from train.data.blocks import Blocks
 from train.data.mixture import Mixture
 from train.data.prefetch import Prefetch
@@ -54,6 +55,7 @@ class Trainer:
         tokens: str,
         layout: dict[str, Any],
         end: int | None,
+        loss_kind: Loss,
     ) -> None:
         self.run, self.ranks, self.train, self.validation, self.engine = run, ranks, train, validation, engine
         self.tokens = tokens  # stands for the tokens of all sources, a fingerprint of texts and tokenizer
@@ -63,7 +65,7 @@ class Trainer:
         self.parameters = model.parameter_count(engine.module)
         self.step = 0  # optimizer steps taken
         self.beta = run.moving_beta()
-        self.layout = layout
+        self.layout, self.loss_kind = layout, loss_kind
         self.stop = StopRequest(run.out / STOP_FILE if ranks.is_main else None)
         self.stopping = False
         """Whether any rank has been asked to stop; the same on all ranks."""
