@@ -44,6 +44,8 @@ EARLY = [
     ("--batch 0", "batch is 0; it must be at least 1"),
     ("--micro-batch 3", "batch is 4; it must be a multiple of ranks x micro_batch = 1 x 3 = 3"),
     ("--sequence-length 1", "sequence_length is 1; it must be at least 2"),
+    ("--save-every 4 --keep-every 6", "keep_every is 6; it must be 0 or a multiple of save_every, which is 4"),
+    ("--save-every 0 --keep-every 6", "keep_every is 6; it must be 0 or a multiple of save_every, which is 0"),
     ("--validation-fraction 1.5", "validation_fraction is 1.5; it must lie between 0 and 1"),
     ("--save-every -1", "save_every is -1"),
     ("--keep 0", "keep is 0; it must be at least 1"),

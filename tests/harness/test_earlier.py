@@ -13,9 +13,11 @@ import torch
 
 from tests.corpus import write_corpus
 from tests.harness.runs import change, finish, losses
+from train.common.command_line import parse
 from train.data import tokenization
 from train.data.config import Data
 from train.data.token_files import _digest, _name_of_format_3
+from train.run.config import Run
 
 FILES = Path(__file__).parent / "files"
 
@@ -84,3 +86,16 @@ def test_a_run_that_0d6eb9e_began_goes_on_with_the_bits_that_it_had_there(tmp_pa
     if losses(anew)[:8] == expected[:8]:
         assert losses(options) == expected == losses(anew)
     shutil.rmtree(cache)
+
+
+def test_an_option_that_0d6eb9e_did_not_have_is_no_part_of_a_run_at_its_default() -> None:
+    identity = parse(Run, ["--out", "x"], "train.pretrain", None).identity()
+    with tarfile.open(FILES / "run_0d6eb9e.tar.xz") as packed:
+        file = packed.extractfile("./run/run.json")
+        assert file is not None
+        before = json.load(file)["identity"]
+    del before["optimizer"]["state"]  # which is packed16 there
+    assert {part: sorted(identity[part]) for part in identity if isinstance(identity[part], dict)} == {
+        part: sorted(before[part]) for part in before if isinstance(before[part], dict)
+    }
+    assert identity.keys() == before.keys()

@@ -261,7 +261,7 @@ def test_what_cannot_be_read_now_is_neither_damaged_nor_passed_over(
             found = None
         # Nor is it removed, or an older one kept in its place, when a newer one is saved.
         if times > 1 and reader != "checksum":
-            _rotate(run.out / "checkpoints", 7, 1)
+            _rotate(run.out / "checkpoints", 7, (1, 0))
     assert sorted(path.name for path in last(run).iterdir()) == before
     found = found or find_checkpoint(alone, run.out / "checkpoints")
     assert found and found.step == 6
@@ -404,3 +404,14 @@ def test_whenever_in_saving_the_folder_is_moved_away_that_is_said_and_no_new_one
     with pytest.raises(ConfigError, match=r"out is .*/run, which was moved or removed while the run was at work"):
         resumable_run.pretrain(run)
     assert (tmp_path / "elsewhere" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "left"), [((), [6]), (("--keep-every", "2"), [2, 4, 6]), (("--keep-every", "4"), [4, 6])]
+)
+def test_checkpoints_of_every_so_many_steps_stay(tmp_path: Path, more: tuple[str, ...], left: list[int]) -> None:
+    run = settings(tmp_path / "run", "--save-every", "1", "--keep", "1", *more)
+    write_corpus(Path(run.data.data))
+    resumable_run.pretrain(run)
+    assert [manifest.step_of(path) for path in manifest.all_checkpoints(run.out / "checkpoints")] == left
+    assert "keep_every" not in str(run.identity())

@@ -220,6 +220,13 @@ def test_the_peak_of_a_gpu_is_found_by_whole_words(name: str, peak: float | None
     assert peak_flops(name) == peak
 
 
+@pytest.mark.parametrize(("tied", "expected"), [(True, 0), (False, 384 * 128)])
+def test_an_embedding_that_is_only_looked_up_is_not_counted_as_multiplied(tied: bool, expected: int) -> None:
+    config = model.configuration(Model(), 384, 128)
+    config.tie_word_embeddings = tied
+    assert model.looked_up(model.empty(config)) == expected
+
+
 @pytest.mark.parametrize("batches", [2, 0])
 def test_held_out_text_is_sampled_from_its_beginning_to_its_end(batches: int, make: Make, tmp_path: Path) -> None:
     data = make().data

@@ -113,7 +113,7 @@ def go_on(leg: Leg) -> dict[str, tuple[State, State]]:
         begin = read(engine) if found else {}
         advance(engine, CUTS[leg.number], CUTS[leg.number + 1])
         parameters = sum(math.prod(shape) for shape in SHAPES.values())
-        save_checkpoint(engine, ranks, folder, CUTS[leg.number + 1], 2, parameters, layout)
+        save_checkpoint(engine, ranks, folder, CUTS[leg.number + 1], (2, 0), parameters, layout)
         found_states[name] = begin, read(engine)
         engine.destroy()
     ranks.watchdog.end()

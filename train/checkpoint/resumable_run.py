@@ -99,7 +99,7 @@ def saver(trainer: Trainer) -> Callable[[], None]:
             trainer.ranks,
             run.out / "checkpoints",
             trainer.step,
-            run.checkpoints.keep,
+            (run.checkpoints.keep, run.checkpoints.keep_every),
             trainer.parameters,
             trainer.layout,
             origin,

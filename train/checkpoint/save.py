@@ -14,6 +14,7 @@ from train.checkpoint.manifest import (
     gone,
     make_room,
     remove,
+    step_of,
     whats_left,
     why_incomplete,
     written,
@@ -52,19 +53,20 @@ def save_checkpoint(
     ranks: Ranks,
     folder: Path,
     step: int,
-    keep: int,
+    keep: tuple[int, int],
     parameters: int,
     layout: dict[str, Any],
     origin: Origin | None = None,
 ) -> None:
-    """Save the engine's complete state after ``step`` steps; then remove all but the newest ``keep`` checkpoints.
+    """Save the engine's complete state after ``step`` steps; then remove checkpoints that are not to be kept.
 
     Args:
         engine: the DeepSpeed engine.
         ranks: all ranks call this.
         folder: the run's checkpoints folder.
         step: optimizer steps taken.
-        keep: number of complete checkpoints to keep.
+        keep: how many of the newest complete checkpoints to keep; and a number of steps, whose multiples are kept for
+            good, or 0.
         parameters: number of weights in the model, to estimate the checkpoint's size.
         layout: how the state is partitioned; see :func:`train.run.deepspeed_config.layout`.
         origin: the run that the checkpoint belongs to; None where that doesn't matter.
@@ -121,12 +123,15 @@ def save_checkpoint(
                 raise ConfigError(not_written(error)) from None
 
 
-def _rotate(folder: Path, step: int, keep: int) -> None:
-    """Remove the checkpoints up to ``step``, complete or not, that are not among the newest ``keep`` complete ones."""
+def _rotate(folder: Path, step: int, keep: tuple[int, int]) -> None:
+    """Remove the checkpoints up to ``step``, complete or not, that are not to be kept; see :func:`save_checkpoint`."""
+    newest, every = keep
     try:
-        kept = {path.name for path in complete_checkpoints(folder)[-keep:]}
+        complete = complete_checkpoints(folder)
     except OSError:  # one can't be read now, and may be complete
         return
+    kept = {path.name for path in complete[-newest:]}
+    kept |= {path.name for path in complete if every and step_of(path) % every == 0}
     for path in folder.iterdir():
         match = re.fullmatch(r"\.?(step-(\d{7,}))(-universal)?", path.name)
         if match and int(match[2]) <= step and match[1] not in kept:

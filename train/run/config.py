@@ -137,6 +137,8 @@ class Checkpoints:
     """Steps between checkpoints; 0 saves only at the end."""
     keep: int = 2
     """Number of checkpoints to keep, at least 1. The oldest are removed first."""
+    keep_every: int = 0
+    """Keep the checkpoints whose step is a multiple of this for good; a multiple of save_every. 0 keeps none so."""
     resume: bool = True
     """Resume from the newest complete checkpoint in the output folder, if there is one.
     With --no-resume a folder that holds a run is an error."""
@@ -145,6 +147,11 @@ class Checkpoints:
         """Raise :class:`ConfigError` on a value out of range."""
         require(self.save_every >= 0, f"save_every is {self.save_every}; it must be at least 0.")
         require(self.keep >= 1, f"keep is {self.keep}; it must be at least 1, or there is nothing to resume from.")
+        multiple = self.save_every > 0 and self.keep_every % self.save_every == 0
+        require(
+            self.keep_every == 0 or (self.keep_every > 0 and multiple),
+            f"keep_every is {self.keep_every}; it must be 0 or a multiple of save_every, which is {self.save_every}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,6 +126,15 @@ def parameter_count(model: PreTrainedModel) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
+def looked_up(model: PreTrainedModel) -> int:
+    """Return the number of weights of the input embedding; 0 if it is the output embedding, too."""
+    given: Any = model.get_input_embeddings()
+    made: Any = model.get_output_embeddings()
+    if given is None or (made is not None and made.weight is given.weight):
+        return 0
+    return int(getattr(given.weight, "ds_numel", given.weight.numel()))
+
+
 def own_part(parameter: Any) -> torch.Tensor:
     """Return the elements of a parameter that this rank holds.
 

@@ -63,6 +63,7 @@ class Trainer:
         self.micro = engine.train_micro_batch_size_per_gpu()
         self.accumulation = engine.gradient_accumulation_steps()
         self.parameters = model.parameter_count(engine.module)
+        self.multiplied = self.parameters - model.looked_up(engine.module)  # weights that each token is multiplied by
         self.step = 0  # optimizer steps taken
         self.beta = run.moving_beta()
         self.layout, self.loss_kind = layout, loss_kind
@@ -115,7 +116,7 @@ class Trainer:
         return max(total, 1.0) / (self.accumulation * self.ranks.world)
 
     def train_step(self) -> dict[str, float | None]:
-        """Take one optimizer step and return its line for metrics.jsonl, equal on all ranks but for time and memory."""
+        """Take one optimizer step and return its line for metrics.jsonl, equal on all ranks but for time."""
         began = time.perf_counter()
         run, engine = self.run, self.engine
         # Any randomness in the model (dropout) is a function of seed, step and rank, so that a resume needs no state.
@@ -148,8 +149,8 @@ class Trainer:
             norm = None if reported is None else float(reported)
         foreign = optimizers.is_foreign(run.optimizer.optimizer)
         size = UpdateSize(math.nan, math.nan, 1) if foreign else engine.basic_optimizer.update_size()
-        (loss_sum, squares, count), (greatest, stopping) = self.ranks.sum_and_max(
-            [float(total), size.sum_of_squares, size.numel], [size.greatest, float(bool(self.stop))]
+        (loss_sum, squares, count), (greatest, stopping, memory) = self.ranks.sum_and_max(
+            [float(total), size.sum_of_squares, size.numel], [size.greatest, float(bool(self.stop)), _memory()]
         )
         self.stopping = stopping > 0.0
         found, of = engine.basic_optimizer.projected() if hasattr(engine.basic_optimizer, "projected") else (0, 0)
@@ -167,7 +168,7 @@ class Trainer:
             "tokens_per_second": tokens_per_second,
             "step_seconds": seconds,
             "skipped_steps": engine.skipped_steps,
-            "memory_gib": _memory() / 2**30,
+            "memory_gib": memory / 2**30,
             **self._utilization(tokens_per_second),
         }
 
@@ -343,13 +344,14 @@ class Trainer:
     def _utilization(self, tokens_per_second: float) -> dict[str, float]:
         """Return the model FLOP/s utilization ("mfu") on known GPUs, else nothing.
 
-        It counts 6 FLOP per weight and token, plus attention (arXiv 2204.02311, appendix B).
+        It counts 6 FLOP per token and weight, but for an input embedding that is only looked up, plus attention
+        (arXiv 2204.02311, appendix B).
         """
         peak = peak_flops(_device_name(self.ranks.device))
         config = self.engine.module.config
         if peak is None or not hasattr(config, "num_hidden_layers"):
             return {}
-        per_token = 6 * self.parameters + 12 * config.num_hidden_layers * config.hidden_size * self.train.length
+        per_token = 6 * self.multiplied + 12 * config.num_hidden_layers * config.hidden_size * self.train.length
         return {"mfu": per_token * tokens_per_second / (peak * self.ranks.world)}
 
 
