@@ -63,7 +63,7 @@ RUN: Options = {
     "--precision": (["auto", "fp32", "bf16"], ["fp64", "", "BF16"]),
     "--save-every": (["0", "3"], NO_COUNT),
     "--keep": (["1", "5"], [*NO_COUNT, "0"]),
-    "--keep-every": (["0", "6"], NO_COUNT),
+    "--keep-every": (["0", "200"], [*NO_COUNT, "6"]),  # multiples of save_every, by default 100
     "--validate-every": (["0", "2"], NO_COUNT),
     "--validation-batches": (["0", "8"], NO_COUNT),
     "--validation-fraction": (["0.1", "0.5"], [*NO_NUMBER, "0", "1", "-1", "nan"]),
