@@ -24,7 +24,7 @@ from train.data import mixture
 from train.data.blocks import Blocks, shuffled
 from train.data.config import Data
 from train.data.mixture import PERIOD, Mixture, shares_of
-from train.data.sources import sources_of
+from train.data.sources import Sources
 from train.probe.single_rank import single_rank_run
 from train.run.config import Run
 
@@ -131,7 +131,7 @@ def test_a_mixture_that_is_none_is_refused_in_one_sentence(case: str, tmp_path: 
     file = tmp_path / "mix.yaml"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ConfigError, match=r"data is '") as refused:
-        sources_of(Data(data=str(file)))
+        Sources.of(Data(data=str(file)))
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -153,7 +153,7 @@ def test_a_validation_set_that_is_none_is_refused_in_one_sentence(
     settings = Data(data=str(file), validation=validation)
     with pytest.raises(ConfigError) as refused:
         settings.check()
-        sources_of(settings)
+        Sources.of(settings)
     assert sentence in str(refused.value)
 
 

@@ -17,7 +17,6 @@ from train.analysis.lr_selection import best_lr
 from train.analysis.paired_stats import LEVEL
 from train.analysis.plots import as_svg, as_url
 from train.analysis.results import (
-    NAMED,
     PLOTS,
     TABLE,
     caveats,
@@ -27,6 +26,7 @@ from train.analysis.results import (
     tokens_by_source,
 )
 from train.common.files import write_text
+from train.run.metrics import NAMED
 
 POINTS = 200  # drawn per curve, approximately
 

@@ -16,11 +16,9 @@ from train.common.files import load_file
 from train.common.schemas import MetricsLine, PlanFile, ResultFile, RunFile
 from train.run import run_dir
 from train.run.config import ARM
-from train.run.metrics import read_metrics
+from train.run.metrics import NAMED, TOKENS, read_metrics
 
 TABLE = "report.csv"
-NAMED, TOKENS = "validation_loss/", "tokens/"
-"""What the columns of validation sets with a name, and of the tokens by source, begin with."""
 PLOTS = {
     "loss": "training loss",
     "validation_loss": "validation loss",

@@ -127,11 +127,7 @@ def _make(
         "tokenizer": tokenization.digest(tokenizer),
         "tokenizer_name": settings.tokenizer,
         "eos_id": end,
-        "files": read.files,
-        "read": read.documents,
-        "bytes": read.bytes,
-        "dropped": dict(read.dropped),
-        "first": read.first,
+        **read.facts(),
         "left_out": source.left_out,
     }
     write_json(out / PREPARED, guard(content))
@@ -258,13 +254,8 @@ def _encoded(
     arrays = tokenization.encode(tokenizer, batch["text"], end, as_text)
     return {
         "ids": [array.tobytes() for array in arrays],
-        "hash": np.array([hash_of(text) for text in batch["text"]], np.uint64),
+        "hash": np.array([tokenization.hash_of(text) for text in batch["text"]], np.uint64),
     }
-
-
-def hash_of(text: str) -> int:
-    """Return the hash that decides whether a document is held out: the first 64 bits of its BLAKE2b."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _read_of(part: Path) -> Read:

@@ -19,13 +19,12 @@ from train.data import tokenization
 from train.data.blocks import Blocks, mapped
 from train.data.config import Data, Text
 from train.data.corpus import PREPARED, described, known_sums
+from train.data.token_shards import HEADER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREFIX, WORK = "prepared-", ".prepare"
-HEADER, VERSIONS = 1024, {"uint16": (20240520, 1), "uint32": (20240801, 7)}
-"""Size of a header in bytes; its magic and version by the tokens' type (karpathy/llm.c)."""
 
 
 def is_prepared(settings: Text) -> bool:

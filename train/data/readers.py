@@ -66,6 +66,16 @@ class Read:
     before: int = 0
     """Bytes of text in the files before it."""
 
+    def facts(self) -> dict[str, Any]:
+        """Return what a file of ours says of what was read (train.common.schemas.ReadText)."""
+        return {
+            "files": self.files,
+            "read": self.documents,
+            "bytes": self.bytes,
+            "dropped": dict(self.dropped),
+            "first": self.first,
+        }
+
     def drop(self, reason: str, file: Path, row: int) -> None:
         """Count a row that is dropped."""
         self.dropped[reason] += 1

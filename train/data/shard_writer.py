@@ -14,7 +14,7 @@ from train.common.errors import require
 from train.common.files import checksum, load_file, sync
 from train.common.progress import Progress
 from train.common.schemas import PreparedPart
-from train.data.prepared import HEADER, VERSIONS
+from train.data.token_shards import HEADER, header
 
 SHARD = 10**8
 """Tokens after which a shard ends, at the end of a document."""
@@ -138,9 +138,8 @@ class _Shards:
 
     def _end(self) -> None:
         assert self.file is not None
-        magic, version = VERSIONS[self.dtype.name]
         self.file.seek(0)
-        self.file.write(np.array([magic, version, self.within] + [0] * 253, "<i4").tobytes())
+        self.file.write(header(self.dtype.name, self.within))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -45,28 +45,139 @@ class ValidationSet(NamedTuple):
     """Of its loss in the run's validation loss; 0 if that is without it."""
 
 
-def sources_of(settings: Data) -> tuple[list[Source], list[Source]]:
-    """Return what is trained on, and the sets that are only validated on.
+@dataclass(frozen=True)
+class Sources:
+    """All that a run reads, as its settings say."""
 
-    Raises:
-        ConfigError: if the file of a mixture is damaged, or two sets have one name.
-    """
-    training = [Source("", replace(settings, validation=()), 1.0)]
-    if Path(settings.data).suffix.lower() in YAML:
-        training = _mixture(settings)
-    only: list[Source] = []
-    for name, _, place in (each.partition("=") for each in settings.validation):
-        require(
-            Path(place).suffix.lower() not in YAML,
-            f"validation is {name}={place}, which is a mixture; give each of its sources a name here.",
+    settings: Data
+    training: tuple[Source, ...]
+    only: tuple[Source, ...]
+    """The sets that are only validated on."""
+
+    @classmethod
+    def of(cls, settings: Data) -> Sources:
+        """Find them.
+
+        Raises:
+            ConfigError: if the file of a mixture is damaged, or two sets have one name.
+        """
+        training = [Source("", replace(settings, validation=()), 1.0)]
+        if Path(settings.data).suffix.lower() in YAML:
+            training = _mixture(settings)
+        only: list[Source] = []
+        for name, _, place in (each.partition("=") for each in settings.validation):
+            require(
+                Path(place).suffix.lower() not in YAML,
+                f"validation is {name}={place}, which is a mixture; give each of its sources a name here.",
+            )
+            require(
+                name not in [source.name for source in training],
+                f"validation has {name}, which is a source of {settings.data}, too; give it another name.",
+            )
+            # Everything in it is held out.
+            only.append(Source(name, replace(settings, data=place, validation=(), validation_fraction=1.0), 0.0))
+        return cls(settings, tuple(training), tuple(only))
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is one source without a name, and no set beside it."""
+        return not self.training[0].name and not self.only
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """The training sources' shares of the sequences; see :class:`train.data.mixture.Mixture`."""
+        return shares_of([source.weight for source in self.training])
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, begun_on: str = "") -> list[str]:
+        """Make all tokens ready (:func:`train.data.token_files.prepare`), and return the names of their folders.
+
+        Raises:
+            ConfigError: if a source is not what it should be.
+        """
+        return self._each(
+            lambda settings: token_files.prepare(settings, tokenizer, begun_on if self.plain else "").name
         )
-        require(
-            name not in [source.name for source in training],
-            f"validation has {name}, which is a source of {settings.data}, too; give it another name.",
-        )
-        # Everything in it is held out.
-        only.append(Source(name, replace(settings, data=place, validation=(), validation_fraction=1.0), 0.0))
-    return training, only
+
+    def fingerprint(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return a digest of everything that decides the tokens. No text is tokenized.
+
+        Raises:
+            ConfigError: if there is no such data.
+        """
+        return self.name(self._each(lambda settings: token_files.fingerprint(settings, tokenizer)))
+
+    def _each(self, work: Callable[[Data], str]) -> list[str]:
+        names = []
+        for source in (*self.training, *self.only):
+            with _named(source.name):
+                names.append(work(source.settings))
+        self._check_overlap()
+        return names
+
+    def _check_overlap(self) -> None:
+        """Check that no file of a validation set is one that is trained on.
+
+        Raises:
+            ConfigError: if one is.
+        """
+        trained = {each for source in self.training if self.only for each in token_files.contents(source.settings)}
+        for held_out in self.only:
+            for summed, file in token_files.contents(held_out.settings).items():
+                require(
+                    summed not in trained,
+                    f"validation has {held_out.name}, whose {file} is trained on as well; "
+                    "leave it out of one of the two.",
+                )
+
+    def name(self, folders: list[str]) -> str:
+        """Return the name that stands for all tokens in run.json; ``folders`` is of :meth:`prepare`."""
+        if self.plain:
+            return folders[0]
+        names = [source.name for source in (*self.training, *self.only)]
+        shares = [*self.shares, *(0 for _ in self.only)]
+        wanted = json.dumps([self.settings.validation_fraction == 0.0, *zip(names, shares, folders, strict=True)])
+        return f"mixture-{blake2b(wanted.encode(), digest_size=8).hexdigest()}"
+
+    def open(
+        self, folders: list[str], vocabulary: int, order: Order | None = None
+    ) -> tuple[Mixture, list[ValidationSet]]:
+        """Memory-map all tokens.
+
+        Args:
+            folders: names of their folders, of :meth:`prepare`.
+            vocabulary: number of different tokens.
+            order: how a run that has begun shuffles them; None for one that begins now.
+
+        Raises:
+            ConfigError: if a source has changed since, or holds not a single sequence.
+        """
+        blocks: list[Blocks] = []
+        sets: list[ValidationSet] = []
+        nothing_held_out = self.settings.validation_fraction == 0.0
+        for source, name in zip((*self.training, *self.only), folders, strict=True):
+            folder = token_files.folder_of(source.settings, name)
+            train, held_out = token_files.open_tokens(folder, source.settings, vocabulary)
+            if source.weight:
+                blocks.append(train)
+                require(
+                    len(train) > 0,
+                    f"data is {source.settings.data!r}, whose training text is less than one sequence of "
+                    f"{train.length} tokens; give more text, or a shorter sequence_length.",
+                )
+            if not (source.weight and nothing_held_out):
+                sets.append(ValidationSet(source.name, held_out, source.weight))
+        if nothing_held_out:
+            sets[0] = sets[0]._replace(weight=1.0)
+        names = tuple(source.name for source in self.training)
+        return Mixture(names, tuple(blocks), self.shares, order or order_of_all(tuple(blocks))), sets
+
+    def summary(self, folders: list[str]) -> str:
+        """Describe, in a line or two for each source, what was read and what was left out."""
+        lines = []
+        for source, name in zip((*self.training, *self.only), folders, strict=True):
+            text = token_files.summary(token_files.folder_of(source.settings, name), source.settings)
+            lines.append(f"{source.name}: {text}" if source.name else text)
+        return "\n".join(lines)
 
 
 def _mixture(settings: Data) -> list[Source]:
@@ -131,112 +242,3 @@ def _named(name: str) -> Iterator[None]:
         if not name:
             raise
         raise type(error)(f"{name}: {error}") from None
-
-
-def prepare(settings: Data, tokenizer: PreTrainedTokenizerBase, begun_on: str = "") -> list[str]:
-    """Make the tokens of all sources ready (:func:`train.data.token_files.prepare`), and return their folders' names.
-
-    Raises:
-        ConfigError: if one of them is not what it should be.
-    """
-    training, only = sources_of(settings)
-    plain = begun_on if len(training) == 1 and not only else ""
-    folders = []
-    for source in [*training, *only]:
-        with _named(source.name):
-            folders.append(token_files.prepare(source.settings, tokenizer, plain).name)
-    _check_overlap(training, only)
-    return folders
-
-
-def _check_overlap(training: list[Source], only: list[Source]) -> None:
-    """Check that no file of a validation set is one that is trained on.
-
-    Raises:
-        ConfigError: if one is.
-    """
-    trained = {summed: source for source in training if only for summed in token_files.contents(source.settings)}
-    for held_out in only:
-        for summed, file in token_files.contents(held_out.settings).items():
-            require(
-                summed not in trained,
-                f"validation has {held_out.name}, whose {file} is trained on as well; leave it out of one of the two.",
-            )
-
-
-def fingerprint(settings: Data, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of everything that decides the tokens, of all sources. No text is tokenized.
-
-    Raises:
-        ConfigError: if there is no such data.
-    """
-    training, only = sources_of(settings)
-    digests = []
-    for source in [*training, *only]:
-        with _named(source.name):
-            digests.append(token_files.fingerprint(source.settings, tokenizer))
-    _check_overlap(training, only)
-    return name_of(settings, digests)
-
-
-def name_of(settings: Data, folders: list[str]) -> str:
-    """Return the name that stands for the tokens of all sources in run.json.
-
-    Args:
-        settings: the data options.
-        folders: names of the sources' token folders, of :func:`prepare`.
-    """
-    training, only = sources_of(settings)
-    if len(training) == 1 and not training[0].name and not only:
-        return folders[0]
-    shares = [*shares_of([source.weight for source in training]), *(0 for _ in only)]
-    names = [source.name for source in [*training, *only]]
-    wanted = json.dumps([settings.validation_fraction == 0.0, *zip(names, shares, folders, strict=True)])
-    return f"mixture-{blake2b(wanted.encode(), digest_size=8).hexdigest()}"
-
-
-def open_sources(
-    settings: Data, folders: list[str], vocabulary: int, order: Order | None = None
-) -> tuple[Mixture, list[ValidationSet]]:
-    """Memory-map the tokens of all sources.
-
-    Args:
-        settings: the data options.
-        folders: names of their token folders, of :func:`prepare`.
-        vocabulary: number of different tokens.
-        order: how a run that has begun shuffles them; None for one that begins now.
-
-    Raises:
-        ConfigError: if a source has changed since, or holds not a single sequence.
-    """
-    training, only = sources_of(settings)
-    blocks: list[Blocks] = []
-    sets: list[ValidationSet] = []
-    for source, name in zip([*training, *only], folders, strict=True):
-        folder = token_files.folder_of(source.settings, name)
-        train, held_out = token_files.open_tokens(folder, source.settings, vocabulary)
-        if source.weight:
-            blocks.append(train)
-            require(
-                len(train) > 0,
-                f"data is {source.settings.data!r}, whose training text is less than one sequence of {train.length} "
-                "tokens; give more text, or a shorter sequence_length.",
-            )
-        if settings.validation_fraction > 0.0 or not source.weight:
-            sets.append(ValidationSet(source.name, held_out, source.weight))
-    if settings.validation_fraction == 0.0:
-        sets[0] = sets[0]._replace(weight=1.0)
-    parts = tuple(blocks)
-    shares = shares_of([source.weight for source in training])
-    names = tuple(source.name for source in training)
-    return Mixture(names, parts, shares, order or order_of_all(parts)), sets
-
-
-def summary(settings: Data, folders: list[str]) -> str:
-    """Describe, in a line or two for each source, what was read and what was left out."""
-    training, only = sources_of(settings)
-    lines = []
-    for source, name in zip([*training, *only], folders, strict=True):
-        text = token_files.summary(token_files.folder_of(source.settings, name), source.settings)
-        lines.append(f"{source.name}: {text}" if source.name else text)
-    return "\n".join(lines)

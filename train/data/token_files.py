@@ -265,7 +265,7 @@ def _tokenize(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase
         ConfigError: if there is no text, a part would be empty, or the corpus has changed meanwhile.
     """
     read = Read()
-    hashes = [blake2b(text.encode(), digest_size=8).digest() for text in source.documents(settings, read)]
+    hashes = [tokenization.hash_of(text) for text in source.documents(settings, read)]
     count = len(set(hashes))
     held_out = round(settings.validation_fraction * count)
     require(count > 0, f"data is {settings.data!r}, which holds no text.")
@@ -274,7 +274,7 @@ def _tokenize(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase
         f"validation_fraction is {settings.validation_fraction}, which holds out {held_out} of {count} documents; "
         "both parts need at least one.",
     )
-    threshold = sorted(set(hashes))[held_out - 1] if held_out else b""
+    threshold = sorted(set(hashes))[held_out - 1] if held_out else -1
     dtype = tokenization.dtype_for(len(tokenizer))
     tokens = {"train": 0, "validation": 0}
     end = tokenization.end_of_document(settings, tokenizer)
@@ -302,10 +302,6 @@ def _tokenize(source: Corpus, settings: Data, tokenizer: PreTrainedTokenizerBase
         "tokens": tokens,
         "sha256": sums,
         "documents": {"train": count - held_out, "validation": held_out},
-        "files": read.files,
-        "read": read.documents,
-        "bytes": read.bytes,
-        "dropped": dict(read.dropped),
-        "first": read.first,
+        **read.facts(),
         "left_out": source.left_out,
     }

@@ -35,10 +35,18 @@ HEADERS = {20240520: "uint16", 20240801: "uint32"}
 """The first number in a header of llm.c's, and what follows it."""
 HEADER = 1024
 """Its size in bytes."""
+VERSIONS = {"uint16": 1, "uint32": 7}
+"""The second number, by the tokens' type."""
 NUMPY = b"\x93NUMPY"
 MEGATRON, MEGATRON_DTYPES = b"MMIDIDX\0\0", {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 CHUNK = 2**24
 """Tokens that are looked at at once."""
+
+
+def header(dtype: str, tokens: int) -> bytes:
+    """Return the header of a shard of so many tokens, as llm.c's tools write it."""
+    magic = next(number for number, known in HEADERS.items() if known == dtype)
+    return np.array([magic, VERSIONS[dtype], tokens] + [0] * 253, "<i4").tobytes()
 
 
 class Shard(NamedTuple):

@@ -115,3 +115,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], end: int | None
         f"tokenizer is {tokenizer.name_or_path!r}, which makes the token {greatest} and says that it has {vocabulary}.",
     )
     return [array.astype(dtype_for(vocabulary)) for array in arrays]
+
+
+def hash_of(text: str) -> int:
+    """Return the hash that decides whether a document is held out: its BLAKE2b of 64 bits."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")

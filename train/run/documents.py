@@ -52,10 +52,9 @@ def end_of(settings: Data, tokenizer: PreTrainedTokenizerBase) -> int | None:
     Raises:
         ConfigError: if they are, and there is no such token.
     """
-    if not settings.document_mask:
-        tokenization.end_of_document(settings, tokenizer)
-        return None
     end = tokenization.end_of_document(settings, tokenizer)
+    if not settings.document_mask:
+        return None
     require(
         end is not None,
         f"document_mask is set, and tokenizer {settings.tokenizer!r} has no token that ends a document; give --eos-id.",

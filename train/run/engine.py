@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from train.common.errors import ConfigError, RankError, first_line, require
-from train.data import sources, tokenization
+from train.data import tokenization
 from train.data.mixture import PERIOD, Mixture
+from train.data.sources import Sources
 from train.distributed.ranks import Ranks
 from train.run import deepspeed_config, documents, loss, model, optimizers, run_dir
 from train.run.config import Run, Schedule
@@ -56,19 +57,20 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         end = documents.end_of(run.data, tokenizer)
     with ranks.collective_errors():
         begun = run_dir.begun(run.out)
+        sources = Sources.of(run.data)
     prepared: list[list[str]] = []
 
     def prepare() -> None:
-        prepared.append(sources.prepare(run.data, tokenizer, begun.tokens if begun else ""))
+        prepared.append(sources.prepare(tokenizer, begun.tokens if begun else ""))
 
     # One rank on each host prepares the tokens; the other ranks use them.
     ranks.wait_for(prepare if ranks.local_rank == 0 else None)
     # Rank 0's token folders count: the corpus is examined once.
     folders = ranks.broadcast(prepared[0] if ranks.is_main else [])
     with ranks.collective_errors():
-        train, validation = sources.open_sources(run.data, folders, len(tokenizer), begun.order if begun else None)
+        train, validation = sources.open(folders, len(tokenizer), begun.order if begun else None)
         if ranks.is_main:
-            print(sources.summary(run.data, folders), file=sys.stderr, flush=True)
+            print(sources.summary(folders), file=sys.stderr, flush=True)
             if len(train.sources) > 1:
                 print(_mixed(run, train), file=sys.stderr, flush=True)
         batch = run.parallelism.batch
@@ -123,8 +125,7 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
     if end is not None:
         documents.check_model(engine, run.model.model, end, len(tokenizer), run.data.sequence_length)
     layout = deepspeed_config.layout(ds_config, ranks.world)
-    name = sources.name_of(run.data, folders)
-    return Trainer(run, ranks, train, validation, engine, name, layout, end, kind)
+    return Trainer(run, ranks, train, validation, engine, sources.name(folders), layout, end, kind)
 
 
 def _mixed(run: Run, train: Mixture) -> str:

@@ -16,6 +16,8 @@ from train.common.files import write_text
 from train.common.schemas import MetricsLine, parse_schema
 
 METRICS, DAMAGED_METRICS = "metrics.jsonl", "metrics.damaged.jsonl"
+NAMED, TOKENS = "validation_loss/", "tokens/"
+"""What the columns of validation sets with a name, and of the tokens by source, begin with."""
 TAIL = 2**14
 """Bytes at the end of metrics.jsonl that hold its last lines."""
 

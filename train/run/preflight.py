@@ -16,7 +16,8 @@ import torch
 from balanced_adam import kernels
 from train.common.errors import ConfigError
 from train.common.files import REPOSITORY, environment_facts
-from train.data import sources, tokenization
+from train.data import tokenization
+from train.data.sources import Sources
 from train.distributed.launch import join
 from train.run import deepspeed_config, documents, model, run_dir
 from train.run.config import Preflight
@@ -55,7 +56,7 @@ def preflight(run: Preflight) -> str:
             documents.end_of(run.data, tokenizer)
         # One rank on each host reads the text. This may take long the first time.
         read: list[str] = []
-        job = (lambda: read.append(sources.fingerprint(run.data, tokenizer))) if ranks.local_rank == 0 else None
+        job = (lambda: read.append(Sources.of(run.data).fingerprint(tokenizer))) if ranks.local_rank == 0 else None
         ranks.wait_for(job)
         of_hosts = {host: text for host, text in ranks.gather((platform.node(), read[0] if read else "")) if text}
         text = of_hosts.get(platform.node(), "")

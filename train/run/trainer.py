@@ -24,7 +24,7 @@ from train.distributed.preemption import STOP_FILE, StopRequest
 from train.distributed.ranks import Ranks
 from train.run import documents, model, optimizers
 from train.run.config import Run
-from train.run.metrics import Metrics
+from train.run.metrics import NAMED, TOKENS, Metrics
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -197,7 +197,7 @@ class Trainer:
         if len(self.train.sources) == 1:
             return {}
         drawn = self.train.drawn(self.step * self.run.parallelism.batch, self.run.seed)
-        return {f"tokens/{name}": count * self.train.length for name, count in drawn.items()}
+        return {f"{TOKENS}{name}": count * self.train.length for name, count in drawn.items()}
 
     def validated(self, blocks: Blocks) -> np.ndarray:
         """Return which of a set's blocks one validation reads: a multiple of the batch, or all if they are fewer.
@@ -217,7 +217,7 @@ class Trainer:
         losses = {held_out.name: self.loss_on(held_out.blocks) for held_out in self.validation}
         whole = sum(held_out.weight for held_out in self.validation)
         mean = sum(held_out.weight / whole * losses[held_out.name] for held_out in self.validation if held_out.weight)
-        return {"validation_loss": mean, **{f"validation_loss/{name}": loss for name, loss in losses.items() if name}}
+        return {"validation_loss": mean, **{f"{NAMED}{name}": loss for name, loss in losses.items() if name}}
 
     @torch.no_grad()
     def loss_on(self, held_out: Blocks) -> float:
@@ -291,9 +291,8 @@ class Trainer:
                 save()
             if self.stopping and not last:
                 return {"status": "stopped", "step": self.step}
-        if not math.isfinite(
-            validated["validation_loss"]
-        ):  # all steps were done before, but the run was cut before result.json
+        # All steps may have been done before, and the run cut before result.json.
+        if not math.isfinite(validated["validation_loss"]):
             validated = self.validate()
         if spoiled or not math.isfinite(validated["validation_loss"]):
             what = f"weight {spoiled}" if spoiled else "validation loss"
