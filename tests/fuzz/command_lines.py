@@ -78,6 +78,10 @@ RUN: Options = {
     "--eos-id": (["1", "383", "None"], NO_COUNT),
     "--validation": ([], ["a", "=b", "a=", "a/b=c"]),
     "--loss": (["auto", "full", "chunked"], ["FULL", "", "tiled"]),
+    "--decay": (["None"], [*NO_COUNT, "0", "3"]),  # of wsd only
+    "--attention": (["auto", "eager", "sdpa"], []),
+    "--init-from": ([], ["/nowhere", "", "README.md", "a\0b", "x" * 300]),
+    "--branch-from": ([], ["/nowhere", "", "README.md", "a\0b", "x" * 300]),
     "--token-dtype": (["auto", "uint16", "uint32"], ["int8", "", "UINT16", "16"]),
     "--tokenizer": ([], ["/nowhere", "", "a\0b", "x" * 300]),
     "--model": ([], ["/nowhere", "", "a\0b", "7x", "x" * 300]),

@@ -73,7 +73,7 @@ def _settings(out: Path, arguments: list[str]) -> Run:
 
 def _write_run(run: Run, loss: float) -> None:
     run.out.mkdir(parents=True, exist_ok=True)
-    run_dir.describe(run, "tokens-abc", "permutation", "full", {})
+    run_dir.describe(run, {"tokens": "tokens-abc", "order": "permutation", "loss": "full"}, {})
     metrics = Metrics(run.out, 0)
     for step in range(1, 13):
         metrics.write(step=step, loss=5 - step / 20, lr=1e-3, step_seconds=0.1, update_rms=0.1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz.outcome import Outcome, attempt
+from tests.parity.test_one_pass import FP16
 from train.common.command_line import parse
 from train.common.errors import ConfigError
 from train.common.files import REPOSITORY
@@ -79,7 +80,7 @@ ANY_STAGE: dict[str, Values] = {
     "optimizer.params.momentum": ([], [0.9]),
     "bf16": ([{"enabled": False}, {}], SECTIONS),
     "bf16.enabled": ([False, "auto"], ["yes", 1, 0, None, "false"]),
-    "fp16.enabled": ([False, "auto"], [True, "yes", 1, None]),
+    "fp16.enabled": ([False, "auto"], ["yes", 1, None, *([] if FP16 else [True])]),
     "gradient_clipping": (["auto", 1.0, 1], [0.5, "1.0", -1, True, None, [1.0]]),
     "train_batch_size": (["auto", 4], [8, "4", 0, -4, None, 4.5, True]),
     "train_micro_batch_size_per_gpu": (["auto", 2], [4, "2", 0, None, True]),

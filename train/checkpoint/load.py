@@ -18,6 +18,7 @@ from train.checkpoint.manifest import (
     all_checkpoints,
     checkpoint_info,
     size_of,
+    step_of,
     why_incomplete,
 )
 from train.common.errors import RankError, RetryError, first_line, require
@@ -66,7 +67,7 @@ def find_checkpoint(ranks: Ranks, folder: Path, run: dict[str, Any] | None = Non
         with ranks.collective_errors(), readable(path):
             mine = checkpoint_info(path) if ranks.is_main else None
             theirs = mine.origin.get("run") if mine else None
-            difference = run_dir.difference_from(theirs, run) if theirs and run else ""
+            difference = run_dir.difference_from(theirs, run, step_of(path)) if theirs and run else ""
             require(
                 not difference,
                 f"{path} is a checkpoint of a run with {difference}; move it elsewhere, or give another folder.",

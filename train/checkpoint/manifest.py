@@ -45,7 +45,7 @@ class CheckpointInfo(NamedTuple):
     parameters: int
     """Number of weights in the model."""
     origin: dict[str, Any]
-    """``run`` and ``tokens`` of the manifest; empty if an older version made the checkpoint."""
+    """``run`` and ``tokens`` of the manifest. Older versions wrote neither. A parent's tokens are not the run's."""
     universal: bool = False
     """Whether the checkpoint is in DeepSpeed's universal format."""
 
@@ -170,7 +170,7 @@ def _manifest(path: Path) -> CheckpointFile:
 def checkpoint_info(path: Path) -> CheckpointInfo:
     """Read the manifest of a complete checkpoint."""
     about = _manifest(path)
-    origin = {"run": about.run, "tokens": about.tokens} if about.run is not None and about.tokens is not None else {}
+    origin = about.model_dump(include={"run", "tokens"}, exclude_none=True)
     return CheckpointInfo(path, about.step, about.layout.model_dump(), about.parameters, origin)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from train.checkpoint import branch
 from train.checkpoint.convert import convert_layout
 from train.checkpoint.load import check_text, find_checkpoint, restore_checkpoint
 from train.checkpoint.manifest import Origin, newest_step
@@ -19,7 +20,7 @@ from train.common.progress import Progress
 from train.distributed.launch import join
 from train.distributed.preemption import STOP_FILE
 from train.distributed.ranks import Ranks
-from train.run import deepspeed_config, run_dir
+from train.run import deepspeed_config, run_dir, weights
 from train.run.config import Run
 from train.run.dry_run import dry_run
 from train.run.engine import initialize
@@ -59,19 +60,31 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
         if ended is not None:
             _report_end(run, ended, "already ")
             return
+        begun = ranks.broadcast((run.out / "run.json").exists())
+        taken: dict[str, Any] = {}
+        if run.checkpoints.branch_from and not begun:
+            ranks.wait_for((lambda: taken.update(branch.take(run))) if ranks.is_main else None)
         checkpoint = find_checkpoint(ranks, run.out / "checkpoints", run.identity())
         if checkpoint:
             layout = deepspeed_config.layout(ds_config, ranks.world)
             checkpoint = convert_layout(ranks, checkpoint, layout, run.optimizer.optimizer)
             ds_config.setdefault("checkpoint", {})["load_universal"] = checkpoint.universal
-        trainer = initialize(run, ranks, ds_config)
+        trainer = initialize(run, ranks, ds_config, resumes=checkpoint is not None)
+        facts = {**trainer.facts, **({"parent": taken} if taken else {})}
+        if run.model.init_from and not begun:
+            read = run.model.init_from
+            ranks.wait_for((lambda: facts.update(init_from=weights.sums(read))) if ranks.is_main else None)
         with ranks.collective_errors():
             if ranks.is_main:
-                run_dir.describe(run, trainer.tokens, trainer.train.order, trainer.loss_kind, ds_config)
+                run_dir.describe(run, facts, ds_config)
             if checkpoint:
-                check_text(checkpoint, trainer.tokens)
+                check_text(checkpoint, trainer.facts["tokens"])
         if checkpoint:
             trainer.step = restore_checkpoint(trainer.engine, ranks, checkpoint)
+            follow_schedule(trainer.engine.lr_scheduler, run.optimizer.lr)
+        with ranks.collective_errors():
+            described = run_dir.begun(run.out)
+            trainer.branched_at = described.parent.step if described and described.parent else 0
         with ranks.collective_errors():
             metrics = Metrics(run.out, trainer.step) if ranks.is_main else None
             if metrics:
@@ -88,10 +101,17 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
     _report_end(run, ended)
 
 
+def follow_schedule(schedule: Any, lr: float) -> None:
+    """Set the learning rate to that of the schedule with the peak ``lr``, at its step, whatever a checkpoint says."""
+    schedule.base_lrs = [lr] * len(schedule.base_lrs)
+    schedule.last_epoch -= 1
+    schedule.step()
+
+
 def saver(trainer: Trainer) -> Callable[[], None]:
     """Return a function that saves a checkpoint of the trainer's current state."""
     run = trainer.run
-    origin = Origin(run.identity(), trainer.tokens)
+    origin = Origin(run.identity(), trainer.facts["tokens"])
 
     def save() -> None:
         save_checkpoint(

@@ -139,6 +139,14 @@ Loss = Literal["full", "chunked"]
 """How the loss is computed: from all logits at once, or from a few at a time."""
 
 
+class Parent(Schema):
+    """The checkpoint of another run that a run began from."""
+
+    checkpoint: str
+    step: Step
+    files: dict[str, SizeAndSum]
+
+
 class RunFile(Schema):
     """run.json: which run a folder belongs to, and what it trains on."""
 
@@ -148,6 +156,12 @@ class RunFile(Schema):
     """How the data is shuffled (train.data.blocks). Older runs don't say so."""
     loss: Loss = "full"
     """How the loss is computed. Older runs don't say so."""
+    rows: PositiveInt | None = None
+    """Of the model's embedding. None in older runs: as many as the tokenizer has tokens."""
+    parent: Parent | None = None
+    """The checkpoint of another run that this one began from (``--branch-from``)."""
+    init_from: dict[str, SHA256] | None = None
+    """The files of weights that this run began from (``--init-from``)."""
 
 
 class ResultFile(Schema):

@@ -69,7 +69,7 @@ def _load_weights_of(trainer: Trainer, ranks: Ranks, run: Path) -> None:
     checkpoint = find_checkpoint(ranks, run / "checkpoints", trainer.run.identity())
     if checkpoint is None:
         raise ConfigError(f"checkpoint is {run}, which has no complete checkpoint; give the folder of a run.")
-    check_text(checkpoint, trainer.tokens)
+    check_text(checkpoint, trainer.facts["tokens"])
     try:
         load_weights(trainer.engine, checkpoint)
     except Exception as error:  # of any class, if the weights are another model's

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from train.common.errors import ConfigError, require
+from train.common.errors import ConfigError, require, shown
 from train.common.files import REPOSITORY
 from train.data.config import Data
 from train.run import optimizers
@@ -26,12 +26,31 @@ class Model:
     """The model."""
 
     model: str = "tiny"
-    """A preset (tiny, small, 124m, 350m or 1.3b), or the path or hub name of a causal language model's config."""
+    """A preset (tiny, small, 124m, 350m, 1.3b, 3b or 7b), or the path or hub name of a causal model's configuration."""
+    init_from: Path | None = None
+    """Begin with the weights of this Hugging Face checkpoint, a folder, and a new optimizer.
+    The model is the folder's, so leave out --model. Default: weights drawn by the seed."""
+    attention: str = "auto"
+    """transformers' name of the implementation of attention: eager, sdpa, flash_attention_2, flex_attention and others.
+    Default: transformers' choice."""
+    compile: bool = False
+    """Compile the model by torch.compile. The first steps take longer, and the numbers agree to rounding."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass. This saves memory and costs about a third more compute."""
     loss: Literal["auto", "full", "chunked"] = "auto"
     """Take the loss from all logits at once, or from a few tokens' at a time, which saves 12 bytes a logit.
     "auto" is chunked from 2^26 logits a sequence on."""
+
+    def check(self) -> None:
+        """Raise :class:`ConfigError` on a contradiction."""
+        require(
+            self.init_from is None or self.init_from.is_dir(),
+            f"init_from is {self.init_from}, which is not a folder; give one that holds a Hugging Face checkpoint.",
+        )
+        require(
+            self.init_from is None or self.model in ("tiny", str(self.init_from)),  # tiny is the default
+            f"model is {shown(self.model)}, and init_from is {self.init_from}, which has a model; leave out --model.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +93,9 @@ class Schedule:
     """Number of optimizer steps; at least 1."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     """Shape of the decay from lr to final_lr x lr.
-    wsd (warm-up, stable, decay) decays over the last fifth of the steps."""
+    wsd (warm-up, stable, decay) decays over the last steps. Until then a run may be made longer by more --steps."""
+    decay: int | None = None
+    """Number of steps in which wsd decays. Default: a fifth of all steps."""
     warmup: int = 30
     """Steps in which the learning rate rises linearly from 0, so that the first step moves nothing; fewer than steps.
     With wsd it rises from final_lr x lr, as in transformers."""
@@ -89,6 +110,18 @@ class Schedule:
             f"warmup is {self.warmup}; it must lie in [0, steps), and steps is {self.steps}.",
         )
         require(0.0 <= self.final_lr <= 1.0, f"final_lr is {self.final_lr}; it is a fraction of lr, in [0, 1].")
+        if self.decay is not None:
+            require(self.schedule == "wsd", f"decay is {self.decay}, and schedule is {self.schedule}; only wsd has it.")
+            most = self.steps - self.warmup
+            require(
+                1 <= self.decay <= most,
+                f"decay is {self.decay}; it must lie between 1 and steps - warmup, which is {most}.",
+            )
+
+    @property
+    def decay_steps(self) -> int:
+        """Number of steps in which wsd decays."""
+        return self.decay or max(1, self.steps // 5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +175,16 @@ class Checkpoints:
     resume: bool = True
     """Resume from the newest complete checkpoint in the output folder, if there is one.
     With --no-resume a folder that holds a run is an error."""
+    branch_from: Path | None = None
+    """Begin with the state of another run: its weights, its optimizer's state, its step and its place in the data.
+    A run's folder, of which the newest checkpoint is taken, or FOLDER/checkpoints/step-N. Schedule, lr, clip, data and
+    seed are this run's; --steps counts those of the other run, too."""
+
+    @property
+    def parent(self) -> Path | None:
+        """Folder of the run that this one branches from."""
+        path = self.branch_from
+        return path.parent.parent if path and path.parent.name == "checkpoints" else path
 
     def check(self) -> None:
         """Raise :class:`ConfigError` on a value out of range."""
@@ -222,7 +265,8 @@ class Run:
             f"stop_after_nonfinite is {self.stop_after_nonfinite}; it must be at least 1.",
         )
         require(5.0 <= self.timeout < 1e6, f"timeout is {self.timeout}; it is in seconds, from 5 to a million.")
-        for concern in (self.data, self.optimizer, self.schedule, self.parallelism, self.checkpoints, self.logging):
+        concerns = [value for each in dataclasses.fields(self) if hasattr(value := getattr(self, each.name), "check")]
+        for concern in concerns:
             for name, value in dataclasses.asdict(concern).items():
                 if isinstance(value, float):
                     require(math.isfinite(value), f"{name} is {value}; it must be a finite number.")
@@ -284,11 +328,21 @@ class Run:
                 del options["data"][name]
         if self.model.loss == "auto":
             del options["model"]["loss"]
+        for name in ("attention", "compile"):  # how the same numbers are computed
+            del options["model"][name]
+        if self.model.init_from is None:
+            del options["model"]["init_from"]
+        else:
+            options["model"]["init_from"] = str(self.model.init_from.resolve())
         if self.data.validation:  # wherever they are; their content identifies them
             options["data"]["validation"] = [each.partition("=")[0] for each in self.data.validation]
         if (path := Path(self.data.data)).exists():  # one spelling for one file
             options["data"]["data"] = str(path.resolve())
+        if self.schedule.decay is None:
+            del options["schedule"]["decay"]
         kept = {key: options[key] for key in ("seed", "model", "data", "optimizer", "schedule")}
+        if self.checkpoints.branch_from:
+            kept["branch_from"] = str(self.checkpoints.branch_from.resolve())
         if self.optimizer.state == "fp32":  # so that runs older than this option can be resumed
             del options["optimizer"]["state"]
         if self.optimizer.optimizer == "adam":

@@ -15,7 +15,7 @@ def dry_run(trainer: Trainer, ds_config: dict[str, Any]) -> None:
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-    chunked = trainer.loss_kind == "chunked"
+    chunked = trainer.facts["loss"] == "chunked"
     try:
         memory = estimate(trainer.run, trainer.engine.module.config, ds_config, trainer.ranks.world, chunked)
         estimated = described(memory)

@@ -14,7 +14,7 @@ from train.data import tokenization
 from train.data.mixture import PERIOD, Mixture
 from train.data.sources import Sources
 from train.distributed.ranks import Ranks
-from train.run import deepspeed_config, documents, loss, model, optimizers, run_dir
+from train.run import deepspeed_config, documents, loss, model, optimizers, run_dir, weights
 from train.run.config import Run, Schedule
 from train.run.trainer import Trainer
 
@@ -30,7 +30,7 @@ def lr_scheduler(settings: Schedule, peak: float) -> Callable[[torch.optim.Optim
     extra: dict[str, dict[str, Any]] = {
         "cosine": {"min_lr_rate": settings.final_lr},
         "linear": {"lr_end": settings.final_lr * peak, "power": 1.0},
-        "wsd": {"min_lr_ratio": settings.final_lr, "num_decay_steps": max(1, settings.steps // 5)},
+        "wsd": {"min_lr_ratio": settings.final_lr, "num_decay_steps": settings.decay_steps},
     }
     return lambda optimizer: get_scheduler(
         names[settings.schedule],
@@ -41,8 +41,14 @@ def lr_scheduler(settings: Schedule, peak: float) -> Callable[[torch.optim.Optim
     )
 
 
-def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
+def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any], resumes: bool = False) -> Trainer:
     """Prepare the data, and build the model, the engine and the trainer.
+
+    Args:
+        run: the options.
+        ranks: all ranks call this.
+        ds_config: resolved for these ranks.
+        resumes: whether a checkpoint will be loaded, so that ``--init-from`` need not be.
 
     Raises:
         ConfigError: on all ranks, if data or model is unsuitable.
@@ -52,11 +58,16 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
     from balanced_adam.zero import describe
 
     with ranks.collective_errors():
+        begun = run_dir.begun(run.out)
+        parent = run.checkpoints.parent
+        earlier = begun or (run_dir.begun(parent) if parent else None)
         tokenizer = tokenization.load_tokenizer(run.data.tokenizer)
-        config = model.configuration(run.model, len(tokenizer), run.data.sequence_length)
+        rows = (earlier.rows or len(tokenizer)) if earlier else None
+        config = model.configuration(run.model, len(tokenizer), run.data.sequence_length, rows)
+        if run.model.init_from:
+            weights.check_tokenizer(run.model.init_from, tokenizer)
         end = documents.end_of(run.data, tokenizer)
     with ranks.collective_errors():
-        begun = run_dir.begun(run.out)
         sources = Sources.of(run.data)
     prepared: list[list[str]] = []
 
@@ -68,7 +79,7 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
     # Rank 0's token folders count: the corpus is examined once.
     folders = ranks.broadcast(prepared[0] if ranks.is_main else [])
     with ranks.collective_errors():
-        train, validation = sources.open(folders, len(tokenizer), begun.order if begun else None)
+        train, validation = sources.open(folders, len(tokenizer), earlier.order if earlier else None)
         if ranks.is_main:
             print(sources.summary(folders), file=sys.stderr, flush=True)
             if len(train.sources) > 1:
@@ -89,9 +100,10 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
             texts = dict(zip((f"{name} training".strip() for name in train.names), train.sources, strict=True))
             texts |= {f"{each.name} validation".strip(): each.blocks for each in validation}
             documents.check_ends(texts, end)
-        network = model.build(config, run.model, run.seed, ds_config)
-        rows = getattr(config, "vocab_size", len(tokenizer))
-        kind = loss.resolved(run.model.loss, run.data.sequence_length, rows, begun.loss if begun else None)
+        load = run.model.init_from is not None and not resumes
+        network = model.build(config, run.model, run.seed, ds_config, ranks, load)
+        embedded = getattr(config, "vocab_size", len(tokenizer))
+        kind = loss.resolved(run.model.loss, run.data.sequence_length, embedded, earlier.loss if earlier else None)
         if kind == "chunked":
             loss.use_chunked(network)
     trained = [p for p in network.parameters() if p.requires_grad]
@@ -124,8 +136,30 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Trainer:
         loss.check_chunked(engine, run.model.model, len(tokenizer))
     if end is not None:
         documents.check_model(engine, run.model.model, end, len(tokenizer), run.data.sequence_length)
+    if run.model.compile:
+        with ranks.collective_errors():
+            _check_compiler(ranks.device)
+        engine.compile()
     layout = deepspeed_config.layout(ds_config, ranks.world)
-    return Trainer(run, ranks, train, validation, engine, sources.name(folders), layout, end, kind)
+    facts = {"tokens": sources.name(folders), "order": train.order, "loss": kind, "rows": embedded}
+    trainer = Trainer(run, ranks, train, validation, engine, layout, end, facts)
+    if load and (spoiled := trainer.nonfinite_weight()):
+        raise ConfigError(f"init_from is {run.model.init_from}, whose weight {spoiled} is not finite.")
+    return trainer
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Check that torch.compile works here, by the smallest function.
+
+    Raises:
+        ConfigError: if it doesn't, for want of a compiler, say.
+    """
+    try:
+        torch.compile(torch.neg)(torch.zeros(2, device=device))
+    except Exception as error:  # of any class, depending on what is missing
+        raise ConfigError(
+            f"compile is true, and torch.compile does not work here ({first_line(error)}); leave --compile out."
+        ) from None
 
 
 def _mixed(run: Run, train: Mixture) -> str:

@@ -9,6 +9,7 @@ import torch
 from train.run import ds_schema
 from train.run.config import Run
 from train.run.loss import CHUNK, use_chunked
+from train.run.model import DTYPES
 from train.run.optimizers import UNIVERSAL, is_foreign
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ PER_LOGIT = 12
 (measured on CPUs: 12.3 in bf16 and 12.5 in float32, ``python -m tests.perf loss``)."""
 STATE = {"fp32": 8, "packed32": 4, "packed16": 2, "packed8": 1}
 """Bytes of two moments of a weight."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Memory(NamedTuple):

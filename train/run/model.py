@@ -2,109 +2,144 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 
 from train.common.errors import ConfigError, first_line, require, shown, why_not_loaded
+from train.distributed.ranks import Ranks
+from train.run import ds_schema, weights
 from train.run.config import Model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Llama shapes: width, layers, heads, feed-forward width, positions, tied embeddings.
+
+class Shape(NamedTuple):
+    """The shape of a Llama model."""
+
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    """Fewer than heads: grouped-query attention (arXiv 2305.13245)."""
+    inner: int
+    """Width of the feed-forward layers."""
+    positions: int
+    tied: bool
+    """Whether the output embedding is the input embedding."""
+    multiple: int
+    """The embedding's rows are a multiple of this: GPUs multiply such matrices faster."""
+
+
 PRESETS = {
-    "tiny": (128, 2, 4, 352, 1024, True),  # 0.45 M parameters with the byte tokenizer
-    "small": (384, 6, 6, 1024, 2048, True),  # 10.8 M
-    "124m": (768, 12, 12, 2048, 2048, True),  # this and the following: sizes with a vocabulary of 50 000
-    "350m": (1024, 24, 16, 2736, 2048, True),
-    "1.3b": (2048, 24, 32, 5504, 4096, False),
+    "tiny": Shape(128, 2, 4, 4, 352, 1024, True, 1),  # 0.45 M parameters with the byte tokenizer
+    "small": Shape(384, 6, 6, 6, 1024, 2048, True, 1),  # 10.8 M
+    "124m": Shape(768, 12, 12, 12, 2048, 2048, True, 128),  # this and the following: sizes with 50 000 tokens
+    "350m": Shape(1024, 24, 16, 16, 2736, 2048, True, 128),
+    "1.3b": Shape(2048, 24, 32, 32, 5504, 4096, False, 128),
+    "3b": Shape(3072, 28, 24, 8, 8192, 8192, True, 128),
+    "7b": Shape(4096, 32, 32, 8, 14336, 8192, False, 128),
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def configuration(settings: Model, vocabulary: int, sequence_length: int) -> PretrainedConfig:
+def configuration(settings: Model, vocabulary: int, sequence_length: int, rows: int | None = None) -> PretrainedConfig:
     """Return the model's configuration. Presets get the tokenizer's vocabulary.
 
     Args:
         settings: the model options.
         vocabulary: number of different tokens that the data may hold.
         sequence_length: tokens in one training sequence.
+        rows: of a preset's embedding. Default: the vocabulary, rounded up to the preset's multiple.
 
     Raises:
         ConfigError: if there is no such model, or it is too small for the vocabulary or the sequence.
     """
     from transformers import AutoConfig, LlamaConfig
 
-    if settings.model in PRESETS:
-        width, layers, heads, inner, positions, tied = PRESETS[settings.model]
+    attention: dict[str, Any] = {} if settings.attention == "auto" else {"attn_implementation": settings.attention}
+    source = str(settings.init_from or settings.model)
+    if source in PRESETS:
+        shape = PRESETS[source]
         config: PretrainedConfig = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            intermediate_size=inner,
-            max_position_embeddings=positions,
-            tie_word_embeddings=tied,
+            vocab_size=rows or -(-vocabulary // shape.multiple) * shape.multiple,
+            hidden_size=shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            intermediate_size=shape.inner,
+            max_position_embeddings=shape.positions,
+            tie_word_embeddings=shape.tied,
             bos_token_id=None,
             eos_token_id=None,
+            **attention,
         )
     else:
         try:
-            config = AutoConfig.from_pretrained(settings.model)
+            config = AutoConfig.from_pretrained(source, **attention)
         except Exception as error:  # of any class, depending on the configuration's files
+            what = "init_from" if settings.init_from else "model"
+            no_preset = "" if settings.init_from else f" is not a preset ({', '.join(PRESETS)}) and"
             raise ConfigError(
-                f"model is {shown(settings.model)}, which is not a preset ({', '.join(PRESETS)}) and can't be loaded: "
-                f"{why_not_loaded(settings.model, error)}."
+                f"{what} is {shown(source)}, which{no_preset} can't be loaded: {why_not_loaded(source, error)}."
             ) from None
     config.use_cache = False
-    rows = getattr(config, "vocab_size", vocabulary)
+    embedded = getattr(config, "vocab_size", vocabulary)
     require(
-        rows >= vocabulary,
-        f"model {settings.model!r} embeds {rows} tokens, but the tokenizer has {vocabulary}; take another of the two.",
+        embedded >= vocabulary,
+        f"model {source!r} embeds {embedded} tokens, but the tokenizer has {vocabulary}; take another of the two.",
     )
     longest = getattr(config, "max_position_embeddings", None) or sequence_length
     require(
         longest >= sequence_length,
-        f"sequence_length is {sequence_length}, but model {settings.model!r} has {longest} positions; "
+        f"sequence_length is {sequence_length}, but model {source!r} has {longest} positions; "
         f"it can be {longest} at most.",
     )
     return config
 
 
-def build(config: PretrainedConfig, settings: Model, seed: int, ds_config: dict[str, Any]) -> PreTrainedModel:
+def build(
+    config: PretrainedConfig, settings: Model, seed: int, ds_config: dict[str, Any], ranks: Ranks, load: bool = False
+) -> PreTrainedModel:
     """Build the model. Its initial weights are the same for every number of ranks and every ZeRO stage.
 
-    At stage 3 transformers builds it under ``deepspeed.zero.Init``, so no rank ever holds all of the model.
+    At stage 3 transformers builds it under ``deepspeed.zero.Init``, so no rank ever holds all of the model. At other
+    stages rank 0 draws the weights. The other ranks hold memory for them, on their device and in their type, and
+    get them when DeepSpeed broadcasts the model.
+
+    Args:
+        config: of the model.
+        settings: the model options.
+        seed: of the initial weights.
+        ds_config: resolved for these ranks.
+        ranks: all ranks call this.
+        load: whether the weights are those of ``settings.init_from`` instead.
 
     Raises:
         ConfigError: if transformers can't build a causal language model from the configuration.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:  # Transformers 4
-        from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined, no-redef]
 
     # This object must stay alive while the model is built; it tells transformers that this is stage 3.
     zero3 = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     torch.manual_seed(seed)
     try:
-        # torch's own initialization of each module is skipped, as at stage 3, so that both draw the same numbers.
-        with nullcontext() if zero3 else no_init_weights():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        if zero3 is None:
-            model.initialize_weights()
-            model.tie_weights()
+        if zero3 is None and not ranks.is_main:
+            model = weights.allocate(config, DTYPES[ds_schema.dtype(ds_config)], ranks.device)
+        elif load and settings.init_from:
+            model = weights.read(settings.init_from, config)
+        else:
+            model = weights.draw(config, at_once=zero3 is None)
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ConfigError:
+        raise
     except Exception as error:  # of any class, depending on what is wrong with the configuration
+        how = "" if settings.attention == "auto" else f" with --attention {settings.attention}"
         raise ConfigError(
-            f"model is {shown(settings.model)}, which transformers can't build as a causal language model: "
+            f"model is {shown(settings.model)}, which transformers can't build as a causal language model{how}: "
             f"{first_line(error)}"
         ) from None
     finally:

@@ -10,24 +10,23 @@ result.json     how the run ended; written last
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from train.common.errors import ConfigError, require
 from train.common.files import environment_facts, load_file, remove_temporaries, write_json
 from train.common.schemas import ResultFile, RunFile
-from train.run.config import Run
-
-if TYPE_CHECKING:
-    from train.common.schemas import Loss, Order
+from train.run.config import Run, Schedule
 
 OURS_EARLY = ("log.txt", "monitor", "attempts.jsonl", "STOP")
 """Files that may exist in the folder before run.json, besides hidden ones."""
@@ -40,15 +39,14 @@ def check(run: Run) -> None:
 
     Raises:
         ConfigError: if the folder belongs to another run, holds files that are not a run's, or holds this run and
-            ``--no-resume`` is given.
+            ``--no-resume`` is given; or if the run can't branch from the one that it should.
     """
     out = run.out
+    early = (*OURS_EARLY, "checkpoints") if run.checkpoints.branch_from else OURS_EARLY
     try:
         require(not out.exists() or out.is_dir(), f"out is {out}, which is a file; give a folder.")
         strangers = (
-            sorted(p.name for p in out.iterdir() if p.name not in OURS_EARLY and p.name[0] != ".")
-            if out.exists()
-            else []
+            sorted(p.name for p in out.iterdir() if p.name not in early and p.name[0] != ".") if out.exists() else []
         )
     except OSError as error:
         raise ConfigError(f"out is {out!s:.200}, which can't be used: {error.strerror}.") from None
@@ -58,8 +56,11 @@ def check(run: Run) -> None:
             not strangers,
             f"out is {out}, which holds {', '.join(strangers[:1])} but no run; give a new or an empty folder.",
         )
+        _check_parent(run)
         return
-    difference = difference_from(load_file(RunFile, written).identity, run.identity())
+    ended = (out / "result.json").exists()
+    # Whether a wsd run may be made longer from its newest checkpoint is found out when that is found.
+    difference = difference_from(load_file(RunFile, written).identity, run.identity(), sys.maxsize if ended else 0)
     require(not difference, f"out is {out}, which belongs to a run with {difference}; give another folder.")
     require(
         run.checkpoints.resume,
@@ -141,8 +142,13 @@ def note(out: Path, event: str, **values: Any) -> None:
         os.fsync(file.fileno())
 
 
-def describe(run: Run, tokens: str, order: Order, loss: Loss, ds_config: dict[str, Any]) -> None:
+def describe(run: Run, facts: dict[str, Any], ds_config: dict[str, Any]) -> None:
     """Write run.json and ds_config.json. If run.json exists, check that the run began on the same tokens.
+
+    Args:
+        run: the options.
+        facts: what run.json says beside the identity; see :class:`train.common.schemas.RunFile`.
+        ds_config: that DeepSpeed was given.
 
     Raises:
         ConfigError: if the text or its tokenizer has changed since the run began.
@@ -150,14 +156,14 @@ def describe(run: Run, tokens: str, order: Order, loss: Loss, ds_config: dict[st
     written = run.out / "run.json"
     if before := begun(run.out):
         require(
-            before.tokens == tokens,
+            before.tokens == facts["tokens"],
             f"data is {run.data.data!r}, which has changed since the run in {run.out} began (or its tokenizer has); "
             "restore it, or give another folder.",
         )
+        if difference_from(before.identity, run.identity()):  # a wsd run that was made longer
+            write_json(written, {**before.model_dump(exclude_unset=True), "identity": run.identity()})
     else:
-        write_json(
-            written, {"identity": run.identity(), "tokens": tokens, "order": order, "loss": loss, **environment_facts()}
-        )
+        write_json(written, {"identity": run.identity(), **facts, **environment_facts()})
     write_json(run.out / "ds_config.json", ds_config)
 
 
@@ -167,17 +173,63 @@ def begun(out: Path) -> RunFile | None:
     return load_file(RunFile, written) if written.exists() else None
 
 
-def difference_from(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+MAY_BRANCH = {"model": {"loss", "activation_checkpointing"}, "optimizer": {"lr", "clip", "allow_unbalanced"}}
+"""In what options of these two kinds a run may differ from the one that it branches from."""
+
+
+def _check_parent(run: Run) -> None:
+    """Check that the run may go on with the state of the run that it branches from, if it does.
+
+    Raises:
+        ConfigError: if there is no such run, or the two differ in what gives the state its meaning.
+    """
+    parent, given = run.checkpoints.parent, run.checkpoints.branch_from
+    if parent is None:
+        return
+    require((parent / "run.json").is_file(), f"branch_from is {given}, which is not a run's folder nor its checkpoint.")
+    kept = []
+    for identity in (load_file(RunFile, parent / "run.json").identity, run.identity()):
+        both: dict[str, Any] = {
+            kind: {key: value for key, value in identity[kind].items() if key not in may}
+            for kind, may in MAY_BRANCH.items()
+        }
+        both["data"] = {key: identity["data"][key] for key in ("tokenizer", "sequence_length")}
+        kept.append({**both, "parallelism": {"batch": identity["parallelism"]["batch"]}})
+    difference = difference_from(kept[0], kept[1])
+    require(
+        not difference,
+        f"branch_from is {given}, of a run with {difference}; only schedule, lr, clip, data and seed may be others.",
+    )
+
+
+def difference_from(theirs: dict[str, Any], mine: dict[str, Any], step: int = sys.maxsize) -> str:
     """Return the first difference of two identities, such as "seed = 1, not 0"; empty if they are the same run.
 
-    The path of a corpus makes no difference: its content identifies it.
+    The path of a corpus makes no difference: its content identifies it. Nor does a wsd schedule's length, if neither
+    has begun to decay after ``step`` steps.
     """
     theirs, mine = (json.loads(json.dumps(identity)) for identity in (theirs, mine))
     both = [data for identity in (theirs, mine) if isinstance(data := identity.get("data"), dict)]
     if len(both) == 2 and all(_is_path(data.get("data")) for data in both):
         for data in both:
             del data["data"]
-    return next(_differences(theirs, mine), "")
+    ends = [_end_of_stable(identity) for identity in (theirs, mine)]
+    if step <= min(ends):
+        for identity in (theirs, mine):
+            identity["schedule"].update(steps=None, decay=None)
+    found = next(_differences(theirs, mine), "")
+    longer = found.startswith(("steps = ", "decay = ")) and min(ends) >= 0
+    return f"{found} (it began to decay at step {min(ends)}; --branch-from an earlier checkpoint)" if longer else found
+
+
+def _end_of_stable(identity: dict[str, Any]) -> int:
+    """Return the step at which a wsd schedule begins to decay; -1 if it is another, or decides betas, too."""
+    schedule, optimizer = identity.get("schedule", {}), identity.get("optimizer", {})
+    if schedule.get("schedule") != "wsd" or isinstance(optimizer.get("betas"), str):
+        return -1
+    known = {field.name for field in dataclasses.fields(Schedule)}
+    options = Schedule(**{key: value for key, value in schedule.items() if key in known})
+    return options.steps - options.decay_steps
 
 
 def _is_path(data: Any) -> bool:

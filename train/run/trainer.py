@@ -15,7 +15,6 @@ import torch
 
 from balanced_adam import UpdateSize
 from train.common.progress import Progress
-from train.common.schemas import Loss
 from train.data.blocks import Blocks
 from train.data.mixture import Mixture
 from train.data.prefetch import Prefetch
@@ -52,21 +51,23 @@ class Trainer:
         train: Mixture,
         validation: list[ValidationSet],
         engine: DeepSpeedEngine,
-        tokens: str,
         layout: dict[str, Any],
         end: int | None,
-        loss_kind: Loss,
+        facts: dict[str, Any],
     ) -> None:
         self.run, self.ranks, self.train, self.validation, self.engine = run, ranks, train, validation, engine
-        self.tokens = tokens  # stands for the tokens of all sources, a fingerprint of texts and tokenizer
+        self.facts = facts
+        """What run.json says beside the run's identity; see :class:`train.common.schemas.RunFile`."""
         self.end = end  # token that ends a document, if each is to see itself alone
         self.micro = engine.train_micro_batch_size_per_gpu()
         self.accumulation = engine.gradient_accumulation_steps()
         self.parameters = model.parameter_count(engine.module)
         self.multiplied = self.parameters - model.looked_up(engine.module)  # weights that each token is multiplied by
         self.step = 0  # optimizer steps taken
+        self.branched_at = 0
+        """Of these, how many the run took that this one branches from."""
         self.beta = run.moving_beta()
-        self.layout, self.loss_kind = layout, loss_kind
+        self.layout = layout
         self.stop = StopRequest(run.out / STOP_FILE if ranks.is_main else None)
         self.stopping = False
         """Whether any rank has been asked to stop; the same on all ranks."""
@@ -193,11 +194,15 @@ class Trainer:
             settings.gradient_clipping = clip
 
     def tokens_by_source(self) -> dict[str, int]:
-        """Return how many tokens of each source have been trained on, by the metric's name; nothing for one source."""
+        """Return how many tokens of each source this run has trained on, by the metric's name; nothing for one source.
+
+        What was trained on before the run branched is not counted: that may have been other sources.
+        """
         if len(self.train.sources) == 1:
             return {}
-        drawn = self.train.drawn(self.step * self.run.parallelism.batch, self.run.seed)
-        return {f"{TOKENS}{name}": count * self.train.length for name, count in drawn.items()}
+        batch, seed = self.run.parallelism.batch, self.run.seed
+        drawn, before = (self.train.drawn(step * batch, seed) for step in (self.step, self.branched_at))
+        return {f"{TOKENS}{name}": (drawn[name] - before[name]) * self.train.length for name in drawn}
 
     def validated(self, blocks: Blocks) -> np.ndarray:
         """Return which of a set's blocks one validation reads: a multiple of the batch, or all if they are fewer.
