@@ -79,6 +79,8 @@ RUN: Options = {
     "--validation": ([], ["a", "=b", "a=", "a/b=c"]),
     "--loss": (["auto", "full", "chunked"], ["FULL", "", "tiled"]),
     "--decay": (["None"], [*NO_COUNT, "0", "3"]),  # of wsd only
+    "--tokens": ([], [*NO_NUMBER, "0", "-1", "nan", "inf"]),  # steps are given, too
+    "--config": ([], ["/nowhere", "", "README.md", "a\0b", "x" * 300]),
     "--attention": (["auto", "eager", "sdpa"], []),
     "--init-from": ([], ["/nowhere", "", "README.md", "a\0b", "x" * 300]),
     "--branch-from": ([], ["/nowhere", "", "README.md", "a\0b", "x" * 300]),

@@ -118,7 +118,7 @@ WRONG: dict[str, tuple[list[Any] | str, str]] = {
     "too small": ([GOOD, {**GOOD, "name": "b", "weight": 1e-7}], "b has the weight 1e-07, less than one in 100000"),
     "a date": ("- {2026-01-01: x, name: a, path: x, weight: 1}", "it must be a list of sources"),
     "deep": ("[" * 3000, "it must be a list of sources"),
-    "a key twice": ("- {name: a, path: x, weight: 1, weight: 5}", "a source has weight twice"),
+    "a key twice": ("- {name: a, path: x, weight: 1, weight: 5}", "it has weight twice"),
     "long path": ([{**GOOD, "path": "x" * 5000}], "a: data is "),
     "NUL": ([{**GOOD, "path": "a\0b"}], "a: data is "),
     "nested": ([{**GOOD, "path": "x.yaml"}], "the path of a is a mixture itself"),

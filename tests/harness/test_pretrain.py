@@ -75,7 +75,8 @@ def test_any_causal_model_of_transformers_trains_from_its_configuration(make: Ma
 
 
 @pytest.mark.parametrize(
-    ("preset", "millions"), [("tiny", 0.5), ("small", 10), ("124m", 124), ("350m", 350), ("1.3b", 1300)]
+    ("preset", "millions"),
+    [("tiny", 0.5), ("small", 10), ("124m", 124), ("350m", 350), ("1.3b", 1300), ("3b", 3000), ("7b", 7000)],
 )
 def test_a_preset_has_about_the_parameters_that_its_name_says(preset: str, millions: float) -> None:
     from transformers import AutoModelForCausalLM

@@ -22,6 +22,7 @@ from train.distributed.launch import join
 from train.probe.single_rank import single_rank_run
 from train.run import model, weights
 from train.run.config import Model
+from train.run.presets import PRESETS
 
 SMALL: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 SHAPES = {
@@ -219,7 +220,7 @@ def test_the_vocabulary_of_large_presets_is_padded_and_a_run_that_has_begun_keep
 
 
 def test_a_run_of_an_older_version_goes_on_with_the_rows_that_it_had(make: Make, monkeypatch: Any) -> None:
-    monkeypatch.setitem(model.PRESETS, "tiny", model.PRESETS["tiny"]._replace(multiple=500))
+    monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"]._replace(multiple=500))
     run = make("--steps", "3", "--warmup", "1")
     pretrain(run)
     about = json.loads((run.out / "run.json").read_text())

@@ -24,6 +24,7 @@ from train.run import deepspeed_config, run_dir, weights
 from train.run.config import Run
 from train.run.dry_run import dry_run
 from train.run.engine import initialize
+from train.run.memory import with_micro_batch
 from train.run.metrics import Metrics
 from train.run.trainer import Trainer
 
@@ -40,6 +41,9 @@ def pretrain(run: Run) -> None:
     ds_config = deepspeed_config.resolve(run, int(os.environ["WORLD_SIZE"]), gpus)
     ranks = join(run.timeout)
     with ranks.watchdog.guard():
+        fitted = with_micro_batch(run, ranks, ds_config)
+        if fitted is not run:
+            run, ds_config = fitted, deepspeed_config.resolve(fitted, ranks.world, gpus)
         if run.dry_run:
             with ranks.collective_errors():
                 if ranks.is_main:

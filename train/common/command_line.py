@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import errno
 import io
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -22,10 +23,12 @@ from train.common.errors import (
     PeerLostError,
     RankError,
     RetryError,
+    first_line,
     is_main_process,
     require,
     shown,
 )
+from train.common.files import load_yaml
 
 Settings = TypeVar("Settings")
 LONGEST = "step-0000000-universal/zero/" + "x" * 128
@@ -62,6 +65,9 @@ def parse(settings: type[Settings], arguments: list[str], module: str, descripti
         module: the module's name, for the help text and error messages.
         description: the text at the top of ``--help``.
 
+    If the settings have ``config``, a YAML file of options, those in it that the arguments lack are added to them.
+    Settings with a method ``check_given`` are asked whether the options that were given, by name, are right together.
+
     Raises:
         ConfigError: on an unknown option or a value of the wrong type.
     """
@@ -70,6 +76,9 @@ def parse(settings: type[Settings], arguments: list[str], module: str, descripti
             stream.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     arguments = [a for a in arguments if not a.startswith("--local_rank")]  # the deepspeed launcher adds it
     _check_repeated(settings, arguments)
+    file, given = config_of(settings, arguments), _given(arguments)
+    of_file = {name: words for name, words in (options_in(file, settings) if file else {}).items() if name not in given}
+    arguments = [*(word for words in of_file.values() for word in words), *arguments]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -84,9 +93,66 @@ def parse(settings: type[Settings], arguments: list[str], module: str, descripti
         if stop.code in (0, None):
             raise
         sentence = _plainly(_one_sentence(complaint.getvalue()), settings)
+        named = re.match(r"--([\w-]+)", sentence)
+        if named and named[1].replace("-", "_") in of_file:
+            sentence = f"config {file} has {sentence.removeprefix('--')}"
         raise ConfigError(f"{sentence}; see python -m {module} --help.") from None
     _check_texts(parsed, arguments)
+    if hasattr(parsed, "check_given"):
+        parsed.check_given({*of_file, *given})
     return parsed
+
+
+def _given(arguments: list[str]) -> set[str]:
+    """Return the names of the options among these arguments, as the settings have them."""
+    ours = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    names = {each.partition("=")[0].removeprefix("--").replace("-", "_") for each in ours if each.startswith("--")}
+    return names | {name.removeprefix("no_") for name in names}
+
+
+def config_of(settings: type[Any], arguments: list[str]) -> Path | None:
+    """Return the file that ``--config`` names; None if there is none, or the settings have no such option."""
+    if "config" not in dict(_types(settings)):
+        return None
+    file: Path | None = None
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=False):
+        name, equals, inner = option.partition("=")
+        if name == "--config":
+            file = Path(inner if equals else value)
+    return file
+
+
+def options_in(file: Path, settings: type[Any]) -> dict[str, list[str]]:
+    """Return the options in a YAML file, by name, as words of a command line.
+
+    Raises:
+        ConfigError: if the file can't be read, or is no mapping of options to values.
+    """
+    try:
+        content = load_yaml(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"config is {shown(str(file))}, which can't be read: {first_line(error)}.") from None
+    except ValueError as error:
+        raise ConfigError(f"config is {shown(str(file))}, which is not YAML: {error}.") from None
+    require(
+        isinstance(content, dict) and all(isinstance(name, str) for name in content),
+        f"config is {shown(str(file))}; it must hold options and their values, such as lr: 0.001.",
+    )
+    kinds, options = dict(_types(settings)), dict[str, list[str]]()
+    for name, value in content.items():
+        option = f"--{name.replace('_', '-')}"
+        require(name != "config", f"config {file} has config; one file can't name another.")
+        values = value if isinstance(value, list) else [value]
+        require(
+            bool(values) and not any(each is None or isinstance(each, dict | list) for each in values),
+            f"config {file} has {name} = {json.dumps(value, default=str)}; it must have a value, or a list of values.",
+        )
+        if kinds.get(name) == "bool":
+            require(isinstance(value, bool), f"config {file} has {name} = {value}; it must be true or false.")
+            options[name] = [option if value else f"--no-{option[2:]}"]
+        else:
+            options[name] = [option, *map(str, values)]
+    return options
 
 
 def _check_repeated(settings: type[Any], arguments: list[str]) -> None:

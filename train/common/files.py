@@ -109,6 +109,28 @@ def load_file(kind: type[Kind], path: Path) -> Kind:
         raise ConfigError(f"{path} can't be read: {first_line(error)}; restore it, or remove it.") from None
 
 
+def load_yaml(text: str) -> Any:
+    """Parse YAML into plain data.
+
+    Raises:
+        ValueError: in one line, if it is not YAML or a mapping has a key twice, of which YAML would take the last.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise ValueError(f"it has {twice} twice")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
 def environment_facts() -> dict[str, Any]:
     """Return the command line, package versions and machine, to be stored with a result."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from train.common.errors import ConfigError, require
-from train.common.files import expanded
+from train.common.files import expanded, load_yaml
 from train.common.schemas import MixtureFile, Order, parse_schema
 from train.data import token_files
 from train.data.blocks import Blocks
@@ -181,25 +181,13 @@ class Sources:
 
 
 def _mixture(settings: Data) -> list[Source]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Refuses a key that is there twice, of which YAML takes the last."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-            keys = [key.value for key, _ in node.value]
-            twice = next((key for key in keys if keys.count(key) > 1), None)
-            if twice is not None:
-                raise yaml.YAMLError(f"a source has {twice} twice")
-            return super().construct_mapping(node, deep)
-
     file = expanded(Path(settings.data), "data")
     try:
-        content = yaml.load(file.read_text(), Loader)
+        content = load_yaml(file.read_text())
         mixture = parse_schema(MixtureFile, json.dumps({"sources": content}, default=str))
     except OSError as error:
         raise ConfigError(f"data is {settings.data!r}, which can't be read: {error.strerror}.") from None
-    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"data is {settings.data!r}, which is no mixture: {reason}; it must be a list of sources, each with name, "

@@ -16,6 +16,7 @@ from train.common.errors import ConfigError, require, shown
 from train.common.files import REPOSITORY
 from train.data.config import Data
 from train.run import optimizers
+from train.run.presets import LARGE
 
 ARM = ("optimizer", "lr", "betas", "state", "allow_unbalanced")
 """The optimizer options in which the arms of a comparison may differ."""
@@ -91,6 +92,8 @@ class Schedule:
 
     steps: int = 300
     """Number of optimizer steps; at least 1."""
+    tokens: float | None = None
+    """Instead of steps: training tokens, such as 2.5e9, rounded up to a whole step."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     """Shape of the decay from lr to final_lr x lr.
     wsd (warm-up, stable, decay) decays over the last steps. Until then a run may be made longer by more --steps."""
@@ -104,6 +107,7 @@ class Schedule:
 
     def check(self) -> None:
         """Raise :class:`ConfigError` on a value out of range."""
+        require(self.tokens is None or self.tokens > 0, f"tokens is {self.tokens}; it must be above 0.")
         require(self.steps >= 1, f"steps is {self.steps}; it must be at least 1.")
         require(
             0 <= self.warmup < self.steps,
@@ -134,7 +138,7 @@ class Parallelism:
     """Sequences in one optimizer step, over all ranks. A multiple of ranks x micro_batch."""
     micro_batch: int | None = None
     """Sequences in one forward pass on one rank. If ranks x micro_batch is less than batch, gradients are accumulated.
-    Default: batch / ranks."""
+    Default: as many as memory allows by the estimate of --dry-run, and at most batch / ranks."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the forward and backward passes; master weights are float32.
     "auto" takes it from the ds_config; if that says "auto" too, it is bf16 on GPUs and fp32 on CPU."""
@@ -234,6 +238,9 @@ class Run:
 
     out: Path
     """Folder of this run alone, for its settings, metrics, checkpoints and result."""
+    config: Path | None = None
+    """A YAML file of these options by name, such as recipes/124m.yaml; those on the command line win.
+    Paths in it begin where you are."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data; at least 0."""
     dry_run: bool = False
@@ -252,6 +259,28 @@ class Run:
     parallelism: Parallelism = field(default_factory=Parallelism)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     logging: Logging = field(default_factory=Logging)
+
+    def __post_init__(self) -> None:
+        """Turn tokens into steps."""
+        tokens = self.schedule.tokens
+        if tokens is not None and 0 < tokens < math.inf and self.tokens_per_step > 0:
+            steps = math.ceil(tokens / self.tokens_per_step)
+            object.__setattr__(self, "schedule", dataclasses.replace(self.schedule, steps=steps))
+
+    def check_given(self, names: set[str]) -> None:
+        """Check what an option's value can't tell: whether it was given, or is the default.
+
+        Raises:
+            ConfigError: if two options are given of which one is meant, or a large preset is left with what only suits
+                small ones.
+        """
+        require(not names >= {"steps", "tokens"}, "steps and tokens are both given; give one of them.")
+        toys = {"data", "tokenizer", "sequence_length", *(() if "tokens" in names else ("steps",))} - names
+        require(
+            self.model.model not in LARGE or not toys,
+            f"model is {self.model.model}, and {', '.join(sorted(toys))} would be the default, which suits models of a "
+            "few million weights; give it (recipes/ has examples).",
+        )
 
     def check(self) -> None:
         """Check everything that needs neither ranks nor data.
@@ -338,6 +367,7 @@ class Run:
             options["data"]["validation"] = [each.partition("=")[0] for each in self.data.validation]
         if (path := Path(self.data.data)).exists():  # one spelling for one file
             options["data"]["data"] = str(path.resolve())
+        del options["schedule"]["tokens"]
         if self.schedule.decay is None:
             del options["schedule"]["decay"]
         kept = {key: options[key] for key in ("seed", "model", "data", "optimizer", "schedule")}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from train.run import ds_schema
+from train.data.tokenization import load_tokenizer
+from train.distributed.ranks import Ranks
+from train.run import deepspeed_config, ds_schema
 from train.run.config import Run
-from train.run.loss import CHUNK, use_chunked
-from train.run.model import DTYPES
+from train.run.loss import CHUNK, resolved, use_chunked
+from train.run.model import DTYPES, configuration
 from train.run.optimizers import UNIVERSAL, is_foreign
 
 if TYPE_CHECKING:
@@ -20,6 +25,18 @@ PER_LOGIT = 12
 (measured on CPUs: 12.3 in bf16 and 12.5 in float32, ``python -m tests.perf loss``)."""
 STATE = {"fp32": 8, "packed32": 4, "packed16": 2, "packed8": 1}
 """Bytes of two moments of a weight."""
+
+
+class Look(NamedTuple):
+    """What of a model its memory depends on."""
+
+    weights: int
+    largest: int
+    """Weights of its largest module alone."""
+    rows: int
+    """Of its output embedding."""
+    saved: int
+    """Bytes that the backward pass needs of a sequence, but for the logits."""
 
 
 class Memory(NamedTuple):
@@ -58,10 +75,13 @@ def estimate(run: Run, config: PretrainedConfig, ds_config: dict[str, Any], worl
         world: number of ranks.
         chunked: whether the loss is taken by chunks.
     """
-    dtype = DTYPES[ds_schema.dtype(ds_config)]
+    return _memory(run, _look(run, config, ds_config), ds_config, world, chunked)
+
+
+def _memory(run: Run, look: Look, ds_config: dict[str, Any], world: int, chunked: bool) -> Memory:
     zero = ds_config["zero_optimization"]
-    stage, each = zero["stage"], dtype.itemsize
-    weights, largest, rows, saved = _look(config, dtype, run.data.sequence_length, run.model.activation_checkpointing)
+    stage, each = zero["stage"], DTYPES[ds_schema.dtype(ds_config)].itemsize
+    weights, largest, rows, saved = look
     micro = ds_config["train_micro_batch_size_per_gpu"]
     logits = micro * run.data.sequence_length * rows
     held = min(logits, max(CHUNK, rows)) if chunked else logits
@@ -83,13 +103,8 @@ def estimate(run: Run, config: PretrainedConfig, ds_config: dict[str, Any], worl
     )
 
 
-def _look(config: PretrainedConfig, dtype: torch.dtype, length: int, checkpointing: bool) -> tuple[int, int, int, int]:
-    """Build the model of tensors without content, and run it on one sequence.
-
-    Returns:
-        Its weights, those of its largest module alone, rows of its output embedding, and bytes that the backward pass
-        needs of a sequence, but for the logits.
-    """
+def _look(run: Run, config: PretrainedConfig, ds_config: dict[str, Any]) -> Look:
+    """Build the model of tensors without content, and run it on one sequence."""
     from torch._subclasses import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
@@ -103,9 +118,10 @@ def _look(config: PretrainedConfig, dtype: torch.dtype, length: int, checkpointi
             kept.append(storage)
         return tensor
 
+    dtype, length = DTYPES[ds_schema.dtype(ds_config)], run.data.sequence_length
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-        if checkpointing:
+        if run.model.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         parameters = list(model.parameters())
         weights = {parameter.untyped_storage()._cdata for parameter in parameters}
@@ -115,7 +131,59 @@ def _look(config: PretrainedConfig, dtype: torch.dtype, length: int, checkpointi
         tokens = torch.zeros((1, length), dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(input_ids=tokens, labels=tokens)
-    return sum(p.numel() for p in parameters), largest, rows, sum(saved.values())
+    return Look(sum(p.numel() for p in parameters), largest, rows, sum(saved.values()))
+
+
+def with_micro_batch(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> Run:
+    """Return the options with the largest micro-batch for which there is memory, by the estimate.
+
+    They are left as they are if they or the ds_config name a micro-batch. A fifth of the memory is left to buffers and
+    libraries. On CPUs the ranks of a host share its memory.
+
+    Args:
+        run: the options.
+        ranks: all ranks call this.
+        ds_config: resolved for these ranks, for the default micro-batch.
+
+    Raises:
+        ConfigError: on all ranks, if there is no such tokenizer or model.
+    """
+    whole = run.parallelism.micro_batch_on(ranks.world)
+    in_file = deepspeed_config.load(run.parallelism.ds_config).get("train_micro_batch_size_per_gpu", "auto")
+    if run.parallelism.micro_batch or in_file != "auto" or whole == 1:
+        return run
+    there = -ranks.sum_and_max([], [-_memory_of(ranks.device)])[1][0]
+    with ranks.collective_errors():
+        config = configuration(run.model, len(load_tokenizer(run.data.tokenizer)), run.data.sequence_length)
+        try:
+            look = _look(run, config, ds_config)
+        except Exception:  # of any class: not every model runs on tensors without content
+            return run
+    chunked = resolved(run.model.loss, run.data.sequence_length, look.rows, None) == "chunked"
+    for micro in [each for each in range(whole, 0, -1) if whole % each == 0]:
+        of_micro = {**ds_config, "train_micro_batch_size_per_gpu": micro}
+        needed = _memory(run, look, of_micro, ranks.world, chunked).total
+        if needed <= 0.8 * there:
+            break
+    if micro < whole or needed > 0.8 * there:
+        if ranks.is_main:
+            print(
+                f"micro_batch is {micro}, not {whole}: by the estimate that takes {needed / 2**30:.1f} of "
+                f"{there / 2**30:.1f} GiB.",
+                file=sys.stderr,
+                flush=True,
+            )
+        return dataclasses.replace(run, parallelism=dataclasses.replace(run.parallelism, micro_batch=micro))
+    return run
+
+
+def _memory_of(device: torch.device) -> float:
+    """Return the bytes of memory that a rank on this device may use."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    import psutil
+
+    return psutil.virtual_memory().total / int(os.environ["LOCAL_SIZE"])
 
 
 def described(memory: Memory) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from train.analysis.lr_selection import best_lr
 from train.analysis.results import caveats, load_results
-from train.common.command_line import parse
+from train.common.command_line import config_of, options_in, parse
 from train.common.errors import ConfigError, first_line, require
 from train.common.files import load_file
 from train.common.schemas import PlanFile, read_schema
@@ -82,20 +82,20 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
         f"{min(options & COMPARED, default='')} is given after --, where it would override what is compared; "
         "give it before.",
     )
+    options |= _options_of_config(comparison, steps_of(comparison))
     for name in ("batch", "sequence_length"):
         require(getattr(comparison, name) >= 1, f"{name} is {getattr(comparison, name)}; it must be at least 1.")
-    steps = comparison.steps
-    if comparison.tokens is not None:
-        steps = comparison.tokens // (comparison.batch * comparison.sequence_length)
-        require(steps >= 1, f"tokens is {comparison.tokens}, less than one batch.")
+    steps = steps_of(comparison)
+    require(comparison.tokens is None or steps >= 1, f"tokens is {comparison.tokens}, less than one batch.")
     often = str(max(1, steps // 4))
+    defaults = {"--warmup": str(steps // 10), "--save-every": often, "--validate-every": often}
     runs = []
     # Seed by seed, so that the runs finished so far can be compared in pairs at any time.
     cells = [(lr, label, arm) for label, arm in arms.items() for lr in rates[label]]
     for seed, (lr, label, arm) in product(comparison.seeds, cells):
         arguments = ["--betas", *arm.words, "--lr", repr(lr), "--seed", str(seed), "--steps", str(steps)]
         arguments += ["--batch", str(comparison.batch), "--sequence-length", str(comparison.sequence_length)]
-        arguments += ["--warmup", str(steps // 10), "--save-every", often, "--validate-every", often]
+        arguments += [word for option, value in defaults.items() if option not in options for word in (option, value)]
         arguments += ["--allow-unbalanced"] if len(arm.words) == 2 else []
         arguments += [] if arm.state == "fp32" else ["--state", arm.state]
         arguments += [] if arm.optimizer == "adam" else ["--optimizer", arm.optimizer]
@@ -106,6 +106,45 @@ def manifest(comparison: Comparison) -> dict[str, Any]:
         runs.append(run)
     tuned = {"lr_from": list(map(str, comparison.lr_from))} if comparison.lr_from else {}
     return {"steps": steps, "ranks": ranks, "launcher": launcher, "runs": runs, **tuned}
+
+
+def steps_of(comparison: Comparison) -> int:
+    """Return the number of optimizer steps of each run."""
+    if comparison.tokens is None:
+        return comparison.steps
+    return comparison.tokens // max(1, comparison.batch * comparison.sequence_length)
+
+
+def _options_of_config(comparison: Comparison, steps: int) -> set[str]:
+    """Return the options in the file of a ``--config`` after "--"; what the comparison sets must agree with it.
+
+    Raises:
+        ConfigError: if the comparison would override an option of the file.
+    """
+    file = config_of(Run, list(comparison.rest))
+    if file is None:
+        return set()
+    options = options_in(file, Run)
+    theirs = parse(Run, ["--out", "x", "--config", str(file)], "train.pretrain", None)
+    ours: dict[str, tuple[Any, Any]] = {
+        "batch": (theirs.parallelism.batch, comparison.batch),
+        "sequence_length": (theirs.data.sequence_length, comparison.sequence_length),
+        "steps": (theirs.schedule.steps, steps),
+        "tokens": (theirs.schedule.steps, steps),
+        "lr": (theirs.optimizer.lr, comparison.lr or comparison.lr_from),
+    }
+    for name in options:
+        have, wanted = ours.get(name, (None, None))
+        require(
+            wanted == have if name != "lr" else bool(wanted),
+            f"config {file} has {name} = {' '.join(options[name][1:])}, which the comparison would override; give "
+            f"--{name.replace('_', '-')} before --.",
+        )
+        require(
+            name not in ("optimizer", "state", "allow_unbalanced", "out", "dry_run"),
+            f"config {file} has {name}, which an arm says; remove it.",
+        )
+    return {f"--{name.replace('_', '-')}" for name in options}
 
 
 def _tuned(comparison: Comparison, arms: Iterable[str]) -> dict[str, tuple[float, ...]]:
