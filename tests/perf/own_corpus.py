@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 import psutil
 import pyarrow
 
+from tests.perf.commands import command, watched
 from tests.perf.measure import machine
 from train.analysis.plots import markdown_table
 from train.checkpoint.manifest import newest_step
@@ -71,31 +71,6 @@ def tokenizer(place: Path, corpus: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<|endoftext|>").save_pretrained(place)
 
 
-def command(module: str, *options: object) -> list[str]:
-    return [sys.executable, "-m", module, *map(str, options)]
-
-
-def measured(line: list[str]) -> tuple[float, float, float]:
-    """Seconds, CPU seconds and the peak memory in MiB of a command: of its process and its children together."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    began = time.monotonic()
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak = 0
-    while process.poll() is None:
-        try:
-            one = psutil.Process(process.pid)
-            tree = [one, *one.children(recursive=True)]
-            peak = max(peak, sum(each.memory_full_info().pss for each in tree))
-        except (psutil.Error, FileNotFoundError):
-            continue
-        time.sleep(0.2)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if process.returncode:
-        raise SystemExit(f"{line} ended with {process.returncode}")
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return time.monotonic() - began, cpu, peak / 2**20
-
-
 def prepared(place: Path) -> None:
     """Prepare each size twice, by all cores and by one process, and print the table."""
     rows: list[dict[str, str]] = []
@@ -108,7 +83,7 @@ def prepared(place: Path) -> None:
             shutil.rmtree(out, ignore_errors=True)
             options: tuple[object, ...] = ("--data", place / f"text-{size}", "--tokenizer", place / "bpe", "--out", out)
             options += ("--data-cache", place / "cache", "--processes", processes, "--validation-fraction", 0.005)
-            seconds, cpu, memory = measured(command("train.prepare", *options))
+            seconds, cpu, memory = watched(command("train.prepare", *options))
             about = json.loads((out / "prepared.json").read_text())
             tokens = sum(about["tokens"].values())
             rows.append(
