@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
+
 from tests.fuzz.outcome import Outcome, attempt
 from train.common.command_line import parse
 from train.common.errors import ConfigError
@@ -79,7 +81,8 @@ ANY_STAGE: dict[str, Values] = {
     "optimizer.params.momentum": ([], [0.9]),
     "bf16": ([{"enabled": False}, {}], SECTIONS),
     "bf16.enabled": ([False, "auto"], ["yes", 1, 0, None, "false"]),
-    "fp16.enabled": ([False, "auto"], [True, "yes", 1, None]),
+    # On a processor that computes in fp16, it is wrong at stage 0 alone.
+    "fp16.enabled": ([False, "auto"], ["yes", 1, None, *([] if get_accelerator().is_fp16_supported() else [True])]),
     "gradient_clipping": (["auto", 1.0, 1], [0.5, "1.0", -1, True, None, [1.0]]),
     "train_batch_size": (["auto", 4], [8, "4", 0, -4, None, 4.5, True]),
     "train_micro_batch_size_per_gpu": (["auto", 2], [4, "2", 0, None, True]),
@@ -98,7 +101,8 @@ ANY_STAGE: dict[str, Values] = {
     "checkpoint.tag_validation": (["Ignore", "WARN", "fail"], ["never", 1, True, None]),
     "checkpoint.load_universal": ([False], [True, "yes", 1]),
     "checkpoint.use_node_local_storage": ([False], [True, 1]),
-    "checkpoint.writer": ([None], [{"type": "FAST"}]),
+    "checkpoint.writer": ([None], [{"type": "FAST"}, {}, {"decoupled": False}]),
+    "checkpoint.parallel_write": ([{}, {"pipeline_stage": False}], [{"pipeline_stage": True}]),
     **{
         key: ([{"enabled": False}, {}], SECTIONS)
         for key in ("comms_logger", "csv_monitor", "flops_profiler", "tensorboard", "wandb")
@@ -119,7 +123,10 @@ ANY_STAGE: dict[str, Values] = {
     "tensor_parallel.autotp_size": ([0, 1], [2, "2"]),
     "expert_parallel.enabled": ([False], [True]),
     "compile.deepcompile": ([False], [True]),
+    "compile.passes": ([None], [["z3"]]),
     "data_efficiency.enabled": ([False], [True, "true"]),
+    "data_efficiency.data_routing": ([{}], [{"random_ltd": {"enabled": True}}]),
+    "sequence_parallel_size": ([], [1, 2]),
     "activation_checkpointing.partition_activations": ([False], [True]),
     "amp.enabled": ([], [True, 1]),
     "autotuning.enabled": ([False], [True]),

@@ -381,9 +381,10 @@ def _meant(name: str, known: Iterable[str]) -> str:
 def _place(section: dict[str, Any], within: list[str], wrong: Any) -> str | None:
     """Return the dotted name of a value in a section, or in one in it, whose own names DeepSpeed alone tells."""
     value: Any = section
+    missing = object()
     for name in within:
-        value = value.get(name) if isinstance(value, dict) else None
-    if value is not None and json.dumps(value) == json.dumps(wrong):
+        value = value.get(name, missing) if isinstance(value, dict) else missing
+    if value is not missing and json.dumps(value) == json.dumps(wrong):
         return ".".join(within)
     for name, content in section.items():
         if isinstance(content, dict) and (found := _place(content, within, wrong)):

@@ -36,15 +36,18 @@ UNSUPPORTED = {
     "autotuning": "the deepspeed launcher would start other runs than this one",
     "checkpoint.load_universal": "a run converts and loads its checkpoints itself",
     "checkpoint.use_node_local_storage": "all ranks read and write one folder",
+    "checkpoint.parallel_write": "the model is not cut into stages",
     "checkpoint.writer": "checkpoints are synced to disk before a run goes on",
-    "compile": "DeepSpeed compiles only a model that its program asks it to",
+    "compile": "DeepSpeed compiles only a model that its program asks it to; give --compile",
     "data_types.buffer_dtype": "--precision says in what it trains",
-    "data_efficiency": "the order of the text is the run's own",
+    "data_efficiency": "the order of the text is the run's own; give --data a mixture",
+    "data_parallel_size": "every rank is one of the data-parallel ranks",
     "datastates_ckpt": "checkpoints are synced to disk before a run goes on",
     "expert_parallel": "every rank holds the same experts",
     "hybrid_engine": "it only trains, and generates nothing",
     "pipeline": "the model is not cut into stages",
-    "tensor_parallel": "every rank holds whole tensors, or ZeRO's partitions",
+    "sequence_parallel_size": "every rank reads whole sequences; --activation-checkpointing makes room for long ones",
+    "tensor_parallel": "every rank holds whole tensors, or ZeRO's partitions; use stage 3",
     "torch_autocast": "--precision says in what it trains",
     "weight_quantization": "it quantizes nothing",
     "zero_optimization.legacy_stage1": "DeepSpeed has removed it",
@@ -53,10 +56,18 @@ UNSUPPORTED = {
 }
 """Features, and why train.pretrain has none of them."""
 OFF_UNLESS = {
-    **dict.fromkeys(("autotuning", "data_efficiency", "expert_parallel", "hybrid_engine"), ("enabled",)),
+    **dict.fromkeys(("autotuning", "expert_parallel", "hybrid_engine"), ("enabled",)),
     **dict.fromkeys(("comet", "tensorboard", "torch_autocast", "wandb"), ("enabled",)),
-    "compile": ("enabled", "deepcompile", "backend"),
-    "tensor_parallel": ("autotp_size", "tp.tp_size"),
+    "compile": ("enabled", "deepcompile", "backend", "passes"),
+    "data_efficiency": (
+        "enabled",
+        "data_routing.enabled",
+        "data_routing.random_ltd.enabled",
+        "data_sampling.enabled",
+        "data_sampling.curriculum_learning.enabled",
+        "data_sampling.dynamic_batching.enabled",
+    ),
+    "tensor_parallel": ("autotp_size", "tp.tp_size", "partition_config", "preset_model"),
 }
 """Sections that DeepSpeed leaves off unless one of these keys says otherwise; a size of 1 does not."""
 ON_GPUS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
@@ -251,6 +262,8 @@ def _at(config: dict[str, Any], key: str) -> Any:
 
 def _is_on(key: str, value: Any) -> bool:
     """Whether a feature is asked for, where most are off unless they are enabled."""
+    if key == "checkpoint.writer":  # DeepSpeed takes even an empty one for its fastest
+        return value is not None
     if not isinstance(value, dict):
         return bool(value)
     if key in OFF_UNLESS:
