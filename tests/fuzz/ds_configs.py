@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 
 from tests.fuzz.outcome import Outcome, attempt
 from train.common.command_line import parse
@@ -150,7 +151,7 @@ STAGE_3: dict[str, Values] = {
     "zero_optimization.sub_group_size": ([1000, 1e9], NO_COUNT),
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": ([True, False], NO_BOOL),
     "zero_optimization.offload_param.device": (["none", "cpu"], ["nvme", "disk", 1]),
-    "zero_optimization.zero_hpz_partition_size": ([1], NO_COUNT),
+    "zero_optimization.zero_hpz_partition_size": (["auto", 0, 1, 1.0], [2, True, "1", *NO_COUNT]),
 }
 
 
@@ -232,6 +233,7 @@ def losses(argument: tuple[list[str], Path, list[dict[str, Any]]]) -> list[list[
             trainer = initialize(run, join(60.0), resolved)
             found.append([trainer.train_step()["loss"] for _ in range(3)])
             trainer.engine.destroy()
+            groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, which DeepSpeed makes once a process
         except Exception as error:  # also of DeepSpeed
             found.append(f"{error!r:.300}")
     return found

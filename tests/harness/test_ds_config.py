@@ -8,6 +8,7 @@ import pytest
 from tests.harness.conftest import Make
 from train.checkpoint import resumable_run
 from train.common.errors import ConfigError
+from train.common.files import REPOSITORY
 from train.run import deepspeed_config
 
 DS_CONFIGS = [
@@ -111,6 +112,21 @@ DS_CONFIGS = [
     ('{"bfloat16": {"enabled": true}}', "has 'bfloat16'; write 'bf16'"),
     ('{"zero_optimization": true}', "has zero_optimization = true; it must be an object"),
     ('{"zero_optimization": {"stage": 1, "reduce_buket_size": 5}}', "reduce_buket_size"),
+    (
+        '{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}',
+        "zero_hpz_partition_size = 2 on 1 rank; it must divide their number",
+    ),
+    (
+        '{"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}',
+        "zero_hpz_partition_size = 2 at stage 2, where DeepSpeed partitions no weights; use stage 3",
+    ),
+    *(
+        (
+            f'{{"zero_optimization": {{"stage": 3, "zero_hpz_partition_size": {size}}}}}',
+            f'zero_hpz_partition_size = {size}; it must be a number of ranks, or "auto"',
+        )
+        for size in ('"2"', "true", "1.5", "-1")
+    ),
     ('{"compile": {"pases": null}}', "has 'compile.pases', which DeepSpeed does not know"),
     ('{"zero_optimisation": {"stage": 3}}', "has 'zero_optimisation', .* did you mean 'zero_optimization'"),
     ('{"gradient_cliping": 1.0}', "did you mean 'gradient_clipping'"),
@@ -173,6 +189,17 @@ def test_a_section_that_is_off_and_a_setting_that_changes_nothing_are_accepted(
     file = tmp_path / "ds.json"
     file.write_text(content)
     deepspeed_config.resolve(make("--ds-config", str(file)), 1, False)
+
+
+def test_the_secondary_partition_is_that_of_a_host_where_it_is_auto(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make("--ds-config", str(REPOSITORY / "ds_configs" / "zero3-hpz.json"))
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert deepspeed_config.resolve(run, 4, False)["zero_optimization"]["zero_hpz_partition_size"] == 2
+    monkeypatch.setenv("LOCAL_SIZE", "3")
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size = 3 on 4 ranks; it must divide their number"):
+        deepspeed_config.resolve(run, 4, False)
 
 
 @pytest.mark.parametrize("given", ["logs", "", None, "/elsewhere"])

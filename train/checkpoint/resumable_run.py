@@ -39,6 +39,7 @@ def pretrain(run: Run) -> None:
     ds_config = deepspeed_config.resolve(run, int(os.environ["WORLD_SIZE"]), gpus)
     ranks = join(run.timeout)
     with ranks.watchdog.guard():
+        ds_config = ranks.broadcast(ds_config)  # hosts may have other numbers of ranks, which is an "auto"
         if run.dry_run:
             with ranks.collective_errors():
                 if ranks.is_main:

@@ -114,6 +114,7 @@ class _Offload(_Section):
 class _Zero(_Section):
     offload_optimizer: _Offload | None = None
     offload_param: _Offload | None = None
+    zero_hpz_partition_size: Annotated[int, Field(ge=0), BeforeValidator(_whole)] = 1
 
 
 class _FlopsProfiler(_Section):
@@ -182,6 +183,7 @@ WHAT = {
     "zero_optimization.offload_optimizer.device": 'the state goes to no disk: it must be "cpu" or "none"',
     "zero_optimization.offload_optimizer.ratio": "all of the state is offloaded, or none: it must be 1",
     "zero_optimization.offload_param.device": 'weights go to no disk: it must be "cpu" or "none"',
+    "zero_optimization.zero_hpz_partition_size": 'it must be a number of ranks, or "auto"',
 }
 """What would be right."""
 
@@ -191,12 +193,13 @@ def dtype(config: dict[str, Any]) -> str:
     return next((name for name in ("bf16", "fp16") if _at(config, f"{name}.enabled")), "fp32")
 
 
-def check(config: dict[str, Any], path: Path, gpus: bool, here: bool) -> None:
+def check(config: dict[str, Any], path: Path, world: int, gpus: bool, here: bool) -> None:
     """Check a ds_config in which no "auto" is left.
 
     Args:
         config: its content.
         path: the file, for the message.
+        world: number of ranks.
         gpus: whether the ranks run on GPUs.
         here: whether they run on this machine, so that it has to have what they need.
 
@@ -222,6 +225,7 @@ def check(config: dict[str, Any], path: Path, gpus: bool, here: bool) -> None:
         value, what = json.dumps(first["input"], default=str), WHAT.get(name, what)
         raise ConfigError(f"ds_config {path} has {name} = {value}; {what}.") from None
     _check_param_dtype(config, path)
+    _check_secondary_partition(config["zero_optimization"], path, world)
     if not here:
         return
     for key in () if gpus else ON_GPUS:
@@ -250,6 +254,24 @@ def _check_param_dtype(config: dict[str, Any], path: Path) -> None:
         given is None or names.get(given, given) == mode,
         f"ds_config {path} has data_types.param_dtype = {json.dumps(given)}, but the run trains in {mode}; "
         "make them agree, or remove it.",
+    )
+
+
+def _check_secondary_partition(zero: dict[str, Any], path: Path, world: int) -> None:
+    """Check that the ranks fall into groups that hold the weights once more each: ZeRO++'s hpZ.
+
+    Raises:
+        ConfigError: if they don't, where DeepSpeed would take another size; or if the stage partitions no weights.
+    """
+    size = zero.get("zero_hpz_partition_size", 1)
+    has = f"ds_config {path} has zero_optimization.zero_hpz_partition_size = {json.dumps(size)}"
+    require(
+        size <= 1 or zero["stage"] == 3,
+        f"{has} at stage {zero['stage']}, where DeepSpeed partitions no weights; use stage 3, or remove it.",
+    )
+    require(
+        size <= 1 or world % size == 0,
+        f"{has} on {world} rank{'s' * (world > 1)}; it must divide their number, as that of the ranks on a host does.",
     )
 
 
