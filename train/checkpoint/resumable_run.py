@@ -57,6 +57,8 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
                 (run.out / STOP_FILE).unlink(missing_ok=True)
         with ranks.collective_errors():
             ended = run_dir.result(run.out)
+            if ranks.is_main and ended is None and ds_config.get("wandb", {}).get("enabled"):
+                run_dir.resume_in_wandb(run.out)
         if ended is not None:
             _report_end(run, ended, "already ")
             return

@@ -150,6 +150,12 @@ class RunFile(Schema):
     """How the loss is computed. Older runs don't say so."""
 
 
+class WandbFile(Schema):
+    """wandb.json: the run's id in Weights & Biases."""
+
+    id: Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z_-]{1,128}$")]
+
+
 class ResultFile(Schema):
     """result.json: how a run ended."""
 
