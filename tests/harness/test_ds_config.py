@@ -8,6 +8,7 @@ import pytest
 from tests.harness.conftest import Make
 from train.checkpoint import resumable_run
 from train.common.errors import ConfigError
+from train.common.files import REPOSITORY
 from train.run import deepspeed_config
 
 DS_CONFIGS = [
@@ -55,13 +56,26 @@ DS_CONFIGS = [
             "checkpoint.writer": '{"checkpoint": {"writer": {"type": "fast", "decoupled": true}}}',
             "compile": '{"compile": {"disable": false, "backend": "inductor"}}',
             "data_efficiency": '{"data_efficiency": {"enabled": true, "seed": 1}}',
+            "data_parallel_size": '{"data_parallel_size": 2}',
             "expert_parallel": '{"expert_parallel": {"enabled": true, "autoep_size": 2}}',
             "hybrid_engine": '{"hybrid_engine": {"enabled": true}}',
+            "sequence_parallel_size": '{"sequence_parallel_size": 2}',
             "tensor_parallel": '{"tensor_parallel": {"autotp_size": 2}}',
             "zero_optimization.offload_optimizer.super_offload": '{"zero_optimization": {"stage": 3, '
             '"offload_optimizer": {"device": "cpu", "super_offload": true}}}',
             "zero_optimization.zenflow": '{"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}',
         }.items()
+    ),
+    *(
+        (content, f"{key}.*{instead}.*; remove it")
+        for key, instead, content in (
+            ("checkpoint.writer", "synced", '{"checkpoint": {"writer": {}}}'),
+            ("checkpoint.writer", "synced", '{"checkpoint": {"writer": {"decoupled": false}}}'),
+            ("compile", "give --compile", '{"compile": {"passes": ["z3"]}}'),
+            ("data_efficiency", "mixture", '{"data_efficiency": {"data_routing": {"random_ltd": {"enabled": true}}}}'),
+            ("data_efficiency", "mixture", '{"data_efficiency": {"data_sampling": {"enabled": true}}}'),
+            ("tensor_parallel", "use stage 3", '{"tensor_parallel": {"preset_model": "llama"}}'),
+        )
     ),
     *(
         (f'{{"{key}": {{"enabled": false}}}}', f"has {key}, which DeepSpeed no longer has; remove it")
@@ -98,6 +112,22 @@ DS_CONFIGS = [
     ('{"bfloat16": {"enabled": true}}', "has 'bfloat16'; write 'bf16'"),
     ('{"zero_optimization": true}', "has zero_optimization = true; it must be an object"),
     ('{"zero_optimization": {"stage": 1, "reduce_buket_size": 5}}', "reduce_buket_size"),
+    (
+        '{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}',
+        "zero_hpz_partition_size = 2 on 1 rank; it must divide their number",
+    ),
+    (
+        '{"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}',
+        "zero_hpz_partition_size = 2 at stage 2, where DeepSpeed partitions no weights; use stage 3",
+    ),
+    *(
+        (
+            f'{{"zero_optimization": {{"stage": 3, "zero_hpz_partition_size": {size}}}}}',
+            f'zero_hpz_partition_size = {size}; it must be a number of ranks, or "auto"',
+        )
+        for size in ('"2"', "true", "1.5", "-1")
+    ),
+    ('{"compile": {"pases": null}}', "has 'compile.pases', which DeepSpeed does not know"),
     ('{"zero_optimisation": {"stage": 3}}', "has 'zero_optimisation', .* did you mean 'zero_optimization'"),
     ('{"gradient_cliping": 1.0}', "did you mean 'gradient_clipping'"),
     ('{"optimizer": "BalancedAdam"}', 'has optimizer = "BalancedAdam"; it must be an object'),
@@ -140,6 +170,7 @@ def test_a_bad_ds_config_is_refused_in_one_sentence(make: Make, tmp_path: Path, 
 
 OFF = [
     '{"hybrid_engine": {"enabled": false}, "compile": {"deepcompile": false, "double_buffer": true}}',
+    '{"data_efficiency": {"data_routing": {"enabled": false, "random_ltd": {}}}, "checkpoint": {"writer": null}}',
     '{"data_efficiency": {"seed": 1234}, "hybrid_engine": {"max_out_tokens": 512}, "wandb": {"project": "p"}}',
     '{"tensor_parallel": {"autotp_size": 0}, "data_types": {"grad_accum_dtype": "float32"}}',
     '{"activation_checkpointing": {"partition_activations": false}, "tensor_parallel": {}}',
@@ -158,6 +189,17 @@ def test_a_section_that_is_off_and_a_setting_that_changes_nothing_are_accepted(
     file = tmp_path / "ds.json"
     file.write_text(content)
     deepspeed_config.resolve(make("--ds-config", str(file)), 1, False)
+
+
+def test_the_secondary_partition_is_that_of_a_host_where_it_is_auto(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make("--ds-config", str(REPOSITORY / "ds_configs" / "zero3-hpz.json"))
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert deepspeed_config.resolve(run, 4, False)["zero_optimization"]["zero_hpz_partition_size"] == 2
+    monkeypatch.setenv("LOCAL_SIZE", "3")
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size = 3 on 4 ranks; it must divide their number"):
+        deepspeed_config.resolve(run, 4, False)
 
 
 @pytest.mark.parametrize("given", ["logs", "", None, "/elsewhere"])

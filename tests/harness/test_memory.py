@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,3 +74,11 @@ def test_chunks_and_offload_take_their_parts_away(make: Make) -> None:
     away = estimated(make, "--ds-config", str(REPOSITORY / "ds_configs" / "zero2-offload.json"), "--precision", "bf16")
     here = estimated(make, "--ds-config", str(REPOSITORY / "ds_configs" / "zero2.json"), "--precision", "bf16")
     assert away.offloaded == here.master + here.state and away.total == here.total - away.offloaded
+
+
+def test_a_second_copy_of_the_weights_on_each_host_is_counted(make: Make, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}')
+    once = estimated(make, "--ds-config", str(REPOSITORY / "ds_configs" / "zero3.json"), world=4)
+    twice = estimated(make, "--ds-config", str(file), world=4)
+    assert twice == once._replace(weights=once.weights + 4 * 451_200 / 2)

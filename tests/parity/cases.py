@@ -51,12 +51,15 @@ class Case(NamedTuple):
     variant: str = "adam"
     """Of AdamW, or one of tests/parity/relatives.py."""
     round_robin: bool = False
+    hpz: int = 1
+    """How many ranks hold the weights once more: ZeRO++'s secondary partition."""
 
     def __str__(self) -> str:
         accum = f"-accum_{self.grad_accum}" if self.grad_accum else ""
         options = "-offload" * self.offload + "-clip" * bool(self.clip)
         options += f"-{self.state}" * (self.state != "fp32") + "-moving" * self.moving
         options += f"-{self.variant}" * (self.variant != "adam") + "-round_robin" * self.round_robin
+        options += f"-hpz{self.hpz}" * (self.hpz > 1)
         return f"stage{self.stage}-{self.dtype}{accum}{options}-{self.path}"
 
     def config(self, world: int) -> dict[str, Any]:
@@ -69,6 +72,8 @@ class Case(NamedTuple):
         }
         if self.round_robin:
             zero["round_robin_gradients"] = True
+        if self.hpz > 1:
+            zero["zero_hpz_partition_size"] = self.hpz
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
         kind, own = RELATIVES.get(self.variant, ("BalancedAdam", {"variant": self.variant, **PATHS[self.path]}))
@@ -169,6 +174,12 @@ def matrix(world: int) -> Iterator[Case]:
                 yield Case(stage, "bf16", path=path, variant=variant, state="packed16", moving=world == 2)
             yield Case(2, "fp32", offload=True, path="torch", variant=variant)
     yield from _relatives(world)
+    if world == 4:
+        # Last: stage 3 goes on with the groups of ranks that a former engine has made (runtime/zero/stage3.py:267).
+        for offload in (False, True):
+            yield Case(3, "fp32", offload, clip=1.0, hpz=2)
+            yield Case(3, "bf16", offload, hpz=2)
+            yield Case(3, "bf16", offload, "fp32", hpz=2, state="packed16")
 
 
 def _relatives(world: int) -> Iterator[Case]:

@@ -164,6 +164,17 @@ OF_RELATIVES: dict[str, Callable[[], AbstractContextManager[None]]] = {
 """Variant, and what is wrong with it. Sharding shows it, so there is nothing to see at stage 0."""
 
 
+OF_HPZ: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    # The weights of the step before are gathered on each host.
+    "stale_secondary_partition": lambda: replaced(
+        import_module("deepspeed.runtime.zero.stage3").DeepSpeedZeroOptimizer_Stage3,
+        "invalidate_secondary_tensor",
+        lambda _: None,
+    ),
+}
+"""It shows in the losses of a real model; the awkward one has gradients that don't depend on its weights."""
+
+
 def wrong(name: str | None) -> AbstractContextManager[None]:
     """The mutant or the missing patch of that name; nothing for None."""
-    return (MUTANTS | UNPATCHED | OF_RELATIVES)[name]() if name else nullcontext()
+    return (MUTANTS | UNPATCHED | OF_RELATIVES | OF_HPZ)[name]() if name else nullcontext()

@@ -69,11 +69,15 @@ MUTANTS = ("late_bias_correction_on_rank_1", "moments_lost_at_step_5", "decay_ap
 WRONG = [Case(1, "fp32", clip=CLIP, mutant=mutant) for mutant in MUTANTS]
 BF16 = [Case(1, "bf16", grad_accum="fp32", clip=CLIP), Case(3, "bf16", clip=CLIP)]
 
+HPZ = [Case(3, "fp32", offload, clip=CLIP, hpz=2) for offload in (False, True)]
+STALE = HPZ[0]._replace(mutant="stale_secondary_partition")
+
 
 @shared
 def traces(world: int) -> dict[Case, Trace]:
     """All cases on ``world`` ranks, in one spawn, as rank 0 saw them."""
-    traces: dict[Case, Trace] = spawn(job, world, possible(FP32 + BF16 + WRONG))[0]
+    cases = FP32 + BF16 + WRONG if world < 4 else [*FP32[4:], *HPZ, STALE]
+    traces: dict[Case, Trace] = spawn(job, world, possible(cases))[0]
     return traces
 
 

@@ -10,7 +10,7 @@ import math
 import pytest
 
 from tests.parity.cases import Case
-from tests.parity.real import BF16, FP32, STEPS, WRONG, Trace, greatest, plain_run, traces
+from tests.parity.real import BF16, FP32, HPZ, STALE, STEPS, WRONG, Trace, greatest, plain_run, traces
 from tests.parity.versions import since
 
 pytestmark = [
@@ -55,6 +55,21 @@ def test_offload_at_stage_2_changes_no_bit_but_the_last_one_of_the_norm(world: i
         assert set(greatest(plain, offload).values()) == {0.0}
     else:
         assert abs(plain.norms[first] - offload.norms[first]) <= 2.0**-23 * plain.norms[first]
+
+
+@pytest.mark.parametrize(("case", "plain"), list(zip(HPZ, FP32[4:], strict=True)), ids=str)
+def test_weights_that_each_pair_of_ranks_holds_once_more_change_no_bit(case: Case, plain: Case) -> None:
+    """Four ranks, on two hosts as it were (ZeRO++'s hpZ)."""
+    assert set(greatest(traces(4)[case], traces(4)[plain]).values()) == {0.0}
+    found = greatest(traces(4)[case], plain_run())
+    assert within_bounds(found, case), found
+
+
+def test_a_pair_of_ranks_that_holds_the_weights_of_the_step_before_is_found() -> None:
+    """So the weights are gathered within a pair."""
+    found = greatest(traces(4)[STALE], plain_run())
+    assert not within_bounds(found, STALE)
+    assert found["losses"] > 100 * BOUNDS["losses"]
 
 
 @pytest.mark.parametrize("case", BF16, ids=str)

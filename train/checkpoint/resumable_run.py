@@ -44,6 +44,7 @@ def pretrain(run: Run) -> None:
         fitted = with_micro_batch(run, ranks, ds_config)
         if fitted is not run:
             run, ds_config = fitted, deepspeed_config.resolve(fitted, ranks.world, gpus)
+        ds_config = ranks.broadcast(ds_config)  # hosts may have other numbers of ranks, which is an "auto"
         if run.dry_run:
             with ranks.collective_errors():
                 if ranks.is_main:
@@ -61,6 +62,8 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
                 (run.out / STOP_FILE).unlink(missing_ok=True)
         with ranks.collective_errors():
             ended = run_dir.result(run.out)
+            if ranks.is_main and ended is None and ds_config.get("wandb", {}).get("enabled"):
+                run_dir.resume_in_wandb(run.out)
         if ended is not None:
             _report_end(run, ended, "already ")
             return

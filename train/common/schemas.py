@@ -164,6 +164,12 @@ class RunFile(Schema):
     """The files of weights that this run began from (``--init-from``)."""
 
 
+class WandbFile(Schema):
+    """wandb.json: the run's id in Weights & Biases."""
+
+    id: Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z_-]{1,128}$")]
+
+
 class ResultFile(Schema):
     """result.json: how a run ended."""
 

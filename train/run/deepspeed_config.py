@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import os
 from collections.abc import Iterable, Iterator, KeysView
 from pathlib import Path
 from typing import Any, cast
@@ -121,7 +122,7 @@ def resolve(run: Run, world: int, gpus: bool) -> dict[str, Any]:
             f'ds_config {path} has {left} = "auto", which only Transformers\' Trainer fills in; give a value.'
         )
     here = getattr(run, "ranks", None) is None  # train.preflight --ranks may check for other machines
-    ds_schema.check(config, path, gpus, here)
+    ds_schema.check(config, path, world, gpus, here)
     _validate(config, path)
     from deepspeed.accelerator import get_accelerator
 
@@ -204,7 +205,7 @@ def _resolve_precision(bf16: dict[str, Any], fp16: dict[str, Any], precision: st
 
 
 def _check_zero(config: dict[str, Any], zero: dict[str, Any], in_fp16: bool, path: Path) -> None:
-    """Set the ZeRO stage to 0 if it is missing.
+    """Set the ZeRO stage to 0 if it is missing, and ZeRO++'s secondary partition to the ranks of this host if "auto".
 
     Raises:
         ConfigError: if the stage is invalid, or something is asked for that DeepSpeed does not do at this stage.
@@ -218,6 +219,8 @@ def _check_zero(config: dict[str, Any], zero: dict[str, Any], in_fp16: bool, pat
         not (in_fp16 and stage == 0),
         f"ds_config {path} has fp16 at stage 0, where DeepSpeed never scales the loss; use bf16, or stage 1, 2 or 3.",
     )
+    if zero.get("zero_hpz_partition_size") == "auto":  # the ranks of a host hold the weights once more
+        zero["zero_hpz_partition_size"] = int(os.environ.get("LOCAL_SIZE", "1"))
     offload = zero.get("offload_optimizer")
     require(
         stage > 0 or not isinstance(offload, dict) or offload.get("device", "none") == "none",
@@ -381,9 +384,10 @@ def _meant(name: str, known: Iterable[str]) -> str:
 def _place(section: dict[str, Any], within: list[str], wrong: Any) -> str | None:
     """Return the dotted name of a value in a section, or in one in it, whose own names DeepSpeed alone tells."""
     value: Any = section
+    missing = object()
     for name in within:
-        value = value.get(name) if isinstance(value, dict) else None
-    if value is not None and json.dumps(value) == json.dumps(wrong):
+        value = value.get(name, missing) if isinstance(value, dict) else missing
+    if value is not missing and json.dumps(value) == json.dumps(wrong):
         return ".".join(within)
     for name, content in section.items():
         if isinstance(content, dict) and (found := _place(content, within, wrong)):

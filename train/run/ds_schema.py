@@ -36,15 +36,18 @@ UNSUPPORTED = {
     "autotuning": "the deepspeed launcher would start other runs than this one",
     "checkpoint.load_universal": "a run converts and loads its checkpoints itself",
     "checkpoint.use_node_local_storage": "all ranks read and write one folder",
+    "checkpoint.parallel_write": "the model is not cut into stages",
     "checkpoint.writer": "checkpoints are synced to disk before a run goes on",
-    "compile": "DeepSpeed compiles only a model that its program asks it to",
+    "compile": "DeepSpeed compiles only a model that its program asks it to; give --compile",
     "data_types.buffer_dtype": "--precision says in what it trains",
-    "data_efficiency": "the order of the text is the run's own",
+    "data_efficiency": "the order of the text is the run's own; give --data a mixture",
+    "data_parallel_size": "every rank is one of the data-parallel ranks",
     "datastates_ckpt": "checkpoints are synced to disk before a run goes on",
     "expert_parallel": "every rank holds the same experts",
     "hybrid_engine": "it only trains, and generates nothing",
     "pipeline": "the model is not cut into stages",
-    "tensor_parallel": "every rank holds whole tensors, or ZeRO's partitions",
+    "sequence_parallel_size": "every rank reads whole sequences; --activation-checkpointing makes room for long ones",
+    "tensor_parallel": "every rank holds whole tensors, or ZeRO's partitions; use stage 3",
     "torch_autocast": "--precision says in what it trains",
     "weight_quantization": "it quantizes nothing",
     "zero_optimization.legacy_stage1": "DeepSpeed has removed it",
@@ -53,10 +56,18 @@ UNSUPPORTED = {
 }
 """Features, and why train.pretrain has none of them."""
 OFF_UNLESS = {
-    **dict.fromkeys(("autotuning", "data_efficiency", "expert_parallel", "hybrid_engine"), ("enabled",)),
+    **dict.fromkeys(("autotuning", "expert_parallel", "hybrid_engine"), ("enabled",)),
     **dict.fromkeys(("comet", "tensorboard", "torch_autocast", "wandb"), ("enabled",)),
-    "compile": ("enabled", "deepcompile", "backend"),
-    "tensor_parallel": ("autotp_size", "tp.tp_size"),
+    "compile": ("enabled", "deepcompile", "backend", "passes"),
+    "data_efficiency": (
+        "enabled",
+        "data_routing.enabled",
+        "data_routing.random_ltd.enabled",
+        "data_sampling.enabled",
+        "data_sampling.curriculum_learning.enabled",
+        "data_sampling.dynamic_batching.enabled",
+    ),
+    "tensor_parallel": ("autotp_size", "tp.tp_size", "partition_config", "preset_model"),
 }
 """Sections that DeepSpeed leaves off unless one of these keys says otherwise; a size of 1 does not."""
 ON_GPUS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
@@ -103,6 +114,7 @@ class _Offload(_Section):
 class _Zero(_Section):
     offload_optimizer: _Offload | None = None
     offload_param: _Offload | None = None
+    zero_hpz_partition_size: Annotated[int, Field(ge=0), BeforeValidator(_whole)] = 1
 
 
 class _FlopsProfiler(_Section):
@@ -171,6 +183,7 @@ WHAT = {
     "zero_optimization.offload_optimizer.device": 'the state goes to no disk: it must be "cpu" or "none"',
     "zero_optimization.offload_optimizer.ratio": "all of the state is offloaded, or none: it must be 1",
     "zero_optimization.offload_param.device": 'weights go to no disk: it must be "cpu" or "none"',
+    "zero_optimization.zero_hpz_partition_size": 'it must be a number of ranks, or "auto"',
 }
 """What would be right."""
 
@@ -180,12 +193,13 @@ def dtype(config: dict[str, Any]) -> str:
     return next((name for name in ("bf16", "fp16") if _at(config, f"{name}.enabled")), "fp32")
 
 
-def check(config: dict[str, Any], path: Path, gpus: bool, here: bool) -> None:
+def check(config: dict[str, Any], path: Path, world: int, gpus: bool, here: bool) -> None:
     """Check a ds_config in which no "auto" is left.
 
     Args:
         config: its content.
         path: the file, for the message.
+        world: number of ranks.
         gpus: whether the ranks run on GPUs.
         here: whether they run on this machine, so that it has to have what they need.
 
@@ -211,6 +225,7 @@ def check(config: dict[str, Any], path: Path, gpus: bool, here: bool) -> None:
         value, what = json.dumps(first["input"], default=str), WHAT.get(name, what)
         raise ConfigError(f"ds_config {path} has {name} = {value}; {what}.") from None
     _check_param_dtype(config, path)
+    _check_secondary_partition(config["zero_optimization"], path, world)
     if not here:
         return
     for key in () if gpus else ON_GPUS:
@@ -242,6 +257,24 @@ def _check_param_dtype(config: dict[str, Any], path: Path) -> None:
     )
 
 
+def _check_secondary_partition(zero: dict[str, Any], path: Path, world: int) -> None:
+    """Check that the ranks fall into groups that hold the weights once more each: ZeRO++'s hpZ.
+
+    Raises:
+        ConfigError: if they don't, where DeepSpeed would take another size; or if the stage partitions no weights.
+    """
+    size = zero.get("zero_hpz_partition_size", 1)
+    has = f"ds_config {path} has zero_optimization.zero_hpz_partition_size = {json.dumps(size)}"
+    require(
+        size <= 1 or zero["stage"] == 3,
+        f"{has} at stage {zero['stage']}, where DeepSpeed partitions no weights; use stage 3, or remove it.",
+    )
+    require(
+        size <= 1 or world % size == 0,
+        f"{has} on {world} rank{'s' * (world > 1)}; it must divide their number, as that of the ranks on a host does.",
+    )
+
+
 def _at(config: dict[str, Any], key: str) -> Any:
     value: Any = config
     for part in key.split("."):
@@ -251,6 +284,8 @@ def _at(config: dict[str, Any], key: str) -> Any:
 
 def _is_on(key: str, value: Any) -> bool:
     """Whether a feature is asked for, where most are off unless they are enabled."""
+    if key == "checkpoint.writer":  # DeepSpeed takes even an empty one for its fastest
+        return value is not None
     if not isinstance(value, dict):
         return bool(value)
     if key in OFF_UNLESS:

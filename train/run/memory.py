@@ -43,6 +43,7 @@ class Memory(NamedTuple):
     """Bytes on each rank."""
 
     weights: float
+    """At stage 3 with the secondary partition of ZeRO++'s hpZ."""
     gradients: float
     master: float
     """Float32 weights beside those of 16 bits."""
@@ -86,13 +87,15 @@ def _memory(run: Run, look: Look, ds_config: dict[str, Any], world: int, chunked
     logits = micro * run.data.sequence_length * rows
     held = min(logits, max(CHUNK, rows)) if chunked else logits
     share = weights / world
+    hpz = zero.get("zero_hpz_partition_size", 1)
+    secondary = weights / hpz if hpz > 1 else 0.0
     own = weights if stage == 0 else share
     name = run.optimizer.optimizer
     moments = STATE[run.optimizer.state] + (0 if name in UNIVERSAL or is_foreign(name) else 4)
     master, state = 4.0 * own if each == 2 else 0.0, float(moments * own)
     away = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     return Memory(
-        weights=each * (share if stage == 3 else weights),
+        weights=each * (share + secondary if stage == 3 else weights),
         gradients=each * (share if stage >= 2 else weights),
         master=0.0 if away else master,
         state=0.0 if away else state,

@@ -4,6 +4,7 @@ run.json        what the run is (options, command, versions); written once all o
 attempts.jsonl  one line for each start and each end of the run: when, where, at which step, why it ended
 ds_config.json  the configuration that DeepSpeed was given
 metrics.jsonl   one line per step and per validation; on resuming, damaged lines move to metrics.damaged.jsonl
+wandb.json      the run's id in Weights & Biases, if it logs there
 checkpoints/    see train.checkpoint.manifest
 result.json     how the run ended; written last
 """
@@ -15,6 +16,7 @@ import json
 import os
 import platform
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -25,10 +27,10 @@ from filelock import FileLock, Timeout
 
 from train.common.errors import ConfigError, require
 from train.common.files import environment_facts, load_file, remove_temporaries, write_json
-from train.common.schemas import ResultFile, RunFile
+from train.common.schemas import ResultFile, RunFile, WandbFile
 from train.run.config import Run, Schedule
 
-OURS_EARLY = ("log.txt", "monitor", "attempts.jsonl", "STOP")
+OURS_EARLY = ("log.txt", "monitor", "attempts.jsonl", "STOP", "wandb.json")
 """Files that may exist in the folder before run.json, besides hidden ones."""
 LOCK_SECONDS = 15.0  # time for a run that is just ending to release the folder
 JOB = {"job": "SLURM_JOB_ID", "restart": "SLURM_RESTART_COUNT", "nodes": "SLURM_JOB_NODELIST"}
@@ -165,6 +167,22 @@ def describe(run: Run, facts: dict[str, Any], ds_config: dict[str, Any]) -> None
     else:
         write_json(written, {"identity": run.identity(), **facts, **environment_facts()})
     write_json(run.out / "ds_config.json", ds_config)
+
+
+def resume_in_wandb(out: Path) -> None:
+    """Have the next ``wandb.init`` go on with the run's own run in Weights & Biases, or begin it.
+
+    Its id is drawn once, and is on disk before W&B learns of it. DeepSpeed hands ``wandb.init`` none, so it goes by the
+    environment; what that says already counts. Call this on rank 0, before the engine is built.
+
+    Raises:
+        ConfigError: if wandb.json is damaged.
+    """
+    written = out / "wandb.json"
+    if not written.exists():
+        write_json(written, {"id": uuid.uuid4().hex})
+    os.environ.setdefault("WANDB_RUN_ID", load_file(WandbFile, written).id)
+    os.environ.setdefault("WANDB_RESUME", "allow")
 
 
 def begun(out: Path) -> RunFile | None:
