@@ -20,7 +20,7 @@ from train.common.progress import Progress
 from train.distributed.launch import join
 from train.distributed.preemption import STOP_FILE
 from train.distributed.ranks import Ranks
-from train.run import deepspeed_config, run_dir, weights
+from train.run import deepspeed_config, initial_weights, run_dir
 from train.run.config import Run
 from train.run.dry_run import dry_run
 from train.run.engine import initialize
@@ -80,7 +80,7 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
         facts = {**trainer.facts, **({"parent": taken} if taken else {})}
         if run.model.init_from and not begun:
             read = run.model.init_from
-            ranks.wait_for((lambda: facts.update(init_from=weights.sums(read))) if ranks.is_main else None)
+            ranks.wait_for((lambda: facts.update(init_from=initial_weights.sums(read))) if ranks.is_main else None)
         with ranks.collective_errors():
             if ranks.is_main:
                 run_dir.describe(run, facts, ds_config)

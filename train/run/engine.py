@@ -14,7 +14,7 @@ from train.data import tokenization
 from train.data.mixture import PERIOD, Mixture
 from train.data.sources import Sources
 from train.distributed.ranks import Ranks
-from train.run import deepspeed_config, documents, loss, model, optimizers, run_dir, weights
+from train.run import deepspeed_config, documents, initial_weights, loss, model, optimizers, run_dir
 from train.run.config import Run, Schedule
 from train.run.trainer import Trainer
 
@@ -65,7 +65,7 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any], resumes: bool 
         rows = (earlier.rows or len(tokenizer)) if earlier else None
         config = model.configuration(run.model, len(tokenizer), run.data.sequence_length, rows)
         if run.model.init_from:
-            weights.check_tokenizer(run.model.init_from, tokenizer)
+            initial_weights.check_tokenizer(run.model.init_from, tokenizer)
         end = documents.end_of(run.data, tokenizer)
     with ranks.collective_errors():
         sources = Sources.of(run.data)

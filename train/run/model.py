@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from train.common.errors import ConfigError, first_line, require, shown, why_not_loaded
 from train.distributed.ranks import Ranks
-from train.run import ds_schema, weights
+from train.run import ds_schema, initial_weights
 from train.run.config import Model
 from train.run.presets import PRESETS
 
@@ -101,11 +101,11 @@ def build(
     torch.manual_seed(seed)
     try:
         if zero3 is None and not ranks.is_main:
-            model = weights.allocate(config, DTYPES[ds_schema.dtype(ds_config)], ranks.device)
+            model = initial_weights.allocate(config, DTYPES[ds_schema.dtype(ds_config)], ranks.device)
         elif load and settings.init_from:
-            model = weights.read(settings.init_from, config)
+            model = initial_weights.read(settings.init_from, config)
         else:
-            model = weights.draw(config, at_once=zero3 is None)
+            model = initial_weights.draw(config, at_once=zero3 is None)
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     except ConfigError:

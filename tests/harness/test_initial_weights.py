@@ -20,7 +20,7 @@ from train.common.files import REPOSITORY
 from train.common.schemas import RunFile, read_schema
 from train.distributed.launch import join
 from train.probe.single_rank import single_rank_run
-from train.run import model, weights
+from train.run import initial_weights, model
 from train.run.config import Model
 from train.run.presets import PRESETS
 
@@ -94,7 +94,7 @@ def test_every_rank_begins_with_the_weights_that_one_process_draws_and_only_the_
 
 
 def test_allocated_weights_take_no_values_and_keep_what_is_not_trained() -> None:
-    network = weights.allocate(SHAPES["tied"], torch.bfloat16, torch.device("cpu"))
+    network = initial_weights.allocate(SHAPES["tied"], torch.bfloat16, torch.device("cpu"))
     assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
     assert not any(p.is_meta for p in [*network.parameters(), *network.buffers()])
     whole = AutoModelForCausalLM.from_config(SHAPES["tied"])
