@@ -27,6 +27,7 @@ OPTIONS = (
 )
 ZERO_2 = (2, 2)
 ONE_RANK = (0, 1)
+UNTIED = (1, 2, "--model", "+untied", "--tokenizer", "+bpe")
 SMALL: dict[str, Any] = {
     "vocab_size": 400,
     "num_hidden_layers": 2,
@@ -105,3 +106,12 @@ def resave(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     torch.save(content, file)
     summed = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
     rewrite(file.parent / MANIFEST, lambda about: about["files"].update({file.name: summed}))
+
+
+def with_own_model(cell: tuple[Any, ...], model: str, tmp_path: Path) -> Path:
+    """A copy of a run whose model's configuration is a folder of its own, ``tmp_path / "model"``."""
+    run, own = copied(cell, tmp_path), tmp_path / "model"
+    shutil.copytree(place() / model, own)
+    rewrite(run / "run.json", lambda about: about["identity"]["model"].update(model=str(own)))
+    rewrite(newest(run) / MANIFEST, lambda about: about["run"]["model"].update(model=str(own)))
+    return run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.harness.exports import ONE_RANK, ZERO_2, copied, exported, newest, place, rewrite, trained
+from tests.harness.exports import (
+    ONE_RANK,
+    UNTIED,
+    ZERO_2,
+    copied,
+    exported,
+    newest,
+    place,
+    rewrite,
+    trained,
+    with_own_model,
+)
 from train import export as command
 from train.checkpoint.export import export
 from train.checkpoint.load import only_known_classes
@@ -32,7 +42,7 @@ CELLS: list[tuple[Any, ...]] = [
     (1, 2, "--optimizer", "amsgrad"),
     (*ZERO_2, "--optimizer", "torch:AdamW"),
     (3, 2, "--optimizer", "adamp", "--loss", "chunked"),
-    (1, 2, "--model", "+untied", "--tokenizer", "+bpe"),
+    UNTIED,
     (*ONE_RANK, "--model", "+gpt2", "--eos-id", "7"),
     (3, 2, "--model", "+gpt2"),
     (3, 2, "--model", "+frozen"),
@@ -111,7 +121,7 @@ def test_before_the_first_step_that_moves_anything_the_weights_are_the_initial_o
 def test_tied_weights_are_stored_once_and_load_tied_and_others_are_two(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    for cell, names in ((ZERO_2, 1), ((1, 2, "--model", "+untied", "--tokenizer", "+bpe"), 2)):
+    for cell, names in ((ZERO_2, 1), (UNTIED, 2)):
         found = exported(trained(*cell), tmp_path / str(names))
         assert len(found.keys() & {"lm_head.weight", "model.embed_tokens.weight"}) == names
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(names))
@@ -151,7 +161,7 @@ def test_small_files_hold_the_same_weights_and_an_index_names_them(cell: tuple[i
 SPECIAL = [
     (ZERO_2, {"bos": None, "eos": 1, "pad": 0}),
     ((*ONE_RANK, "--model", "+gpt2", "--eos-id", "7"), {"bos": None, "eos": 7, "pad": 0}),
-    ((1, 2, "--model", "+untied", "--tokenizer", "+bpe"), {"bos": 1, "eos": 2, "pad": 0}),
+    (UNTIED, {"bos": 1, "eos": 2, "pad": 0}),
 ]
 
 
@@ -199,11 +209,8 @@ def test_older_runs_whose_files_say_less_are_exported(tmp_path: Path) -> None:
 def test_the_rows_of_the_embedding_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    shutil.copytree(place() / "untied", tmp_path / "untied")
-    run = copied((1, 2, "--model", "+untied", "--tokenizer", "+bpe"), tmp_path)
-    for file, keys in ((run / "run.json", ["identity"]), (newest(run) / MANIFEST, ["run"])):
-        rewrite(file, lambda about: about[keys[0]]["model"].update(model=str(tmp_path / "untied")))  # noqa: B023
-    rewrite(tmp_path / "untied" / "config.json", lambda config: config.update(vocab_size=310))
+    run = with_own_model(UNTIED, "untied", tmp_path)
+    rewrite(tmp_path / "model" / "config.json", lambda config: config.update(vocab_size=310))
     export(run, tmp_path / "hf", "fp32")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.vocab_size == 400
 

@@ -17,7 +17,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tests.fuzz.edits import edited
-from tests.harness.exports import ONE_RANK, ZERO_2, copied, exported, newest, resave, rewrite, trained
+from tests.harness.exports import (
+    ONE_RANK,
+    UNTIED,
+    ZERO_2,
+    copied,
+    exported,
+    newest,
+    resave,
+    rewrite,
+    trained,
+    with_own_model,
+)
 from tests.harness.runs import start
 from train import export as command
 from train.checkpoint.export import export
@@ -137,6 +148,36 @@ def test_what_is_wrong_with_a_run_is_refused_in_one_sentence_and_nothing_is_left
     with pytest.raises(ConfigError, match=sentence):
         export(run, tmp_path / "hf", "fp32")
     assert bytes_in(run) == before and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"tie_word_embeddings": True}, "model.embed_tokens.weight and lm_head.weight are one weight, and in the che"),
+        (
+            {"hidden_size": 64},
+            r"model.embed_tokens.weight has the shape \(400, 64\), and in the checkpoint \(400, 32\)",
+        ),
+        ({"num_hidden_layers": 3}, r"model.layers.2.* has the shape .*, and in the checkpoint it is missing"),
+        ({"num_hidden_layers": 1}, "it has no model.layers.1.*, which the checkpoint holds"),
+        ({"model_type": "gpt2"}, "it has no model.*, which the checkpoint holds"),
+        ({"attn_implementation": "x"}, "which transformers can't build any more"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_has_changed_is_refused(change: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    run = with_own_model(UNTIED, "untied", tmp_path)
+    rewrite(tmp_path / "model" / "config.json", lambda config: config.update(change))
+    with pytest.raises(ConfigError, match=f"which has changed since the run began: {sentence}|{sentence}: "):
+        export(run, tmp_path / "hf", "fp32")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_model_that_was_tied_and_is_no_longer_is_refused(stage: int, tmp_path: Path) -> None:
+    run = with_own_model((stage, 2, "--model", "+gpt2"), "gpt2", tmp_path)
+    rewrite(tmp_path / "model" / "config.json", lambda config: config.update(tie_word_embeddings=False))
+    with pytest.raises(ConfigError, match=r"lm_head.weight (is a weight of its own, and|has the shape .* is missing)"):
+        export(run, tmp_path / "hf", "fp32")
 
 
 @pytest.mark.parametrize(

@@ -205,10 +205,10 @@ def _fitted(
         ConfigError: if the checkpoint is another model's, since configuration or tokenizer have changed.
     """
     with _readable(checkpoint.path):
-        shapes = checkpoint.weights(network).shapes
+        weights = checkpoint.weights(network)
     embedding: Any = network.get_input_embeddings().weight
     name = next(name for name, parameter in network.named_parameters() if parameter is embedding)
-    rows = shapes[name][0] if name in shapes else len(embedding)
+    rows = weights.shapes[name][0] if name in weights.shapes else len(embedding)
     require(
         rows >= vocabulary,
         f"tokenizer is {shown(options.data.tokenizer)}, which has changed since the run began: it has {vocabulary} "
@@ -217,18 +217,30 @@ def _fitted(
     if rows != len(embedding):
         network.config.vocab_size = rows
         network = _network(network.config, options)
-    changed = f"model is {shown(options.model.model)}, which has changed since the run began: "
-    state = network.state_dict()
-    unknown = next((name for name in shapes if name not in state), "")
-    require(not unknown, f"{changed}it has no {unknown}, which the checkpoint holds.")
-    for name, group in _names(network).items():
-        found = next((shapes[each] for each in group if each in shapes), None)
-        require(
-            found == state[name].shape,
-            f"{changed}{name} has the shape {tuple(state[name].shape)}, "
-            f"and in the checkpoint {'it is missing' if found is None else tuple(found)}.",
-        )
+    difference = _difference(network, weights)
+    require(
+        not difference,
+        f"model is {shown(options.model.model)}, which has changed since the run began: {difference}.",
+    )
     return network
+
+
+def _difference(network: PreTrainedModel, weights: Weights) -> str:
+    """Return the first difference of a model from a checkpoint's weights in names, shapes and ties; empty if none."""
+    state = network.state_dict()
+    if unknown := next((name for name in weights.shapes if name not in state), ""):
+        return f"it has no {unknown}, which the checkpoint holds"
+    for name, group in _names(network).items():
+        found = next((weights.shapes[each] for each in group if each in weights.shapes), None)
+        if found != state[name].shape:
+            held = "it is missing" if found is None else str(tuple(found))
+            return f"{name} has the shape {tuple(state[name].shape)}, and in the checkpoint {held}"
+        if len(apart := [each for each in group if each in weights.masters]) > 1:
+            return f"{' and '.join(apart)} are one weight, and in the checkpoint several"
+    trained = (name for name, parameter in network.named_parameters() if parameter.requires_grad)
+    if weights.masters and (tied := next((name for name in trained if name not in weights.masters), "")):
+        return f"{tied} is a weight of its own, and in the checkpoint it is not"
+    return ""
 
 
 def _names(network: PreTrainedModel) -> dict[str, list[str]]:
