@@ -118,14 +118,23 @@ def test_before_the_first_step_that_moves_anything_the_weights_are_the_initial_o
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
-def test_tied_weights_are_stored_once_and_load_tied_and_others_are_two(tmp_path: Path) -> None:
+TIED = [(ZERO_2, True), (UNTIED, False), ((3, 2, "--model", "+gpt2"), True), ((3, 2, "--model", "+frozen"), True)]
+
+
+@pytest.mark.parametrize(("cell", "tied"), TIED, ids=str)
+def test_the_files_are_those_of_save_pretrained_with_tied_weights_once(
+    cell: tuple[Any, ...], tied: bool, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
-    for cell, names in ((ZERO_2, 1), (UNTIED, 2)):
-        found = exported(trained(*cell), tmp_path / str(names))
-        assert len(found.keys() & {"lm_head.weight", "model.embed_tokens.weight"}) == names
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(names))
-        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (names == 1)
+    found = exported(trained(*cell), tmp_path / "ours")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
+    loaded.save_pretrained(tmp_path / "theirs")
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert found.keys() == theirs.keys() and all(torch.equal(found[name], theirs[name]) for name in found)
+    ours, their = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs"))
+    assert ours == their
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
