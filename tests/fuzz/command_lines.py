@@ -158,6 +158,10 @@ RESPONSE: Options = {
     "--out": ([], ["/dev/null", "/dev/null/x", "a\0b", "x" * 300, "README.md"]),
     "--": ([], ["--clip -1", "--stepz 3", "--data /nowhere"]),
 }
+EXPORT: Options = {
+    "": ([], ["/nowhere x", "README.md x", "a\0b x", ". x", "x", "a b c"]),
+    "--dtype": ([], ["fp64 /nowhere x", "BF16 /nowhere x", " /nowhere x"]),
+}
 HOSTS: Options = {
     "--hosts": (["a b", "10.0.0.1", "node-1.x"], ["", "a a", "a,b", "a b;c", "näme"]),
     "--ranks-per-host": (["1", "8"], [*NO_COUNT, "0"]),
@@ -201,6 +205,7 @@ COMMANDS = [
     Command("accelerate_config", HOSTS, "--hosts h"),
     Command("report", {"": NOTHING}),
     Command("regret", {"": NOTHING, "--rules": ([], ["x", "refresh:x", "from:0.9:to:0.95", "1"])}),
+    Command("export", EXPORT),
     Command("plane", {"": NOTHING, "--out": ([], ["a\0b", "x" * 300])}),
 ]
 """requeue answers a batch script, by other codes; tests/harness sees to it."""

@@ -136,6 +136,11 @@ def convert(options: list[str], out: Path) -> tuple[int, str]:
     return started.wait(), started.said()
 
 
+def export(options: list[str], out: Path) -> tuple[int, str]:
+    """train.export reads the weights."""
+    return finish([str(out_of(options)), str(out)], None, "train.export")
+
+
 FILES = {
     0: ["mp_rank_00_model_states.pt"],
     1: ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
@@ -145,7 +150,7 @@ CASES = [
     (stage, name, command)
     for stage, names in FILES.items()
     for name in names
-    for command in (resume, respond, convert)
+    for command in (resume, respond, convert, export)
     if (stage, command) != (0, convert)
 ]
 

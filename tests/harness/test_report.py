@@ -1,12 +1,14 @@
 """The statistics of the report against scipy's paired test and by hand."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+from train import report
 from train.analysis.lr_selection import at_edge, best_lr
 from train.analysis.report_page import paired_differences
 from train.analysis.results import caveats, summarize
@@ -68,6 +70,15 @@ def test_each_arm_is_shown_at_its_best_learning_rate_and_an_edge_is_flagged() ->
 def test_an_arm_that_has_always_diverged_is_not_at_an_edge() -> None:
     table = pd.concat([runs({"0.95": [2.0], "x": [math.nan]}, lr) for lr in (1e-3, 2e-3)])
     assert at_edge(table) == ["0.95"]
+
+
+def test_without_arguments_it_reports_the_folder_of_make_compare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        report.main([])
+    assert capsys.readouterr().err.startswith("error: runs/compare holds no manifest.json")
 
 
 def test_a_run_that_has_not_ended_is_not_counted_as_diverged() -> None:

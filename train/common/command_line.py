@@ -92,7 +92,7 @@ def parse(settings: type[Settings], arguments: list[str], module: str, descripti
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        sentence = _plainly(_one_sentence(complaint.getvalue()), settings)
+        sentence = _plainly(_one_sentence(complaint.getvalue()), settings, arguments)
         named = re.match(r"--([\w-]+)", sentence)
         if named and named[1].replace("-", "_") in of_file:
             sentence = f"config {file} has {sentence.removeprefix('--')}"
@@ -115,7 +115,7 @@ def config_of(settings: type[Any], arguments: list[str]) -> Path | None:
     if "config" not in dict(_types(settings)):
         return None
     file: Path | None = None
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=False):
+    for option, value in zip(arguments, [*arguments, ""][1:], strict=True):
         name, equals, inner = option.partition("=")
         if name == "--config":
             file = Path(inner if equals else value)
@@ -195,7 +195,7 @@ def _is_empty(name: str, arguments: list[str]) -> bool:
     """Return whether the option is given without a value, as a shell variable that is not set leaves it."""
     spellings = {f"--{name}", f"--{name.replace('_', '-')}"}
     given = [
-        *zip(arguments, [*arguments[1:], None], strict=True),
+        *zip(arguments, [*arguments, None][1:], strict=True),
         *(each.split("=", 1) for each in arguments if "=" in each),
     ]
     return any(option in spellings and value == "" for option, value in given)
@@ -217,15 +217,22 @@ TYPES |= {
 """What values of a type are called."""
 
 
-def _plainly(complaint: str, settings: type[Any]) -> str:
+def _plainly(complaint: str, settings: type[Any], arguments: list[str]) -> str:
     """Return tyro's complaint about a value in words that are not Python's."""
-    if unknown := re.match(r"Unrecognized options: --([\w-]+)", complaint):
-        close = difflib.get_close_matches(unknown[1], [name.replace("_", "-") for name, _ in _types(settings)], 1)
+    names = [name.replace("_", "-") for name, _ in _types(settings)]
+    unknown = re.match(r"Unrecognized options: --([\w-]+)", complaint)
+    if complaint.startswith("Missing value for argument") and "'--" not in complaint:  # an unknown one before it
+        options = (re.match(r"--([\w-]+)", argument) for argument in arguments)
+        unknown = next((option for option in options if option and option[1] not in names), None)
+    if unknown:
+        close = difflib.get_close_matches(unknown[1], names, 1)
         return f"--{unknown[1]} is not an option" + "".join(f" (did you mean --{each}?)" for each in close)
     if extra := re.match(r"Unrecognized options: (.*)", complaint):
         return f"{extra[1]} is neither an option nor the value of one"
     if required := re.match(r"Missing from .*?: --([\w-]+)", complaint):
         return f"--{required[1]} is missing"
+    if positional := re.match(r"Missing from .*?: ([A-Z]+) ", complaint):
+        return f"{positional[1]} is missing"
     if missing := re.match(r"Missing value for argument '--([\w-]+)'", complaint):
         return f"--{missing[1]} has no value"
     if choice := re.match(r"invalid choice ('.*') for argument '--([\w-]+)'. Expected one of \((.*)\)", complaint):

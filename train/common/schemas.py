@@ -170,6 +170,34 @@ class WandbFile(Schema):
     id: Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z_-]{1,128}$")]
 
 
+class TrainedModel(Schema):
+    """The model options of a run."""
+
+    model: str
+    init_from: str | None = None
+
+
+class TrainedData(Schema):
+    """The data options of a run, as far as they matter to its model."""
+
+    tokenizer: str
+    sequence_length: Count
+    eos_id: Step | None = None
+
+
+class TrainedOptions(Schema):
+    """The identity of a run, as far as it says what its model is."""
+
+    model: TrainedModel
+    data: TrainedData
+
+
+class TrainedRun(Schema):
+    """run.json, as far as it says what the run's model is."""
+
+    identity: TrainedOptions
+
+
 class ResultFile(Schema):
     """result.json: how a run ended."""
 
