@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.harness.exports import (
     ONE_RANK,
+    OPTIONS,
     UNTIED,
     ZERO_2,
     copied,
@@ -28,6 +29,7 @@ from train.checkpoint.export import export
 from train.checkpoint.load import only_known_classes
 from train.checkpoint.manifest import MANIFEST
 from train.data.tokenization import PROBE, load_tokenizer
+from train.probe.single_rank import single_rank_run
 
 pytestmark = pytest.mark.ranks
 
@@ -117,6 +119,28 @@ def test_before_the_first_step_that_moves_anything_the_weights_are_the_initial_o
     found = exported(run, tmp_path / "hf")
     assert found.keys() == expected.keys() - {"lm_head.weight"}  # tied
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_what_measures_a_run_from_a_checkpoint_has_the_weights_that_an_export_has(
+    stage: int, precision: str, tmp_path: Path
+) -> None:
+    run = trained(stage, 2, "--precision", precision)
+    expected = exported(run, tmp_path / "hf")
+    options = OPTIONS.replace("--save-every 2 ", "").split()
+    options += ["--data", f"{place()}/corpus", "--data-cache", f"{place()}/cache", "--precision", precision]
+    with single_rank_run("test", tmp_path, 4, tuple(options), run) as trainer:
+        engine = trainer.engine
+        found = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor.to(found[name].dtype)), name
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 0.0
+        for parameter in engine.module.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        engine.optimizer.step()  # which in bf16 writes the master weights into the model
+        assert all(torch.equal(tensor, found[name]) for name, tensor in engine.module.state_dict().items())
 
 
 TIED = [(ZERO_2, True), (UNTIED, False), ((3, 2, "--model", "+gpt2"), True), ((3, 2, "--model", "+frozen"), True)]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from train.checkpoint.load import check_text
 from train.checkpoint.manifest import MANIFEST, checkpoint_info, complete_checkpoints, files_in, why_incomplete
-from train.checkpoint.weights import Weights
+from train.checkpoint.weights import Weights, names_in, trained_in
 from train.common.errors import ConfigError, RetryError, first_line, require, shown
 from train.common.files import checksum, load_file, make_folder, sync, write_json
 from train.common.progress import Progress
@@ -59,7 +59,7 @@ def export(source: Path, out: Path, dtype: str, max_shard_size: int | str = SHAR
     _check_sums(checkpoint)
     network = _fitted(network, checkpoint, options, len(tokenizer))
     network.config.architectures, network.config.dtype = [type(network).__name__], DTYPES[dtype]
-    names, state = _names(network), network.state_dict()
+    names, state = names_in(network), network.state_dict()
     stored = {name: state[name].to(DTYPES[dtype]) if state[name].is_floating_point() else state[name] for name in names}
     split = split_torch_state_dict_into_shards(stored, max_shard_size=max_shard_size)  # by sizes; nothing is read yet
     size, written = split.metadata["total_size"], 0
@@ -96,8 +96,7 @@ class _Checkpoint(NamedTuple):
 
     def weights(self, network: PreTrainedModel) -> Weights:
         """Map its files into memory."""
-        trained = {name: p.shape for name, p in network.named_parameters() if p.requires_grad}
-        return Weights(self.path, self.files(), self.about.layout.stage, trained)
+        return Weights(self.path, self.files(), self.about.layout.stage, trained_in(network))
 
 
 def _found(source: Path) -> tuple[_Checkpoint, TrainedOptions]:
@@ -234,7 +233,7 @@ def _difference(network: PreTrainedModel, weights: Weights) -> str:
     state = network.state_dict()
     if unknown := next((name for name in weights.shapes if name not in state), ""):
         return f"it has no {unknown}, which the checkpoint holds"
-    for name, group in _names(network).items():
+    for name, group in names_in(network).items():
         found = next((weights.shapes[each] for each in group if each in weights.shapes), None)
         if found != state[name].shape:
             held = "it is missing" if found is None else str(tuple(found))
@@ -245,19 +244,6 @@ def _difference(network: PreTrainedModel, weights: Weights) -> str:
     if weights.masters and (tied := next((name for name in trained if name not in weights.masters), "")):
         return f"{tied} is a weight of its own, and in the checkpoint it is not"
     return ""
-
-
-def _names(network: PreTrainedModel) -> dict[str, list[str]]:
-    """Return all names of each weight and persistent buffer, by the name under which transformers stores it.
-
-    Tied weights have several names.
-    """
-    groups: dict[int, list[str]] = {}
-    for name, tensor in network.state_dict(keep_vars=True).items():
-        groups.setdefault(id(tensor), []).append(name)
-    tied = network.all_tied_weights_keys
-    names = {next((name for name in group if name not in tied), group[0]): group for group in groups.values()}
-    return {name: group for name, group in names.items() if name not in (network._keys_to_ignore_on_save or ())}
 
 
 def _converted(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

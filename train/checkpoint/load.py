@@ -147,22 +147,6 @@ def restore_checkpoint(engine: Any, ranks: Ranks, checkpoint: CheckpointInfo) ->
     return int(state["step"])
 
 
-def load_weights(engine: Any, checkpoint: CheckpointInfo) -> None:
-    """Load only the weights of a checkpoint of any ZeRO stage, into an engine at stage 0 on one rank.
-
-    Raises:
-        Exception: of any class, if the weights are another model's or a file is damaged.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    place, tag = str(checkpoint.path.parent), checkpoint.path.name
-    with only_known_classes():
-        if checkpoint.layout["stage"] == 0:
-            engine.load_checkpoint(place, tag, load_module_only=True)
-        else:
-            engine.module.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(place, tag))
-
-
 def verified(ranks: Ranks, path: Path) -> bool:
     """Return whether every file has the checksum in the manifest. The ranks share the work.
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from train.checkpoint.load import only_known_classes
+from train.checkpoint.manifest import CheckpointInfo
 from train.common.errors import require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Weight(NamedTuple):
@@ -36,8 +40,8 @@ class Weights:
             checkpoint: its folder.
             files: the names of its files.
             stage: the ZeRO stage that made it.
-            trained: names and shapes of the weights that the optimizer has, each once, in the model's order. (Stage 0
-                doesn't record them.)
+            trained: names and shapes of the weights that the optimizer has; see :func:`trained_in`. (Stage 0 doesn't
+                record them.)
 
         Raises:
             OSError: if a file can't be read.
@@ -85,6 +89,41 @@ class Weights:
                 "the optimizer; give another checkpoint.",
             )
         return weight
+
+
+def trained_in(network: PreTrainedModel) -> dict[str, torch.Size]:
+    """Return names and shapes of the weights that are trained, each once, in the model's order."""
+    return {name: p.shape for name, p in network.named_parameters() if p.requires_grad}
+
+
+def names_in(network: PreTrainedModel) -> dict[str, list[str]]:
+    """Return all names of each weight and persistent buffer, by the name under which transformers stores it.
+
+    Tied weights have several names.
+    """
+    groups: dict[int, list[str]] = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    tied = network.all_tied_weights_keys
+    names = {next((name for name in group if name not in tied), group[0]): group for group in groups.values()}
+    return {name: group for name, group in names.items() if name not in (network._keys_to_ignore_on_save or ())}
+
+
+@torch.no_grad()
+def load_weights(engine: Any, checkpoint: CheckpointInfo) -> None:
+    """Load only the weights of a checkpoint of any ZeRO stage, into an engine at stage 0 on one rank.
+
+    Raises:
+        Exception: of any class, if the weights are another model's or a file is damaged.
+    """
+    network = engine.module
+    files = [file.name for file in checkpoint.path.glob("*.pt")]
+    weights = Weights(checkpoint.path, files, checkpoint.layout["stage"], trained_in(network))
+    state = network.state_dict(keep_vars=True)
+    for name, group in names_in(network).items():
+        state[name].copy_(weights.read(group))
+    if hasattr(engine.optimizer, "refresh_fp32_params"):  # the masters of an engine in 16 bits
+        engine.optimizer.refresh_fp32_params()
 
 
 @only_known_classes()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from train.checkpoint.load import check_text, find_checkpoint, load_weights
+from train.checkpoint.load import check_text, find_checkpoint
+from train.checkpoint.weights import load_weights
 from train.common.command_line import parse
 from train.common.errors import ConfigError, first_line, require
 from train.common.files import REPOSITORY
