@@ -107,6 +107,24 @@ def test_a_model_that_does_more_to_its_logits_is_refused(
         pretrain(make("--model", name, "--loss", "chunked"))
 
 
+@pytest.mark.parametrize("way", ["full", "chunked"])
+def test_a_model_that_would_learn_to_copy_is_refused(way: str, make: Make, tmp_path: Path) -> None:
+    """The decoder of Marian takes labels as they are."""
+    from transformers import AutoConfig
+
+    shape = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 48}
+    more = {"vocab_size": 384, "max_position_embeddings": 64, "pad_token_id": 0, "is_decoder": True}
+    AutoConfig.for_model("marian", **shape, **more).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"whose loss in transformers is on the token that it is given and not"):
+        pretrain(make("--model", str(tmp_path / "model"), "--loss", way))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "granite", "cohere", "mixtral", "gpt2"])
+def test_a_model_that_predicts_the_next_token_is_taken_whatever_it_adds(kind: str, make: Make, tmp_path: Path) -> None:
+    more = {"output_router_logits": True, "router_aux_loss_coef": 10.0} if kind == "mixtral" else {}
+    pretrain(make("--model", config(tmp_path / "model", kind, **more), "--steps", "2"))
+
+
 def test_it_is_chosen_by_the_logits_of_a_sequence_and_a_run_keeps_what_it_began_with(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,7 +68,6 @@ def main() -> None:
             {
                 "command": name,
                 "seconds": f"{taken.seconds:.0f}",
-                "CPU seconds": f"{taken.cpu:.0f}",
                 "peak memory, MiB": f"{taken.memory:.0f}",
             }
         )

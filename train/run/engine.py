@@ -132,8 +132,7 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any], resumes: bool 
         name = ds_config["optimizer"]["type"]
         how = "by its own step" if optimizers.is_foreign(run.optimizer.optimizer) else describe(engine.optimizer)
         print(f"{name}: {how}", file=sys.stderr, flush=True)
-    if kind == "chunked":
-        loss.check_chunked(engine, run.model.model, len(tokenizer))
+    loss.check(engine, kind, run.model.model, len(tokenizer), run.data.sequence_length)
     if end is not None:
         documents.check_model(engine, run.model.model, end, len(tokenizer), run.data.sequence_length)
     if run.model.compile:

@@ -8,6 +8,7 @@ time, and once more in the backward pass, so that no more than those few logits 
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,31 +94,58 @@ def _sum(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def check_chunked(engine: Any, name: str, vocabulary: int) -> None:
-    """Check that the model's own loss is that of its output embedding, with nothing between the two.
+def check(engine: Any, kind: Loss, name: str, vocabulary: int, length: int) -> None:
+    """Check that the loss is that of predicting the next token, and by chunks no other than the model's own.
 
-    Some models scale or bend their logits. At the first step those are small, and to bend them changes little; so they
-    are made large here.
+    Some models scale or bend their logits, and those made as the decoder of an encoder take labels as they are: they
+    would learn to copy. At the first step logits are small, and much looks alike; so they are made large here.
 
     Args:
-        engine: a DeepSpeed engine whose model :func:`use_chunked` has changed; all ranks call this.
+        engine: a DeepSpeed engine, whose model :func:`use_chunked` has changed if ``kind`` is chunked; all ranks call
+            this.
+        kind: how the loss is taken.
         name: of the model, for the message.
         vocabulary: number of different tokens.
+        length: of a sequence.
 
     Raises:
         ConfigError: if it isn't.
     """
     model = engine.module
     was_training = model.training
-    tokens = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0)).to(engine.device)
-    enlarged = model.get_output_embeddings().register_forward_hook(lambda module, given, logits: 100 * logits)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (1, min(32, length)), generator=generator).to(engine.device)
+    own = {"chunked": False} if kind == "chunked" else {}
+    head = model.get_output_embeddings()
+    enlarged = head.register_forward_hook(lambda module, given, logits: 100 * logits) if head is not None else None
     engine.eval()
     try:
-        ours, full = (float(engine(input_ids=tokens, labels=tokens, chunked=way).loss) for way in (True, False))
+        # What is added to a loss, whatever the labels, has no part in the difference of two.
+        (first, logits), (second, _) = (_own_loss(engine, tokens, labels, own) for labels in (tokens, tokens.flip(1)))
+        ours = float(engine(input_ids=tokens, labels=tokens).loss) if own else math.nan
     finally:
-        enlarged.remove()
+        if enlarged is not None:
+            enlarged.remove()
         engine.train(was_training)
+    following = _difference(logits[:-1], tokens[0, 1:], tokens[0].flip(0)[1:])
+    same = _difference(logits, tokens[0], tokens[0].flip(0))
     require(
-        abs(ours - full) <= 1e-3 * abs(full),
+        abs(first - second - following) <= abs(first - second - same),
+        f"model is {name!r}, whose loss in transformers is on the token that it is given and not on the next one; take "
+        "a model for causal language modelling.",
+    )
+    require(
+        not own or abs(ours - first) <= 1e-3 * abs(first),
         f"loss is chunked, and model {name!r} does more to its logits, or adds to its loss; give --loss full.",
     )
+
+
+def _own_loss(
+    engine: Any, tokens: torch.Tensor, labels: torch.Tensor, own: dict[str, bool]
+) -> tuple[float, torch.Tensor]:
+    found = engine(input_ids=tokens, labels=labels, **own)
+    return float(found.loss), found.logits[0].float()
+
+
+def _difference(logits: torch.Tensor, labels: torch.Tensor, others: torch.Tensor) -> float:
+    return float(cross_entropy(logits, labels) - cross_entropy(logits, others))
