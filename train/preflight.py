@@ -25,8 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         prepare_environment()
 
+        from train.checkpoint import branch
         from train.run.preflight import preflight
 
+        branch.check(run)
         summary = preflight(run)
         if is_main_process():
             print(summary, flush=True)

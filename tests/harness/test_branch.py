@@ -137,11 +137,75 @@ def test_the_tokens_of_a_mixture_are_counted_from_the_branch_on(tmp_path: Path) 
     assert last["tokens/a"] + last["tokens/b"] == 4 * 12 * 32 and min(last["tokens/a"], last["tokens/b"]) > 0
 
 
+@pytest.mark.ranks
+def test_a_branch_whose_checkpoints_are_gone_begins_again_where_it_did_and_from_nothing_else(tmp_path: Path) -> None:
+    shutil.copytree(parent() / "run", tmp_path / "mine")
+    options = branch(tmp_path, branch_from=tmp_path / "mine", steps=14, schedule="linear")
+    assert finish(options)[0] == 0
+    uncut = losses(options)
+    shutil.rmtree(tmp_path / "branch" / "checkpoints")
+    (tmp_path / "branch" / "result.json").unlink()
+    shutil.copytree(tmp_path / "mine" / "checkpoints" / "step-0000010", tmp_path / "aside")
+    assert finish(options)[0] == 0
+    assert losses(options) == uncut
+    shutil.rmtree(tmp_path / "branch" / "checkpoints")
+    (tmp_path / "branch" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "mine" / "checkpoints" / "step-0000010")
+    code, said = finish(options)
+    assert code == 75 and "step-0000010, which is gone, or was removed while it was read; start again" in said
+
+
+@pytest.mark.ranks
+def test_what_an_earlier_start_took_from_another_run_is_not_resumed(tmp_path: Path) -> None:
+    shutil.copytree(parent() / "run", tmp_path / "mine")
+    options = branch(tmp_path, branch_from=tmp_path / "mine", steps=14)
+    code, said = finish(change(options, data=tmp_path / "nowhere"))
+    assert code == 2 and (tmp_path / "branch" / "checkpoints" / "step-0000010").exists()
+    shutil.rmtree(tmp_path / "mine" / "checkpoints" / "step-0000010")
+    code, said = finish(options)
+    assert code == 0, said
+    assert [line["step"] for line in read_metrics(out_of(options)) if "loss" in line] == list(range(10, 15))
+    assert read_schema(RunFile, out_of(options) / "run.json").parent.step == 9  # type: ignore[union-attr]
+
+
+@pytest.mark.ranks
+def test_a_link_to_a_checkpoint_is_that_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(parent() / "run" / "checkpoints" / "step-0000006")
+    options = branch(tmp_path, branch_from=tmp_path / "link")
+    code, said = finish(options)
+    assert code == 0, said
+    assert losses(options) == losses(options_in(parent()))[6:]
+
+
+@pytest.mark.ranks
+def test_a_tokenizer_is_known_by_its_content(tmp_path: Path) -> None:
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer().save_pretrained(tmp_path / "same")
+    ByT5Tokenizer(extra_ids=100).save_pretrained(tmp_path / "other")
+    code, said = finish(branch(tmp_path, tokenizer=tmp_path / "same"), None)
+    assert code == 0, said
+    code, said = finish(branch(tmp_path, tokenizer=tmp_path / "other", out=tmp_path / "second"), None)
+    assert code == 2 and "whose run had another tokenizer; give it." in said
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("module", ["train.preflight", "train.pretrain"])
+def test_a_check_before_the_run_looks_at_the_checkpoint(tmp_path: Path, module: str) -> None:
+    more = ["--dry-run"] if module == "train.pretrain" else ["--ranks", "2"]
+    code, said = finish([*branch(tmp_path, steps=5, warmup=1), *more], None, module=module)
+    assert code == 2 and "steps counts those of the parent, so give more than 6" in said
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no run": ({"branch_from": "/tmp"}, "branch_from is /tmp, which is not a run's folder nor its checkpoint"),
     "no checkpoint": (
         {"branch_from": "{run}/checkpoints/step-0000007"},
         "step-0000007, which is not a complete checkpoint: it has no complete.json",
+    ),
+    "a copy for other ranks": (
+        {"branch_from": "{run}/checkpoints/step-0000006-universal"},
+        "which is a copy for other ranks; give the checkpoint without -universal",
     ),
     "too short": ({"steps": 6}, "steps is 6, and branch_from is .*; steps counts those of the parent"),
     "other betas": ({"betas": 0.9}, r"of a run with betas = 0.95, not 0.9; only schedule, lr, clip, data and seed"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,12 +178,38 @@ def another_tokenizer(folder: Path) -> None:
     ByT5Tokenizer(extra_ids=3).save_pretrained(folder)
 
 
-WRONG = {
+def unexpected(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = min(folder.glob("*.safetensors"))
+    save_file({**load_file(file), "foo": torch.ones(3)}, file, {"format": "pt"})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["foo"] = file.name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def in_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def own_code(folder: Path) -> None:
+    in_config(folder, auto_map={"AutoConfig": "mine.Mine"}, model_type="mine")
+    (folder / "mine.py").write_text("raise SystemExit('executed')\n")
+
+
+WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "unexpected": (unexpected, "which has foo, which the model hasn't"),
+    "quantized": (lambda f: in_config(f, quantization_config={"quant_method": "fp8"}), "whose weights are quantized"),
+    "own code": (own_code, "init_from is .*, which can't be loaded"),
     "lacks a weight": (lambda f: without(f, "model.norm.weight"), "lacks model.norm.weight"),
     "another shape": (lambda f: spoilt(f, torch.ones(7)), "has model.norm.weight in another shape"),
     "not finite": (lambda f: spoilt(f, torch.full((32,), torch.nan)), "whose weight model.norm.weight is not finite"),
-    "no weights": (lambda f: [file.unlink() for file in f.glob("*.safetensors")], "whose weights can't be loaded"),
-    "no configuration": (lambda f: (f / "config.json").unlink(), "init_from is .*, which can't be loaded"),
+    "no weights": (lambda f: list(map(Path.unlink, f.glob("*.safetensors"))), "whose weights can't be loaded"),
+    "no configuration": (
+        lambda f: shutil.move(f / "config.json", f / "elsewhere"),
+        "init_from is .*, which can't be loaded",
+    ),
     "cut file": (lambda f: min(f.glob("*.safetensors")).write_bytes(b"\0" * 40), "whose weights can't be loaded"),
     "another tokenizer": (another_tokenizer, r"whose tokenizer is another than the run's; give --tokenizer"),
 }
@@ -201,6 +228,37 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_has_begun(wrong: str, m
 def test_what_is_no_folder_is_refused_and_not_looked_for_on_the_hub(make: Make) -> None:
     with pytest.raises(ConfigError, match=r"init_from is gpt2, which is not a folder"):
         make("--init-from", "gpt2").check()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("wrong", ["unexpected", "another shape", "lacks a weight"])
+def test_at_stage_3_weights_that_do_not_fit_are_refused_too(wrong: str, small_run: list[str], folder: Path) -> None:
+    spoil, sentence = WRONG[wrong]
+    spoil(folder)
+    config = REPOSITORY / "ds_configs" / "zero3.json"
+    code, said = finish(change(small_run, init_from=folder, ds_config=config))
+    assert code == 2 and sentence in said
+
+
+def test_a_tokenizer_without_its_configuration_is_a_tokenizer(make: Make, folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    (folder / "tokenizer_config.json").unlink()
+    Tokenizer(models.BPE()).save(str(folder / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"whose tokenizer is another than the run's"):
+        pretrain(make("--init-from", str(folder)))
+
+
+def test_weights_that_changed_before_the_first_checkpoint_are_not_taken_for_those_it_began_with(
+    make: Make, folder: Path
+) -> None:
+    run = make("--init-from", str(folder))
+    pretrain(run)
+    shutil.rmtree(run.out / "checkpoints")
+    (run.out / "result.json").unlink()
+    spoilt(folder, torch.full((32,), 2.0))
+    with pytest.raises(ConfigError, match=r"whose weights have changed since the run in .* began"):
+        pretrain(run)
 
 
 def test_a_model_beside_the_checkpoint_is_refused(make: Make, folder: Path) -> None:
@@ -252,6 +310,11 @@ def test_another_implementation_of_attention_gives_the_same_losses(make: Make, t
             found.append([trainer.train_step()["loss"] for _ in range(4)])
     assert trainer.engine.module.config._attn_implementation == name
     assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_an_attention_that_sees_what_comes_is_refused(make: Make) -> None:
+    with pytest.raises(ConfigError, match=r"in which a token sees those after it"):
+        pretrain(make("--attention", "paged|eager"))
 
 
 def test_an_implementation_of_attention_that_is_not_there_is_refused_by_name(make: Make) -> None:

@@ -119,6 +119,12 @@ def test_a_model_that_would_learn_to_copy_is_refused(way: str, make: Make, tmp_p
         pretrain(make("--model", str(tmp_path / "model"), "--loss", way))
 
 
+def test_a_model_that_sees_the_future_is_refused(make: Make, tmp_path: Path) -> None:
+    name = config(tmp_path / "model", "bert", intermediate_size=48)
+    with pytest.raises(ConfigError, match=r"in which a token sees those after it"):
+        pretrain(make("--model", name))
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "granite", "cohere", "mixtral", "gpt2"])
 def test_a_model_that_predicts_the_next_token_is_taken_whatever_it_adds(kind: str, make: Make, tmp_path: Path) -> None:
     more = {"output_router_logits": True, "router_aux_loss_coef": 10.0} if kind == "mixtral" else {}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.harness.conftest import Make
-from tests.harness.runs import change, finish, losses, out_of
+from tests.harness.runs import finish, losses
 from train.common.command_line import parse
 from train.common.errors import ConfigError
 from train.common.files import REPOSITORY
@@ -54,14 +54,21 @@ def test_a_file_says_what_options_would_and_options_win(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("lrr: 1\n", r"config .*settings.yaml has lrr is not an option \(did you mean --lr\?\)"),
+        ("lrr: 1\n", r"config .*settings.yaml has 'lrr', which is not an option \(did you mean lr\?\)"),
         ("lr: high\n", r"config .*settings.yaml has lr is 'high'; it must be a number"),
         ("steps: 1.5\n", r"config .*settings.yaml has steps is '1.5'; it must be a whole number"),
         ("schedule: square\n", r"config .*settings.yaml has schedule is 'square'; it must be one of"),
         ("lr: 1\nlr: 2\n", r"settings.yaml', which is not YAML: it has lr twice"),
-        ("lr: {a: 1}\n", r'has lr = {"a": 1}; it must have a value, or a list of values'),
-        ("lr:\n", r"has lr = null; it must have a value"),
-        ("validation: []\n", r"has validation = \[\]; it must have a value"),
+        ("lr: {a: 1}\n", r"has lr without a value; it must have one, or a list of values"),
+        ("lr:\n", r"has lr without a value"),
+        ("validation: []\n", r"has validation without a value"),
+        ("lr: &a [*a]\n", r"which is not YAML: found unconstructable recursive node"),
+        ("lr: {!!binary aGk=: 1}\n", r"has lr without a value"),
+        ("help: true\n", r"has 'help', which is not an option"),
+        ("'': 3\n", r"has '', which is not an option"),
+        ("save-every: 1\nsave_every: 3\n", r"has save_every twice; keep one"),
+        ("validation: [a=/x, --no-resume]\n", r"has validation with the value --no-resume, which looks like an option"),
+        ("wandb: no\nlr: x\n", r"has lr is 'x'"),
         ("compile: 1\n", r"has compile = 1; it must be true or false"),
         ("- lr\n", r"it must hold options and their values"),
         ("", r"it must hold options and their values"),
@@ -75,6 +82,27 @@ def test_a_file_with_a_fault_is_refused_in_a_sentence(tmp_path: Path, text: str,
     with pytest.raises(ConfigError, match=sentence) as refused:
         settings("--config", written(tmp_path, text)).check()
     assert "\n" not in str(refused.value)
+
+
+def test_a_value_in_a_file_is_the_text_that_stands_there(tmp_path: Path) -> None:
+    file = written(tmp_path, "seed: 010\nwandb: no\ndata: --no-resume\nfinal-lr: 0\ndocument-mask: true\neps: 1e-9\n")
+    run = settings("--config", file)
+    assert (run.seed, run.logging.wandb, run.data.data, run.checkpoints.resume) == (10, "no", "--no-resume", True)
+    assert (run.schedule.final_lr, run.data.document_mask, run.optimizer.eps) == (0.0, True, 1e-9)
+
+
+def test_two_files_are_refused(tmp_path: Path) -> None:
+    file = written(tmp_path, "lr: 0.5\n")
+    with pytest.raises(ConfigError, match=r"--config is given twice"):
+        settings("--config", file, f"--config={file}")
+
+
+@pytest.mark.parametrize(("given", "steps"), [(["--steps", "3"], 3), (["--tokens", "1e6"], 489)])
+def test_a_length_on_the_command_line_wins_over_the_other_kind_in_a_file(
+    tmp_path: Path, given: list[str], steps: int
+) -> None:
+    for text in ("tokens: 2.5e9\n", "steps: 7\n"):
+        assert settings("--config", written(tmp_path, text), *given).schedule.steps == steps
 
 
 @pytest.mark.parametrize("name", ["nowhere.yaml", "."])
@@ -162,12 +190,29 @@ def test_a_comparison_takes_a_file_for_its_runs(tmp_path: Path) -> None:
         ("batch: 8\n", "has batch = 8, which the comparison would override; give --batch before --"),
         ("tokens: 1e9\n", "has tokens = 1e9, which the comparison would override; give --tokens before --"),
         ("lr: 0.1\n", "has lr = 0.1, which the comparison would override; give --lr before --"),
-        ("state: packed16\n", "has state, which an arm says; remove it"),
+        ("sequence-length: 64\n", "has sequence_length = 64, which the comparison would override"),
+        ("state: packed16\n", "has state, which the comparison says; remove it"),
+        ("seed: 7\n", "has seed, which the comparison says; remove it"),
     ],
 )
 def test_a_comparison_overrides_no_file_in_silence(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         compared("--config", written(tmp_path, text))
+
+
+def test_a_comparison_takes_a_recipe_whose_lines_it_repeats(tmp_path: Path) -> None:
+    """By the recipe of the README, but for the length."""
+    recipe = ("--config", str(REPOSITORY / "recipes" / "124m.yaml"), "--data", "/x", "--decay", "1", "--warmup", "1")
+    tokens = 2_500_000_000
+    arguments = compared(*recipe, batch=512, sequence_length=1024, tokens=tokens, lr=(6e-4,))
+    run = parse(Run, ["--out", "x", *arguments], "train.pretrain", None)
+    assert run.schedule.steps == tokens // (512 * 1024) and run.model.model == "124m"
+
+
+def test_runs_of_a_comparison_branch_from_one_checkpoint() -> None:
+    compared("--branch-from", "runs/x/checkpoints/step-0000100")
+    with pytest.raises(ConfigError, match=r"branch_from is runs/x, whose newest checkpoint may be another"):
+        compared("--branch-from", "runs/x")
 
 
 # ---- The micro-batch
@@ -225,9 +270,3 @@ def test_preflight_takes_a_file_too(tmp_path: Path) -> None:
     file = written(tmp_path, "steps: 40\nranks: 3\n")
     given = parse(Preflight, ["--out", "x", "--config", file], "train.preflight", None)
     assert given.schedule.steps == 40 and given.ranks == 3
-
-
-@pytest.mark.ranks
-def test_a_refused_file_is_named_once_by_two_ranks(small_run: list[str], tmp_path: Path) -> None:
-    code, said = finish([*change(small_run, config=written(tmp_path, "lrr: 1\n"))])
-    assert code != 0 and said.count("error: config ") == 1 and not out_of(small_run).exists()

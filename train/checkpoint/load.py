@@ -77,8 +77,7 @@ def find_checkpoint(ranks: Ranks, folder: Path, run: dict[str, Any] | None = Non
     with ranks.collective_errors(), readable(folder):
         require(
             not (ranks.is_main and all_checkpoints(folder)),
-            f"{folder} holds checkpoints, and none of them is complete; "
-            "restore one, or remove them all to begin from step 0.",
+            f"{folder} holds checkpoints, and none of them is complete; restore one, or remove them all to begin anew.",
         )
     return None
 

@@ -14,7 +14,7 @@ from train.checkpoint.convert import convert_layout
 from train.checkpoint.load import check_text, find_checkpoint, restore_checkpoint
 from train.checkpoint.manifest import Origin, newest_step
 from train.checkpoint.save import save_checkpoint
-from train.common.errors import ConfigError, Preempted, is_main_process
+from train.common.errors import ConfigError, Preempted, is_main_process, require
 from train.common.files import write_json
 from train.common.progress import Progress
 from train.distributed.launch import join
@@ -49,6 +49,7 @@ def pretrain(run: Run) -> None:
             with ranks.collective_errors():
                 if ranks.is_main:
                     run_dir.check(run)
+                    branch.check(run)
             dry_run(initialize(run, ranks, ds_config), ds_config)
         else:
             _pretrain(run, ranks, ds_config)
@@ -67,9 +68,11 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
         if ended is not None:
             _report_end(run, ended, "already ")
             return
-        begun = ranks.broadcast((run.out / "run.json").exists())
+        with ranks.collective_errors():
+            here = (run_dir.begun(run.out), branch.is_due(run)) if ranks.is_main else None
+        begun, due = ranks.broadcast(here) or (None, False)
         taken: dict[str, Any] = {}
-        if run.checkpoints.branch_from and not begun:
+        if run.checkpoints.branch_from and due:
             ranks.wait_for((lambda: taken.update(branch.take(run))) if ranks.is_main else None)
         checkpoint = find_checkpoint(ranks, run.out / "checkpoints", run.identity())
         if checkpoint:
@@ -78,11 +81,16 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
             ds_config.setdefault("checkpoint", {})["load_universal"] = checkpoint.universal
         trainer = initialize(run, ranks, ds_config, resumes=checkpoint is not None)
         facts = {**trainer.facts, **({"parent": taken} if taken else {})}
-        if run.model.init_from and not begun:
+        if run.model.init_from and checkpoint is None:
             read = run.model.init_from
             ranks.wait_for((lambda: facts.update(init_from=initial_weights.sums(read))) if ranks.is_main else None)
         with ranks.collective_errors():
             if ranks.is_main:
+                require(
+                    begun is None or facts.get("init_from") in (None, begun.init_from),
+                    f"init_from is {run.model.init_from}, whose weights have changed since the run in {run.out} began; "
+                    "restore them, or give another folder.",
+                )
                 run_dir.describe(run, facts, ds_config)
             if checkpoint:
                 check_text(checkpoint, trainer.facts["tokens"])

@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import errno
 import io
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -59,14 +58,14 @@ def report_on_rank(error: ConfigError) -> int:
 def parse(settings: type[Settings], arguments: list[str], module: str, description: str | None) -> Settings:
     """Parse the arguments of ``python -m MODULE`` into ``settings``. ``--help`` prints the help text and exits.
 
+    If the settings have ``config``, a YAML file of options, those in it that the arguments lack are added to them.
+    Settings with a method ``check_given`` are asked whether the options that were given, by name, are right together.
+
     Args:
         settings: the dataclass to fill.
         arguments: the command-line arguments, without the program's name.
         module: the module's name, for the help text and error messages.
         description: the text at the top of ``--help``.
-
-    If the settings have ``config``, a YAML file of options, those in it that the arguments lack are added to them.
-    Settings with a method ``check_given`` are asked whether the options that were given, by name, are right together.
 
     Raises:
         ConfigError: on an unknown option or a value of the wrong type.
@@ -77,7 +76,11 @@ def parse(settings: type[Settings], arguments: list[str], module: str, descripti
     arguments = [a for a in arguments if not a.startswith("--local_rank")]  # the deepspeed launcher adds it
     _check_repeated(settings, arguments)
     file, given = config_of(settings, arguments), _given(arguments)
-    of_file = {name: words for name, words in (options_in(file, settings) if file else {}).items() if name not in given}
+    alternatives = set(getattr(settings, "ALTERNATIVES", ()))
+    dropped = given | (alternatives if alternatives & given else set())
+    of_file = {
+        name: words for name, words in (options_in(file, settings) if file else {}).items() if name not in dropped
+    }
     arguments = [*(word for words in of_file.values() for word in words), *arguments]
     complaint = io.StringIO()
     try:
@@ -111,25 +114,31 @@ def _given(arguments: list[str]) -> set[str]:
 
 
 def config_of(settings: type[Any], arguments: list[str]) -> Path | None:
-    """Return the file that ``--config`` names; None if there is none, or the settings have no such option."""
+    """Return the file that ``--config`` names; None if there is none, or the settings have no such option.
+
+    Raises:
+        ConfigError: if two are given.
+    """
     if "config" not in dict(_types(settings)):
         return None
-    file: Path | None = None
-    for option, value in zip(arguments, [*arguments, ""][1:], strict=True):
+    ours = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    files = []
+    for option, value in zip(ours, [*ours, ""][1:], strict=True):
         name, equals, inner = option.partition("=")
         if name == "--config":
-            file = Path(inner if equals else value)
-    return file
+            files.append(inner if equals else value)
+    require(len(files) < 2, "--config is given twice; give one file.")
+    return Path(files[0]) if files else None
 
 
 def options_in(file: Path, settings: type[Any]) -> dict[str, list[str]]:
     """Return the options in a YAML file, by name, as words of a command line.
 
     Raises:
-        ConfigError: if the file can't be read, or is no mapping of options to values.
+        ConfigError: if the file can't be read, is no mapping of options to values, or has one that there isn't.
     """
     try:
-        content = load_yaml(file.read_text())
+        content = load_yaml(file.read_text(), typed=False)  # a value is what stands there: 010 is no octal number
     except OSError as error:
         raise ConfigError(f"config is {shown(str(file))}, which can't be read: {first_line(error)}.") from None
     except ValueError as error:
@@ -139,19 +148,29 @@ def options_in(file: Path, settings: type[Any]) -> dict[str, list[str]]:
         f"config is {shown(str(file))}; it must hold options and their values, such as lr: 0.001.",
     )
     kinds, options = dict(_types(settings)), dict[str, list[str]]()
-    for name, value in content.items():
-        option = f"--{name.replace('_', '-')}"
+    for given, value in content.items():
+        name = given.replace("-", "_")
         require(name != "config", f"config {file} has config; one file can't name another.")
+        if name not in kinds:
+            close = difflib.get_close_matches(name, kinds, 1)
+            meant = "".join(f" (did you mean {each}?)" for each in close)
+            raise ConfigError(f"config {file} has {shown(given)}, which is not an option{meant}.")
+        require(name not in options, f"config {file} has {name} twice; keep one.")
         values = value if isinstance(value, list) else [value]
         require(
-            bool(values) and not any(each is None or isinstance(each, dict | list) for each in values),
-            f"config {file} has {name} = {json.dumps(value, default=str)}; it must have a value, or a list of values.",
+            bool(values) and all(isinstance(each, str) and each for each in values),
+            f"config {file} has {name} without a value; it must have one, or a list of values.",
         )
-        if kinds.get(name) == "bool":
-            require(isinstance(value, bool), f"config {file} has {name} = {value}; it must be true or false.")
-            options[name] = [option if value else f"--no-{option[2:]}"]
+        option = f"--{name.replace('_', '-')}"
+        if kinds[name] == "bool":
+            require(value in ("true", "false"), f"config {file} has {name} = {values[0]}; it must be true or false.")
+            options[name] = [option if value == "true" else f"--no-{option[2:]}"]
+        elif len(values) == 1:
+            options[name] = [f"{option}={values[0]}"]
         else:
-            options[name] = [option, *map(str, values)]
+            dashed = next((each for each in values if each.startswith("--")), "")
+            require(not dashed, f"config {file} has {name} with the value {dashed}, which looks like an option.")
+            options[name] = [option, *values]
     return options
 
 

@@ -109,21 +109,24 @@ def load_file(kind: type[Kind], path: Path) -> Kind:
         raise ConfigError(f"{path} can't be read: {first_line(error)}; restore it, or remove it.") from None
 
 
-def load_yaml(text: str) -> Any:
-    """Parse YAML into plain data.
+def load_yaml(text: str, typed: bool = True) -> Any:
+    """Parse YAML into plain data, or if not ``typed`` into texts, lists and mappings of texts.
 
     Raises:
         ValueError: in one line, if it is not YAML or a mapping has a key twice, of which YAML would take the last.
     """
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    base: Any = yaml.SafeLoader if typed else yaml.BaseLoader
+
+    class Loader(base):
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             keys = [key.value for key, _ in node.value]
             twice = next((key for key in keys if keys.count(key) > 1), None)
             if twice is not None:
                 raise ValueError(f"it has {twice} twice")
-            return super().construct_mapping(node, deep)
+            made: dict[Any, Any] = super().construct_mapping(node, deep)
+            return made
 
     try:
         return yaml.load(text, Loader)

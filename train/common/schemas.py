@@ -158,6 +158,8 @@ class RunFile(Schema):
     """How the loss is computed. Older runs don't say so."""
     rows: PositiveInt | None = None
     """Of the model's embedding. None in older runs: as many as the tokenizer has tokens."""
+    tokenizer: str | None = None
+    """Digest of the tokenizer. Older runs don't say so."""
     parent: Parent | None = None
     """The checkpoint of another run that this one began from (``--branch-from``)."""
     init_from: dict[str, SHA256] | None = None

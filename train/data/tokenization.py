@@ -27,7 +27,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name == "byt5":
         return ByT5Tokenizer()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         facts(tokenizer)
         return tokenizer
     except Exception as error:  # of any class, depending on the tokenizer's files

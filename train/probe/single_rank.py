@@ -53,7 +53,9 @@ def single_rank_run(
     ranks = join(settings.timeout)
     require(ranks.world == 1, f"{module} runs on one rank, and there are {ranks.world}; start it with plain python.")
     with ranks.watchdog.guard():
-        trainer = initialize(settings, ranks, deepspeed_config.resolve(settings, 1, torch.cuda.is_available()))
+        trainer = initialize(
+            settings, ranks, deepspeed_config.resolve(settings, 1, torch.cuda.is_available()), checkpoint is not None
+        )
         if checkpoint is not None:
             _load_weights_of(trainer, ranks, checkpoint)
         ranks.watchdog.begin()

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from train.common.errors import ConfigError, require, shown
 from train.common.files import REPOSITORY
@@ -187,8 +187,10 @@ class Checkpoints:
     @property
     def parent(self) -> Path | None:
         """Folder of the run that this one branches from."""
-        path = self.branch_from
-        return path.parent.parent if path and path.parent.name == "checkpoints" else path
+        if self.branch_from is None:
+            return None
+        path = self.branch_from.resolve()
+        return path.parent.parent if path.name.startswith("step-") else path
 
     def check(self) -> None:
         """Raise :class:`ConfigError` on a value out of range."""
@@ -236,6 +238,8 @@ class Logging:
 class Run:
     """One training run."""
 
+    ALTERNATIVES: ClassVar = ("steps", "tokens")
+    """Where one of these is on the command line, the other in a file of options doesn't count."""
     out: Path
     """Folder of this run alone, for its settings, metrics, checkpoints and result."""
     config: Path | None = None

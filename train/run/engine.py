@@ -64,8 +64,15 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any], resumes: bool 
         tokenizer = tokenization.load_tokenizer(run.data.tokenizer)
         rows = (earlier.rows or len(tokenizer)) if earlier else None
         config = model.configuration(run.model, len(tokenizer), run.data.sequence_length, rows)
+        digest = tokenization.digest(tokenizer)
+        require(
+            begun is not None or earlier is None or earlier.tokenizer in (None, digest),
+            f"branch_from is {run.checkpoints.branch_from}, whose run had another tokenizer; give it.",
+        )
         if run.model.init_from:
             initial_weights.check_tokenizer(run.model.init_from, tokenizer)
+            if not resumes and ranks.is_main:  # by itself, since at stage 3 all ranks read the weights together
+                initial_weights.check_names(run.model.init_from, config)
         end = documents.end_of(run.data, tokenizer)
     with ranks.collective_errors():
         sources = Sources.of(run.data)
@@ -79,7 +86,8 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any], resumes: bool 
     # Rank 0's token folders count: the corpus is examined once.
     folders = ranks.broadcast(prepared[0] if ranks.is_main else [])
     with ranks.collective_errors():
-        train, validation = sources.open(folders, len(tokenizer), earlier.order if earlier else None)
+        same_text = earlier is not None and earlier.tokens == sources.name(folders)
+        train, validation = sources.open(folders, len(tokenizer), earlier.order if earlier and same_text else None)
         if ranks.is_main:
             print(sources.summary(folders), file=sys.stderr, flush=True)
             if len(train.sources) > 1:
@@ -132,6 +140,12 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any], resumes: bool 
         name = ds_config["optimizer"]["type"]
         how = "by its own step" if optimizers.is_foreign(run.optimizer.optimizer) else describe(engine.optimizer)
         print(f"{name}: {how}", file=sys.stderr, flush=True)
+    layout = deepspeed_config.layout(ds_config, ranks.world)
+    facts = {"tokens": sources.name(folders), "order": train.order, "loss": kind, "rows": embedded}
+    facts["tokenizer"] = digest
+    trainer = Trainer(run, ranks, train, validation, engine, layout, end, facts)
+    if load and (spoiled := trainer.nonfinite_weight()):
+        raise ConfigError(f"init_from is {run.model.init_from}, whose weight {spoiled} is not finite.")
     loss.check(engine, kind, run.model.model, len(tokenizer), run.data.sequence_length)
     if end is not None:
         documents.check_model(engine, run.model.model, end, len(tokenizer), run.data.sequence_length)
@@ -139,11 +153,6 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any], resumes: bool 
         with ranks.collective_errors():
             _check_compiler(ranks.device)
         engine.compile()
-    layout = deepspeed_config.layout(ds_config, ranks.world)
-    facts = {"tokens": sources.name(folders), "order": train.order, "loss": kind, "rows": embedded}
-    trainer = Trainer(run, ranks, train, validation, engine, layout, end, facts)
-    if load and (spoiled := trainer.nonfinite_weight()):
-        raise ConfigError(f"init_from is {run.model.init_from}, whose weight {spoiled} is not finite.")
     return trainer
 
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""Files by which a folder shows that it has a tokenizer."""
+
+
 def no_init_weights() -> Any:
     """Return transformers' context in which a model is built without drawing its weights."""
     try:
@@ -64,22 +68,13 @@ def allocate(config: PretrainedConfig, dtype: torch.dtype, device: torch.device)
     return model
 
 
-def read(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
-    """Build a model in float32 with the weights of a Hugging Face checkpoint. At ZeRO stage 3 all ranks call this.
+def check_names(folder: Path, config: PretrainedConfig) -> None:
+    """Check that a Hugging Face checkpoint has all weights of the model, and no others. None is read.
 
     Raises:
-        ConfigError: if the folder lacks a weight, has one too many or of another shape, or one that is not finite.
+        ConfigError: if it lacks one, has one too many or of another shape.
     """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except Exception as error:  # of any class, depending on the files
-        raise ConfigError(f"init_from is {folder}, whose weights can't be loaded: {first_line(error)}") from None
-    model: PreTrainedModel = loaded[0]
-    report: dict[str, Any] = loaded[1]
+    report = _loaded(folder, config, device_map="meta")[1]
     wrong = {
         "lacks {}": report["missing_keys"],
         "has {}, which the model hasn't": report["unexpected_keys"],
@@ -88,7 +83,33 @@ def read(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
     for words, names in wrong.items():
         first = min(names, default="")
         require(not names, f"init_from is {folder}, which {words.format(first)}; give weights of this configuration.")
+
+
+def read(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
+    """Build a model in float32 with the weights of a Hugging Face checkpoint. At ZeRO stage 3 all ranks call this.
+
+    Raises:
+        ConfigError: if they can't be loaded.
+    """
+    model: PreTrainedModel = _loaded(folder, config)[0]
     return model
+
+
+def _loaded(folder: Path, config: PretrainedConfig, **more: Any) -> Any:
+    """Return the model and what transformers reports of names.
+
+    Raises:
+        ConfigError: if it can't be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = {"config": config, "dtype": torch.float32, "trust_remote_code": False, **more}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except Exception as error:  # of any class, depending on the files
+        raise ConfigError(f"init_from is {folder}, whose weights can't be loaded: {first_line(error)}") from None
 
 
 def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -99,7 +120,7 @@ def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     from train.data.tokenization import digest, load_tokenizer
 
-    if (folder / "tokenizer_config.json").exists():
+    if any((folder / name).exists() for name in TOKENIZERS):
         require(
             digest(load_tokenizer(str(folder))) == digest(tokenizer),
             f"init_from is {folder}, whose tokenizer is another than the run's; give --tokenizer {folder}.",

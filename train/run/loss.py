@@ -95,7 +95,7 @@ def _sum(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def check(engine: Any, kind: Loss, name: str, vocabulary: int, length: int) -> None:
-    """Check that the loss is that of predicting the next token, and by chunks no other than the model's own.
+    """Check that the loss is that of predicting the next token, unseen, and by chunks no other than the model's own.
 
     Some models scale or bend their logits, and those made as the decoder of an encoder take labels as they are: they
     would learn to copy. At the first step logits are small, and much looks alike; so they are made large here.
@@ -122,6 +122,8 @@ def check(engine: Any, kind: Loss, name: str, vocabulary: int, length: int) -> N
     try:
         # What is added to a loss, whatever the labels, has no part in the difference of two.
         (first, logits), (second, _) = (_own_loss(engine, tokens, labels, own) for labels in (tokens, tokens.flip(1)))
+        changed = torch.cat([tokens[:, :-1], (tokens[:, -1:] + 1) % vocabulary], 1)
+        _, others = _own_loss(engine, changed, changed, own)
         ours = float(engine(input_ids=tokens, labels=tokens).loss) if own else math.nan
     finally:
         if enlarged is not None:
@@ -133,6 +135,11 @@ def check(engine: Any, kind: Loss, name: str, vocabulary: int, length: int) -> N
         abs(first - second - following) <= abs(first - second - same),
         f"model is {name!r}, whose loss in transformers is on the token that it is given and not on the next one; take "
         "a model for causal language modelling.",
+    )
+    seen = float((logits[:-1] - others[:-1]).abs().max())
+    require(
+        seen <= 1e-4 * float(logits.abs().max()),
+        f"model is {name!r}, in which a token sees those after it; take a causal model, or another --attention.",
     )
     require(
         not own or abs(ours - first) <= 1e-3 * abs(first),

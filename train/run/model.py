@@ -52,13 +52,17 @@ def configuration(settings: Model, vocabulary: int, sequence_length: int, rows: 
         )
     else:
         try:
-            config = AutoConfig.from_pretrained(source, **attention)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **attention)
         except Exception as error:  # of any class, depending on the configuration's files
             what = "init_from" if settings.init_from else "model"
             no_preset = "" if settings.init_from else f" is not a preset ({', '.join(PRESETS)}) and"
             raise ConfigError(
                 f"{what} is {shown(source)}, which{no_preset} can't be loaded: {why_not_loaded(source, error)}."
             ) from None
+    require(
+        settings.init_from is None or getattr(config, "quantization_config", None) is None,
+        f"init_from is {source}, whose weights are quantized; give them in float32 or 16 bits.",
+    )
     config.use_cache = False
     embedded = getattr(config, "vocab_size", vocabulary)
     require(

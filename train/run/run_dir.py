@@ -32,6 +32,8 @@ from train.run.config import Run, Schedule
 
 OURS_EARLY = ("log.txt", "monitor", "attempts.jsonl", "STOP", "wandb.json")
 """Files that may exist in the folder before run.json, besides hidden ones."""
+MAY_BRANCH = {"model": {"loss", "activation_checkpointing"}, "optimizer": {"lr", "clip", "allow_unbalanced"}}
+"""In what options of these two kinds a run may differ from the one that it branches from."""
 LOCK_SECONDS = 15.0  # time for a run that is just ending to release the folder
 JOB = {"job": "SLURM_JOB_ID", "restart": "SLURM_RESTART_COUNT", "nodes": "SLURM_JOB_NODELIST"}
 
@@ -191,10 +193,6 @@ def begun(out: Path) -> RunFile | None:
     return load_file(RunFile, written) if written.exists() else None
 
 
-MAY_BRANCH = {"model": {"loss", "activation_checkpointing"}, "optimizer": {"lr", "clip", "allow_unbalanced"}}
-"""In what options of these two kinds a run may differ from the one that it branches from."""
-
-
 def _check_parent(run: Run) -> None:
     """Check that the run may go on with the state of the run that it branches from, if it does.
 
@@ -206,12 +204,14 @@ def _check_parent(run: Run) -> None:
         return
     require((parent / "run.json").is_file(), f"branch_from is {given}, which is not a run's folder nor its checkpoint.")
     kept = []
-    for identity in (load_file(RunFile, parent / "run.json").identity, run.identity()):
+    theirs = load_file(RunFile, parent / "run.json")
+    named = ("sequence_length",) if theirs.tokenizer else ("tokenizer", "sequence_length")  # known by its content
+    for identity in (theirs.identity, run.identity()):
         both: dict[str, Any] = {
             kind: {key: value for key, value in identity[kind].items() if key not in may}
             for kind, may in MAY_BRANCH.items()
         }
-        both["data"] = {key: identity["data"][key] for key in ("tokenizer", "sequence_length")}
+        both["data"] = {key: identity["data"][key] for key in named}
         kept.append({**both, "parallelism": {"batch": identity["parallelism"]["batch"]}})
     difference = difference_from(kept[0], kept[1])
     require(

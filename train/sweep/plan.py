@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -116,33 +117,39 @@ def steps_of(comparison: Comparison) -> int:
 
 
 def _options_of_config(comparison: Comparison, steps: int) -> set[str]:
-    """Return the options in the file of a ``--config`` after "--"; what the comparison sets must agree with it.
+    """Return the options in the file of a ``--config`` after "--".
+
+    The arms and ``lr`` take the place of the file's betas and lr.
 
     Raises:
-        ConfigError: if the comparison would override an option of the file.
+        ConfigError: if the comparison would override another option of the file.
     """
     file = config_of(Run, list(comparison.rest))
     if file is None:
         return set()
     options = options_in(file, Run)
-    theirs = parse(Run, ["--out", "x", "--config", str(file)], "train.pretrain", None)
-    ours: dict[str, tuple[Any, Any]] = {
-        "batch": (theirs.parallelism.batch, comparison.batch),
-        "sequence_length": (theirs.data.sequence_length, comparison.sequence_length),
-        "steps": (theirs.schedule.steps, steps),
-        "tokens": (theirs.schedule.steps, steps),
-        "lr": (theirs.optimizer.lr, comparison.lr or comparison.lr_from),
-    }
-    for name in options:
-        have, wanted = ours.get(name, (None, None))
+    per_step = max(1, comparison.batch * comparison.sequence_length)
+    for name, words in options.items():
+        text = words[-1].partition("=")[2] or words[-1]
+        try:
+            value = float(text)
+        except ValueError:  # the run's own check says what is wrong
+            value = math.nan
+        agrees = {
+            "batch": value == comparison.batch,
+            "sequence_length": value == comparison.sequence_length,
+            "steps": value == steps,
+            "tokens": abs(value / per_step - steps) < 1,
+            "lr": bool(comparison.lr or comparison.lr_from),
+        }
         require(
-            wanted == have if name != "lr" else bool(wanted),
-            f"config {file} has {name} = {' '.join(options[name][1:])}, which the comparison would override; give "
-            f"--{name.replace('_', '-')} before --.",
+            agrees.get(name, True),
+            f"config {file} has {name} = {text}, which the comparison would override; give --{name.replace('_', '-')} "
+            "before --.",
         )
         require(
-            name not in ("optimizer", "state", "allow_unbalanced", "out", "dry_run"),
-            f"config {file} has {name}, which an arm says; remove it.",
+            name not in ("optimizer", "state", "allow_unbalanced", "seed", "out", "dry_run"),
+            f"config {file} has {name}, which the comparison says; remove it.",
         )
     return {f"--{name.replace('_', '-')}" for name in options}
 
@@ -253,6 +260,12 @@ def _checked(run: dict[str, Any], ranks: int) -> Run:
     settings = settings_of(run)
     settings.check()
     settings.parallelism.micro_batch_on(ranks)
+    branch = settings.checkpoints.branch_from
+    require(
+        branch is None or branch.name.startswith("step-"),
+        f"branch_from is {branch}, whose newest checkpoint may be another for each run; give one, such as "
+        f"{branch}/checkpoints/step-0001000.",
+    )
     return settings
 
 
