@@ -266,6 +266,23 @@ def test_a_model_beside_the_checkpoint_is_refused(make: Make, folder: Path) -> N
         make("--model", "small", "--init-from", str(folder)).check()
 
 
+@pytest.mark.parametrize("named", ["AutoConfig", "AutoModelForCausalLM"])
+def test_code_in_a_models_folder_is_never_run_whatever_is_answered(
+    named: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask on the terminal, for a configuration or a model that it doesn't know."""
+    from transformers import T5Config
+
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    T5Config(vocab_size=384, d_model=32, num_layers=1, d_ff=48, num_heads=2).save_pretrained(folder)
+    in_config(folder, auto_map={named: "mine.Mine"}, **({"model_type": "mine"} if named == "AutoConfig" else {}))
+    (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *asked: "y")
+    with pytest.raises(ConfigError, match=r"model is "):
+        pretrain(make("--model", str(folder)))
+    assert not ran.exists()
+
+
 # ---- Presets
 
 

@@ -40,7 +40,7 @@ def draw(config: PretrainedConfig, at_once: bool) -> PreTrainedModel:
 
     # torch's own initialization of each module is skipped, as at stage 3, so that both draw the same numbers.
     with no_init_weights() if at_once else nullcontext():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     if at_once:
         model.initialize_weights()
         model.tie_weights()
@@ -54,7 +54,7 @@ def allocate(config: PretrainedConfig, dtype: torch.dtype, device: torch.device)
 
     # Buffers are computed as usual: they are small, and nobody sends them.
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()  # before there is memory, so that tied parameters share it
     memory: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
     for module in model.modules():

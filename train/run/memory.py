@@ -123,7 +123,7 @@ def _look(run: Run, config: PretrainedConfig, ds_config: dict[str, Any]) -> Look
 
     dtype, length = DTYPES[ds_schema.dtype(ds_config)], run.data.sequence_length
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).train()
         if run.model.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         parameters = list(model.parameters())

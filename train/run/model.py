@@ -130,7 +130,7 @@ def empty(config: PretrainedConfig) -> PreTrainedModel:
     """Build the model. Under ``torch.device("meta")`` it has shapes and no weights."""
     from transformers import AutoModelForCausalLM
 
-    network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    network: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return network
 
 
