@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint import manifest
+from train.checkpoint.load import readable
 from train.checkpoint.manifest import (
     all_checkpoints,
     checkpoint_info,
@@ -37,8 +38,11 @@ def check(run: Run) -> None:
 
 
 def is_due(run: Run) -> bool:
-    """Return whether the run needs its parent's checkpoint: it has not begun, or has no checkpoint left."""
-    return run_dir.begun(run.out) is None or not all_checkpoints(run.out / "checkpoints")
+    """Return whether the run needs its parent's checkpoint: it has one, and has not begun or has no checkpoint left."""
+    if run.checkpoints.branch_from is None:
+        return False
+    with readable(run.out / "checkpoints"):
+        return run_dir.begun(run.out) is None or not all_checkpoints(run.out / "checkpoints")
 
 
 def take(run: Run) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
             here = (run_dir.begun(run.out), branch.is_due(run)) if ranks.is_main else None
         begun, due = ranks.broadcast(here) or (None, False)
         taken: dict[str, Any] = {}
-        if run.checkpoints.branch_from and due:
+        if due:
             ranks.wait_for((lambda: taken.update(branch.take(run))) if ranks.is_main else None)
         checkpoint = find_checkpoint(ranks, run.out / "checkpoints", run.identity())
         if checkpoint:
