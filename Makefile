@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt balanced_adam/kernels/cpu.cpp balan
 	touch $@
 
 compare: $(INSTALLED) ## compare beta settings on a small language model; with STATE=packed16, fp32 moments with packed ones
-	$(BIN)/python -m train.compare $(if $(STATE),--out runs/compare-$(STATE) --arms 0.95 0.95:$(STATE),--out runs/compare)
+	$(BIN)/python -m train.compare --seeds 0 1 $(if $(STATE),--out runs/compare-$(STATE) --arms 0.9 0.9:$(STATE),--out runs/compare)
 
 # Three at a time on two cores, since some tests wait; the costly values that many tests look at are shared (tests/session.py).
 test: $(INSTALLED) ## run the tests

@@ -10,8 +10,8 @@ from scipy import stats
 
 from train import report
 from train.analysis.lr_selection import at_edge, best_lr
-from train.analysis.report_page import paired_differences
-from train.analysis.results import caveats, summarize
+from train.analysis.report_page import curves, difference_curves, paired_differences
+from train.analysis.results import caveats, relation, renewals, summarize
 
 
 def runs(losses: dict[str, list[float]], lr: float = 1e-3) -> pd.DataFrame:
@@ -56,6 +56,49 @@ def test_a_divergence_is_counted_and_its_seed_has_no_pair() -> None:
     assert better.endswith("at n = 2. This leaves out what has diverged: 1 of 3 runs of (x).")
     worse = summarize(runs({"0.95": [1.5, math.nan, 1.701], "x": [2.0, 2.1, 2.2]}), "0.95")["verdict"][1]
     assert worse.endswith("at n = 2. This leaves out what has diverged: 1 of 3 runs of (0.95).")
+
+
+@pytest.mark.parametrize(
+    ("arm", "baseline", "differ"),
+    [
+        ("0.9,0.95", "0.9", "the tie alone"),
+        ("0.9", "0.9,0.999", "the tie alone"),
+        ("0.95", "0.9", "the memory alone"),
+        ("0.95", "0.9,0.95", "the memory and the tie"),
+        ("0.9,0.999", "0.9,0.95", "beta2 alone"),
+        ("0.95,0.99", "0.9,0.999", "the memory and beta2"),
+        ("0.9:packed16", "0.9", "the optimizer or the format of its state alone"),
+        ("adamd:0.9,0.95", "0.9", "the tie and the optimizer or the format of its state"),
+        ("torch:NAdam:0.9,0.999", "torch:NAdam:0.9", "the tie alone"),
+        ("refresh:10", "0.9", ""),
+        ("0.9", "from:0.9:to:0.99", ""),
+        ("0.9", "0.9", ""),
+    ],
+)
+def test_a_pair_says_in_what_it_differs(arm: str, baseline: str, differ: str) -> None:
+    assert relation(arm, baseline) == (f" They differ in {differ}." if differ else "")
+    summary = summarize(runs({baseline: [2.0, 2.1, 2.2], arm: [1.9, 2.0, 2.101]}), baseline)
+    if arm != baseline:
+        assert summary["verdict"].tolist()[0] == f"({baseline}) is the baseline."
+        assert summary["verdict"].tolist()[1].endswith(f"at n = 3.{relation(arm, baseline)}")
+
+
+def test_a_report_says_how_often_a_run_renews_its_first_moment() -> None:
+    sentence = renewals(["0.9", "0.9,0.95", "0.95", "refresh:5"], 200)
+    assert "how often 200 steps renew the first moment, is 20 at beta1 = 0.9, 10 at beta1 = 0.95; with" in sentence
+    assert renewals(["refresh:5"], 200) == ""
+
+
+def test_an_arm_has_one_colour_in_every_plot() -> None:
+    generator = np.random.default_rng(0)
+    table = runs({"0.9": [2.0, 2.1], "0.9,0.95": [1.9, 2.0], "0.95": [1.8, 2.2]})
+    metrics = {name: pd.DataFrame({"step": range(1, 41), "loss": generator.normal(size=40)}) for name in table["name"]}
+    colors = {"0.9": "#aa0000", "0.9,0.95": "#00bb00", "0.95": "#0000cc"}
+    for drawn in (curves(table, metrics, "loss", colors), difference_curves(table, metrics, "0.9", colors)):
+        legend = drawn[drawn.index('id="legend_1"') :]
+        for arm, color in colors.items():
+            before = legend[: legend.index(f"({arm})")]
+            assert before.rindex(f"stroke: {color}") == max(before.rfind(f"stroke: {each}") for each in colors.values())
 
 
 def test_each_arm_is_shown_at_its_best_learning_rate_and_an_edge_is_flagged() -> None:

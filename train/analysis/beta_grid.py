@@ -40,10 +40,10 @@ def cells_of(best: pd.DataFrame) -> pd.DataFrame:
 
 
 def is_grid(best: pd.DataFrame) -> bool:
-    """Return whether there are enough pairs of betas for a plane: two tied and two untied ones."""
+    """Return whether there are enough pairs of betas for a plane: two tied ones, and untied ones of two beta1."""
     cells = cells_of(best)[["beta1", "beta2"]].drop_duplicates()
-    tied = int((cells["beta1"] == cells["beta2"]).sum())
-    return tied >= 2 and len(cells) - tied >= 2
+    tied = cells["beta1"] == cells["beta2"]
+    return int(tied.sum()) >= 2 and cells.loc[~tied, "beta1"].nunique() >= 2
 
 
 def means(cells: pd.DataFrame) -> pd.Series:

@@ -21,6 +21,7 @@ from train.analysis.results import (
     TABLE,
     caveats,
     load_results,
+    renewals,
     sets_of,
     summarize,
     tokens_by_source,
@@ -40,14 +41,14 @@ def _last_loss(metrics: pd.DataFrame) -> float:
     return float(losses[-max(1, len(losses) // 10) :].mean())
 
 
-def curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], column: str) -> str:
-    """Plot one column over steps, each arm's mean and range over seeds, as SVG."""
+def curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], column: str, colors: dict[str, str]) -> str:
+    """Plot one column over steps, each arm's mean and range over seeds, as SVG. ``colors`` are by arm."""
     figure, axes = _over_steps()
     for arm, runs in table.groupby("arm", sort=False):
         series = [metrics[n].set_index("step")[column].dropna() for n in runs["name"] if column in metrics[n]]
         if series:
             values = pd.concat(series, axis=1)
-            _line(axes, f"({arm})", values.mean(axis=1), values.min(axis=1), values.max(axis=1))
+            _line(axes, arm, colors, values.mean(axis=1), values.min(axis=1), values.max(axis=1))
     return as_svg(figure)
 
 
@@ -71,8 +72,10 @@ def paired_differences(ours: list[pd.Series], theirs: list[pd.Series]) -> pd.Dat
     return pd.DataFrame({"middle": middle, "low": middle - half, "high": middle + half})
 
 
-def difference_curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], baseline: str) -> str:
-    """Plot each arm's training loss minus the baseline's (:func:`paired_differences`), as SVG."""
+def difference_curves(
+    table: pd.DataFrame, metrics: dict[str, pd.DataFrame], baseline: str, colors: dict[str, str]
+) -> str:
+    """Plot each arm's training loss minus the baseline's (:func:`paired_differences`), as SVG; ``colors`` by arm."""
     losses = {
         arm: {
             seed: metrics[name].set_index("step")["loss"].dropna()
@@ -82,11 +85,11 @@ def difference_curves(table: pd.DataFrame, metrics: dict[str, pd.DataFrame], bas
     }
     base = losses.pop(baseline)
     figure, axes = _over_steps()
-    axes.axhline(0.0, color="black", linewidth=0.8)
+    axes.axhline(0.0, color=colors[baseline], linewidth=1.4, label=f"({baseline}), the baseline")
     for arm, by_seed in losses.items():
         if seeds := sorted(by_seed.keys() & base.keys()):
             differences = paired_differences([by_seed[s] for s in seeds], [base[s] for s in seeds])
-            _line(axes, f"({arm})", differences["middle"], differences["low"], differences["high"])
+            _line(axes, arm, colors, differences["middle"], differences["low"], differences["high"])
     return as_svg(figure)
 
 
@@ -99,12 +102,12 @@ def _over_steps() -> tuple[Any, Any]:
     return figure, axes
 
 
-def _line(axes: Any, label: str, middle: pd.Series, low: pd.Series, high: pd.Series) -> None:
-    """Draw a curve with a band from ``low`` to ``high``, thinned to about POINTS points."""
+def _line(axes: Any, arm: str, colors: dict[str, str], middle: pd.Series, low: pd.Series, high: pd.Series) -> None:
+    """Draw an arm's curve with a band from ``low`` to ``high``, thinned to about POINTS points."""
     every = max(1, len(middle) // POINTS)
     middle, low, high = (values[::every] for values in (middle, low, high))
-    (line,) = axes.plot(middle.index, middle, label=label, linewidth=1.4)
-    axes.fill_between(middle.index, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+    axes.plot(middle.index, middle, label=f"({arm})", color=colors[arm], linewidth=1.4)
+    axes.fill_between(middle.index, low, high, color=colors[arm], alpha=0.18, linewidth=0)
 
 
 def markdown(summary: pd.DataFrame, notes: list[str]) -> str:
@@ -161,14 +164,15 @@ def write_report(*folders: Path, baseline: str = "") -> None:
         notes.append(
             f"{len(plan['runs']) - len(table)} of {len(plan['runs'])} planned runs have not ended and are not in here."
         )
-    notes += filter(None, [tokens_by_source(table)])
+    notes += filter(None, [renewals(summary["arm"], plan["steps"]), tokens_by_source(table)])
     text = markdown(summary, notes)
     plots = {**PLOTS, **{name: f"validation loss on {name.removeprefix(NAMED)}" for name in sets_of(table)}}
-    figures = {label: curves(best, metrics, column) for column, label in plots.items()}
+    colors = {arm: f"C{number % 10}" for number, arm in enumerate(summary["arm"])}
+    figures = {label: curves(best, metrics, column, colors) for column, label in plots.items()}
     differences = (
-        f"training loss less that of ({baseline}), mean over {max(1, plan['steps'] // 20)} steps, with 95 % intervals"
+        f"training loss less the baseline's, mean over {max(1, plan['steps'] // 20)} steps, with 95 % intervals"
     )
-    figures = {differences: difference_curves(best, metrics, baseline), **figures}
+    figures = {differences: difference_curves(best, metrics, baseline, colors), **figures}
     write_text(out / "differences.svg", figures[differences])
     if beta_grid.is_grid(best):
         text += "\n" + beta_grid.markdown(table, best)

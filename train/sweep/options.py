@@ -15,7 +15,7 @@ class Comparison:
 
     out: Path = Path("runs/compare")
     """Folder of the comparison, for manifest.json, one folder per run, and the report."""
-    arms: tuple[str, ...] = ("0.95", "0.9,0.95", "0.9,0.999")
+    arms: tuple[str, ...] = ("0.9", "0.9,0.95", "0.9,0.999", "0.95")
     """Beta settings to compare: one number, beta1,beta2, or a rule as for --betas of train.pretrain.
     An optional state format follows after a colon, as in 0.95:packed16 or refresh:1000:packed16.
     An optional optimizer, as for --optimizer of train.pretrain, stands before a colon, as in adamd:0.95.
