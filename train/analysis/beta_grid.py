@@ -21,12 +21,12 @@ from statsmodels.stats.power import TTestPower
 from train.analysis import training_dynamics
 from train.analysis.lr_selection import at_edge, everywhere
 from train.analysis.paired_stats import LEVEL, holm, paired
+from train.analysis.results import NUMBER
 from train.common.errors import ConfigError, first_line, require
 
 POWER, SMALL = 0.8, 0.001
 """Power of the tests, and the relative difference in loss that counts as small."""
 USUAL, TIED = (0.9, 0.95), (0.95, 0.95)
-NUMBER = r"\d*\.?\d+(e-?\d+)?"
 ALIKE = ("step", "tokens", "parameters", "validation_blocks")  # have to be equal in all runs that have finished
 Pair = tuple[float, float]
 """(beta1, beta2)."""

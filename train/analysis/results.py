@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from balanced_adam import beta_schedule
 from train.analysis.lr_selection import at_edge
 from train.analysis.paired_stats import LEVEL, Paired, holm, paired
 from train.common.errors import ConfigError, require
@@ -21,8 +22,8 @@ from train.run.config import ARM
 from train.run.metrics import NAMED, TOKENS, read_metrics
 
 TABLE = "report.csv"
-RULES = {"refresh", "half_life", "half_life_tokens", "horizon", "from"}
-"""What the name of an arm has in which a rule chooses beta."""
+NUMBER = r"\d*\.?\d+(e-?\d+)?"
+"""A beta in the name of an arm."""
 PLOTS = {
     "loss": "training loss",
     "validation_loss": "validation loss",
@@ -172,12 +173,12 @@ def _betas(arm: str) -> tuple[tuple[float, float] | None, list[str]]:
     """Return an arm's two betas, None if a rule chooses them, and what else its name says: optimizer, format."""
     betas, rest = None, []
     for part in arm.split(":"):
-        numbers = part.split(",")
-        if betas is None and all(re.fullmatch(r"0?\.?\d+(e-?\d+)?", each) for each in numbers):
-            betas = float(numbers[0]), float(numbers[-1])
+        if betas is None and re.fullmatch(f"{NUMBER}(,{NUMBER})?", part):
+            first, *more = map(float, part.split(","))
+            betas = first, more[0] if more else first
         else:
             rest.append(part)
-    return (None, []) if RULES & set(rest) else (betas, rest)
+    return (None, []) if any(map(beta_schedule.is_rule, rest)) else (betas, rest)
 
 
 def relation(arm: str, baseline: str) -> str:

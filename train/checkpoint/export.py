@@ -26,11 +26,11 @@ from train.common.schemas import CheckpointFile, TrainedOptions, TrainedRun
 from train.data.tokenization import load_tokenizer
 from train.run import model, run_dir
 from train.run.config import Model
+from train.run.model import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD = "5GB"
 """Size of a file of weights at most. Not much more is held in memory."""
 

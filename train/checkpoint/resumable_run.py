@@ -98,11 +98,11 @@ def _pretrain(run: Run, ranks: Ranks, ds_config: dict[str, Any]) -> None:
             trainer.step = restore_checkpoint(trainer.engine, ranks, checkpoint)
             follow_schedule(trainer.engine.lr_scheduler, run.optimizer.lr)
         with ranks.collective_errors():
-            described = run_dir.begun(run.out) if ranks.is_main else None
             metrics = Metrics(run.out, trainer.step) if ranks.is_main else None
             if metrics:
                 run_dir.note(run.out, "begins", step=trainer.step, ranks=ranks.world)
-        trainer.branched_at = ranks.broadcast(described.parent.step if described and described.parent else 0)
+        parent = begun.parent.step if begun and begun.parent else 0
+        trainer.branched_at = ranks.broadcast(taken["step"] if taken else parent)
         ranks.watchdog.begin()
         with Progress(run.schedule.steps, trainer.step, run.out.name, enabled=ranks.is_main) as progress:
             ended = trainer.fit(metrics, progress, saver(trainer))

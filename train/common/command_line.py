@@ -106,10 +106,15 @@ def parse(settings: type[Settings], arguments: list[str], module: str, descripti
     return parsed
 
 
+def _before_rest(arguments: list[str]) -> list[str]:
+    """Return the arguments up to a "--", after which they are another program's."""
+    return arguments[: arguments.index("--")] if "--" in arguments else arguments
+
+
 def _given(arguments: list[str]) -> set[str]:
     """Return the names of the options among these arguments, as the settings have them."""
-    ours = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    names = {each.partition("=")[0].removeprefix("--").replace("-", "_") for each in ours if each.startswith("--")}
+    options = [each.partition("=")[0] for each in _before_rest(arguments) if each.startswith("--")]
+    names = {option.removeprefix("--").replace("-", "_") for option in options}
     return names | {name.removeprefix("no_") for name in names}
 
 
@@ -121,7 +126,7 @@ def config_of(settings: type[Any], arguments: list[str]) -> Path | None:
     """
     if "config" not in dict(_types(settings)):
         return None
-    ours = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    ours = _before_rest(arguments)
     files = []
     for option, value in zip(ours, [*ours, ""][1:], strict=True):
         name, equals, inner = option.partition("=")
@@ -180,7 +185,7 @@ def _check_repeated(settings: type[Any], arguments: list[str]) -> None:
     Raises:
         ConfigError: if one is.
     """
-    ours = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    ours = _before_rest(arguments)
     given = [argument.partition("=")[0].replace("_", "-") for argument in ours]
     for name, kind in _types(settings):
         option = f"--{name.replace('_', '-')}"

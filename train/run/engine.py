@@ -86,7 +86,8 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any], resumes: bool 
     # Rank 0's token folders count: the corpus is examined once.
     folders = ranks.broadcast(prepared[0] if ranks.is_main else [])
     with ranks.collective_errors():
-        same_text = earlier is not None and earlier.tokens == sources.name(folders)
+        tokens = sources.name(folders)  # stands for those of all sources
+        same_text = earlier is not None and earlier.tokens == tokens
         train, validation = sources.open(folders, len(tokenizer), earlier.order if earlier and same_text else None)
         if ranks.is_main:
             print(sources.summary(folders), file=sys.stderr, flush=True)
@@ -141,8 +142,7 @@ def initialize(run: Run, ranks: Ranks, ds_config: dict[str, Any], resumes: bool 
         how = "by its own step" if optimizers.is_foreign(run.optimizer.optimizer) else describe(engine.optimizer)
         print(f"{name}: {how}", file=sys.stderr, flush=True)
     layout = deepspeed_config.layout(ds_config, ranks.world)
-    facts = {"tokens": sources.name(folders), "order": train.order, "loss": kind, "rows": embedded}
-    facts["tokenizer"] = digest
+    facts = {"tokens": tokens, "order": train.order, "loss": kind, "rows": embedded, "tokenizer": digest}
     trainer = Trainer(run, ranks, train, validation, engine, layout, end, facts)
     if load and (spoiled := trainer.nonfinite_weight()):
         raise ConfigError(f"init_from is {run.model.init_from}, whose weight {spoiled} is not finite.")
